@@ -1,0 +1,41 @@
+# Sealwright's workshop: each target does its own set-up.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTHON ?= python3
+APT := bubblewrap erofs-utils cryptsetup-bin
+JOBS ?= 2
+
+.PHONY: help setup demo test lint format bench docs lock clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## Make the virtual environment with pinned packages; system packages by apt where it may.
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@appliance/setup.sh $(APT)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,tracking,dev]'
+	@touch $@
+
+demo: setup ## Run one attested federated job and its attacks, end to end.
+	@$(VENV)/bin/seal demo
+
+test: setup ## Run the tests in parallel.
+	$(PY) -m pytest -n $(JOBS) -m 'not long'
+
+lint: setup ## Format check, lint, types, layers.
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: setup ## Rewrite the code in the house's format.
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean: ## Remove what was built.
+	rm -rf build .venv .mypy_cache .ruff_cache .import_linter_cache *.egg-info
