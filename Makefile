@@ -7,7 +7,9 @@ PYTHON ?= python3
 APT := bubblewrap erofs-utils cryptsetup-bin
 JOBS ?= 2
 
-.PHONY: help setup demo test lint format bench docs lock clean
+SLICE ?= 0/1
+
+.PHONY: help setup demo test test-long lint format bench docs lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +29,9 @@ demo: setup ## Run one attested federated job and its attacks, end to end.
 test: setup ## Run the tests in parallel.
 	$(PY) -m pytest -n $(JOBS) -m 'not long'
 
+test-long: setup ## Run the tests that take more than seconds (SLICE=1/3: the second third of them).
+	$(PY) -m pytest -n $(JOBS) -m long --slice $(SLICE)
+
 lint: setup ## Format check, lint, types, layers.
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -36,6 +41,15 @@ lint: setup ## Format check, lint, types, layers.
 format: setup ## Rewrite the code in the house's format.
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+bench: setup ## Measure speed, beside the machine's own limits.
+	$(PY) -m benchmarks
+
+docs: setup ## Build the documentation into build/site, strictly.
+	$(VENV)/bin/mkdocs build --quiet --strict --site-dir build/site
+
+lock: setup ## Renew constraints.txt by one joint resolve of everything.
+	$(PY) benchmarks/../appliance/lock.py
 
 clean: ## Remove what was built.
 	rm -rf build .venv .mypy_cache .ruff_cache .import_linter_cache *.egg-info

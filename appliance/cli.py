@@ -75,7 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
             sys.stderr.write(str(usage))
             sys.exit(2)
         words_of_it = getattr(usage, "format_message", usage.__str__)()
-        unusable = Unusable(words_of_it.rstrip("."), where="command line", do="See `seal --help`, or --help after the verb.")
+        unusable = Unusable(
+            words_of_it.rstrip("."), where="command line", do="See `seal --help`, or --help after the verb."
+        )
         sys.exit(report_error(unusable, as_json=as_json))
     except SealwrightError as error:
         sys.exit(report_error(error, as_json=as_json))
@@ -84,3 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(1)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

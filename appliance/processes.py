@@ -1,0 +1,133 @@
+"""The processes that a demonstration or a proof of concept starts, watched: when one dies, all end and it is named.
+
+Each runs in a process group of its own, writes to a log of its own, and gets a signal from the kernel when its
+parent dies, so that nothing is left behind even if the parent is killed outright.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from policies.errors import Refused
+
+GRACE_SECONDS = 4.0
+"""How long a process may take to end by itself before it is killed."""
+
+TAIL_LINES = 5
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One running process, its name in messages, and where it writes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def last_words(self) -> str:
+        """The last lines of its log, for a message about its end."""
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        return " / ".join(line.strip() for line in lines[-TAIL_LINES:])
+
+
+class Processes:
+    """The running processes of one undertaking. Safe to use from several threads."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._running: dict[str, Watched] = {}
+        self._lock = threading.Lock()
+
+    def start(self, name: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Watched:
+        """Start `argv` under `name`; its output goes to `<logs>/<name>.log`.
+
+        The kernel sends SIGTERM to it when the *thread* that started it ends, so start from one that lives long enough.
+        """
+        self._logs.mkdir(parents=True, exist_ok=True)
+        log = self._logs / f"{name}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=None if env is None else dict(env),
+                start_new_session=True,
+            )
+        watched = Watched(name, process, log)
+        with self._lock:
+            self._running[name] = watched
+        return watched
+
+    def dead(self) -> Watched | None:
+        """The first process found to have ended although nobody stopped it, or None."""
+        with self._lock:
+            return next((watched for watched in self._running.values() if watched.process.poll() is not None), None)
+
+    def stop(self, name: str) -> None:
+        """End one process and wait for it; does nothing if it is not running."""
+        with self._lock:
+            watched = self._running.pop(name, None)
+        if watched is not None:
+            _end([watched])
+
+    def finish(self, name: str, *, within: float, what: str) -> int:
+        """Wait until a process ends by itself and return its exit status. Raises Refused after `within` seconds."""
+        with self._lock:
+            watched = self._running.pop(name)
+        try:
+            return watched.process.wait(timeout=within)
+        except subprocess.TimeoutExpired:
+            _end([watched])
+            raise Refused(
+                f"{name} did not end within {within:.0f} s while {what}",
+                where=str(watched.log),
+                do="Read its log; then start again.",
+            ) from None
+
+    def stop_all(self) -> None:
+        """End every process, the last started first, and wait for all of them."""
+        with self._lock:
+            remaining = list(reversed(self._running.values()))
+            self._running.clear()
+        _end(remaining)
+
+
+def died(watched: Watched) -> Refused:
+    """The sentence that names a process which ended in the middle."""
+    status = watched.process.returncode
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+    words = watched.last_words()
+    return Refused(
+        f"{watched.name} {how} in the middle, so everything was stopped",
+        where=str(watched.log),
+        do=f"Its last words: {words}" if words else "It wrote nothing.",
+    )
+
+
+def _end(processes: Sequence[Watched]) -> None:
+    for watched in processes:
+        _signal(watched, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for watched in processes:
+        try:
+            watched.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _signal(watched, signal.SIGKILL)
+            watched.process.wait()
+    for watched in processes:  # what a dead leader left in its group
+        _signal(watched, signal.SIGKILL)
+
+
+def _signal(watched: Watched, number: signal.Signals) -> None:
+    try:
+        os.killpg(watched.process.pid, number)
+    except ProcessLookupError:
+        return
