@@ -28,3 +28,19 @@ class Refused(SealwrightError):
     def __init__(self, what: str, *, where: str, do: str, reasons: tuple[str, ...] = ()) -> None:
         super().__init__(what, where=where, do=do)
         self.reasons = reasons or (what,)
+
+
+class MalformedDocument(Unusable):
+    """A document of the charter, an init-data file or a proposal whose bytes are not what their kind demands."""
+
+
+class UnusableKey(Unusable):
+    """A key file that is missing, of the wrong kind, or readable by others than its owner."""
+
+
+class CharterRefused(Refused):
+    """A charter that does not hold at the time it is judged at; `.reasons` has every reason."""
+
+
+class ProposalRefused(Refused):
+    """A proposal that cannot be made, signed or published as it stands; `.reasons` has every reason."""

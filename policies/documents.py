@@ -1,0 +1,519 @@
+"""The documents that a charter holds, and the init-data that a guest is started with.
+
+Every document is a frozen Pydantic model that refuses unknown fields and values of another type. In the charter each
+is one JSON file in canonical form (RFC 8785, JCS): `parse_document` refuses bytes that are not the canonical form of
+what they say, so that one document has one digest. Times are UTC in whole seconds, `2026-01-31T12:00:00Z`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+import tomllib
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import rfc8785
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from policies.errors import MalformedDocument
+from policies.keys import load_public_pem
+
+DOCUMENT_LIMIT: Final = 1024 * 1024
+"""Bytes of any one document."""
+INIT_DATA_LIMIT: Final = 64 * 1024
+"""Bytes of an init-data file."""
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+RESOURCE_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62}){2}$"
+RESULTS_KEY_SIZE: Final = 1216
+"""Bytes of an HPKE MLKEM768_X25519 public key: 1,184 of ML-KEM-768 (FIPS 203) and 32 of X25519 (RFC 7748)."""
+
+Role = Literal["broker", "server", "site", "inner", "gateway"]
+ROLES: Final[tuple[Role, ...]] = ("broker", "server", "site", "inner", "gateway")
+Right = Literal["submit", "approve", "operate", "view", "download"]
+RIGHTS: Final[tuple[Right, ...]] = ("submit", "approve", "operate", "view", "download")
+RIGHTS_SETS: Final[dict[str, tuple[Right, ...]]] = {
+    "project-admin": ("submit", "approve", "operate", "view", "download"),
+    "org-admin": ("approve", "operate", "view"),
+    "lead": ("submit", "operate", "view", "download"),
+    "member": ("view",),
+}
+"""Ready-made rights, named after NVIDIA FLARE's roles."""
+Platform = Literal["virtual", "hardware"]
+ProductName = Literal["Milan", "Genoa", "Turin"]
+
+
+def format_time(moment: datetime) -> str:
+    """Return `moment` as RFC 3339 in UTC with `Z`, whole seconds (a fraction is cut off)."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _whole_utc(moment: datetime) -> datetime:
+    if moment.tzinfo is None:
+        raise ValueError("a time needs its zone: write it in UTC with a Z")
+    if moment.microsecond:
+        raise ValueError("a time is in whole seconds")
+    return moment.astimezone(UTC)
+
+
+def _one_line(text: str) -> str:
+    if any(ord(letter) < 0x20 or ord(letter) == 0x7F for letter in text):
+        raise ValueError("one line of text, without control characters")
+    return text
+
+
+def _public_key(text: str) -> str:
+    load_public_pem(text)
+    return text
+
+
+def _certificate(text: str) -> str:
+    load_certificate(text)
+    return text
+
+
+def _https_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme != "https" or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise ValueError("an https URL of a host, without user, query or fragment")
+    if parts.port == 0:
+        raise ValueError("port 0 is no address")
+    return text
+
+
+def _results_key(text: str) -> str:
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError("not base64") from error
+    if base64.b64encode(raw).decode() != text or len(raw) != RESULTS_KEY_SIZE:
+        raise ValueError(f"base64 of the {RESULTS_KEY_SIZE} bytes of an MLKEM768_X25519 public key")
+    return text
+
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Resource = Annotated[str, StringConstraints(pattern=RESOURCE_PATTERN)]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Measurement = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{96}$")]
+ChipId = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{16}|[0-9a-f]{128})$")]
+"""64 bytes (Milan, Genoa) or 8 bytes (Turin), as hex."""
+TrustDomain = Annotated[
+    str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)+$")
+]
+Address = Annotated[str, StringConstraints(pattern=r"^(\[[0-9a-f:.]+\]|[A-Za-z0-9.-]{1,253}):[0-9]{1,5}$")]
+"""`host:port`; an IPv6 host in brackets."""
+Text = Annotated[str, StringConstraints(max_length=500), AfterValidator(_one_line)]
+PublicKey = Annotated[str, StringConstraints(max_length=512), AfterValidator(_public_key)]
+"""Ed25519, PEM."""
+CertificatePem = Annotated[str, StringConstraints(max_length=16384), AfterValidator(_certificate)]
+Url = Annotated[str, StringConstraints(max_length=512), AfterValidator(_https_url)]
+Instant = Annotated[
+    datetime, AfterValidator(_whole_utc), PlainSerializer(format_time, return_type=str, when_used="json")
+]
+
+
+def load_certificate(text: str) -> x509.Certificate:
+    """Return the one certificate in the PEM `text`. Raises ValueError for anything else, or PEM in another form."""
+    certificate = x509.load_pem_x509_certificate(text.encode("ascii"))
+    if certificate.public_bytes(Encoding.PEM).decode("ascii") != text:
+        raise ValueError("PEM in another form than its own (several certificates, comments or trailing bytes)")
+    return certificate
+
+
+class Document(BaseModel):
+    """A document of the charter: frozen, strict, without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical JSON (RFC 8785) of this document: what is stored, hashed and signed."""
+        return rfc8785.dumps(self.model_dump(mode="json"))
+
+
+D = TypeVar("D", bound=Document)
+
+
+def _complaints(error: ValidationError) -> str:
+    """All of Pydantic's complaints in one line, without the values (they may be secret, and long)."""
+    parts = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False)[:10]:
+        place = ".".join(str(step) for step in item["loc"])
+        parts.append(f"{place}: {item['msg']}" if place else item["msg"])
+    return "; ".join(parts)
+
+
+def parse_document(kind: type[D], raw: bytes, where: str) -> D:
+    """Return the document of `kind` in `raw`.
+
+    Raises MalformedDocument if `raw` is larger than DOCUMENT_LIMIT, is no such document, or is not the canonical form
+    of it (which also refuses duplicate members, trailing bytes and omitted fields).
+    """
+    do = "Write it with Sealwright's own commands; do not edit it by hand."
+    if len(raw) > DOCUMENT_LIMIT:
+        raise MalformedDocument(f"the document is larger than {DOCUMENT_LIMIT} bytes", where=where, do=do)
+    try:
+        document = kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise MalformedDocument(f"not a valid {kind.__name__}: {_complaints(error)}", where=where, do=do) from error
+    if document.to_bytes() != raw:
+        raise MalformedDocument(f"this {kind.__name__} is not in canonical form (RFC 8785)", where=where, do=do)
+    return document
+
+
+def parse_toml(kind: type[D], raw: bytes, where: str, limit: int = DOCUMENT_LIMIT) -> D:
+    """Return the document of `kind` that a person wrote as TOML. Raises MalformedDocument, saying what is wrong."""
+    do = "Correct the file; docs/reference/charter.md lists its fields."
+    if len(raw) > limit:
+        raise MalformedDocument(f"the file is larger than {limit} bytes", where=where, do=do)
+    try:
+        table = tomllib.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise MalformedDocument(f"not valid TOML: {error}", where=where, do=do) from error
+    return from_table(kind, table, where)
+
+
+def from_table(kind: type[D], table: dict[str, Any], where: str) -> D:
+    """Return the document of `kind` with the members of `table` (as tomllib gives them). Raises MalformedDocument."""
+    do = "Correct the file; docs/reference/charter.md lists its fields."
+    try:  # by way of JSON, where a list may fill a tuple and a text a time, as in the charter's own files
+        return kind.model_validate_json(json.dumps(table, default=_toml_time))
+    except (ValidationError, TypeError, ValueError) as error:
+        words = _complaints(error) if isinstance(error, ValidationError) else str(error)
+        raise MalformedDocument(f"not a valid {kind.__name__}: {words}", where=where, do=do) from error
+
+
+def _toml_time(value: object) -> str:
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return format_time(value)
+    raise ValueError("a time needs its date and its zone")
+
+
+def _unique(values: tuple[str, ...], what: str) -> None:
+    doubles = sorted({value for value in values if values.count(value) > 1})
+    if doubles:
+        raise ValueError(f"{what} named twice: {', '.join(doubles)}")
+
+
+# --- the consortium: in the TUF root, field `sealwright` -----------------------------------------------------------
+
+
+class Member(Document):
+    """A member of the consortium and the key that speaks for it."""
+
+    name: Name
+    public_key: PublicKey
+
+
+class BrokerEntry(Document):
+    """A broker: who runs it, where it is, its keys.
+
+    `signing_key` (Ed25519, PEM) signs the TUF timestamp, EARs, receipts and checkpoints. `issuer_certificate` is the
+    self-signed P-256 CA certificate under which the broker issues credentials, its own TLS certificate included.
+    """
+
+    name: Name
+    member: Name
+    url: Url
+    signing_key: PublicKey
+    issuer_certificate: CertificatePem
+
+    @model_validator(mode="after")
+    def _issues(self) -> BrokerEntry:
+        certificate = load_certificate(self.issuer_certificate)
+        key = certificate.public_key()
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+            raise ValueError("issuer_certificate: its key is not P-256")
+        try:
+            constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+            certificate.verify_directly_issued_by(certificate)
+        except (x509.ExtensionNotFound, ValueError, InvalidSignature) as error:
+            raise ValueError("issuer_certificate: not a self-signed CA certificate") from error
+        if not constraints.ca:
+            raise ValueError("issuer_certificate: not a CA certificate")
+        return self
+
+
+class Witness(Document):
+    """A witness of the ledger and the Ed25519 key with which it cosigns checkpoints."""
+
+    name: Name
+    member: Name
+    url: Url
+    public_key: PublicKey
+
+
+class VirtualRoot(Document):
+    """A virtual platform that a virtual charter admits: the SHA-256 of its ARK's SubjectPublicKeyInfo."""
+
+    product: ProductName
+    ark_spki_sha256: Digest
+
+
+class Thresholds(Document):
+    """How many members must sign each shared kind of decision; None: as many as `Consortium.threshold`."""
+
+    images: int | None = Field(default=None, ge=1, le=64)
+    enrolments: int | None = Field(default=None, ge=1, le=64)
+    code: int | None = Field(default=None, ge=1, le=64)
+    policies: int | None = Field(default=None, ge=1, le=64)
+
+
+class Consortium(Document):
+    """Who belongs to the charter, which brokers serve it, and the numbers that bind all."""
+
+    name: Name
+    platform: Platform
+    trust_domain: TrustDomain
+    members: tuple[Member, ...] = Field(min_length=1, max_length=64)
+    brokers: tuple[BrokerEntry, ...] = Field(min_length=1, max_length=16)
+    witnesses: tuple[Witness, ...] = Field(default=(), max_length=16)
+    threshold: int = Field(ge=1, le=64)
+    thresholds: Thresholds = Thresholds()
+    broker_threshold: int = Field(default=1, ge=1, le=16)
+    virtual_roots: tuple[VirtualRoot, ...] = Field(default=(), max_length=16)
+    lease_seconds: int = Field(default=60, ge=5, le=3600)
+    attestation_interval_seconds: int = Field(default=300, ge=5, le=86400)
+    credential_seconds: int = Field(default=86400, ge=60, le=604800)
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Consortium:
+        names = tuple(member.name for member in self.members)
+        _unique(names, "member")
+        _unique(tuple(broker.name for broker in self.brokers), "broker")
+        _unique(tuple(witness.name for witness in self.witnesses), "witness")
+        keys = (
+            *(member.public_key for member in self.members),
+            *(broker.signing_key for broker in self.brokers),
+            *(witness.public_key for witness in self.witnesses),
+        )
+        if len(set(keys)) != len(keys):
+            raise ValueError("one key is given to two parties: every member, broker and witness needs a key of its own")
+        parties: tuple[BrokerEntry | Witness, ...] = (*self.brokers, *self.witnesses)
+        for party in parties:
+            if party.member not in names:
+                raise ValueError(f"{party.name} is run by {party.member}, which is not a member")
+        for what, number in (("threshold", self.threshold), *self.thresholds.model_dump().items()):
+            if number is not None and number > len(names):
+                raise ValueError(f"{what}: {number} of {len(names)} members can never sign")
+        if self.broker_threshold > len(self.brokers):
+            raise ValueError(f"broker_threshold: {self.broker_threshold} of {len(self.brokers)} brokers can never sign")
+        if self.trust_domain.startswith("virtual.") != (self.platform == "virtual"):
+            raise ValueError('trust_domain begins with "virtual." if and only if the platform is virtual')
+        if (len(self.virtual_roots) > 0) != (self.platform == "virtual"):
+            raise ValueError("virtual_roots belong to a virtual charter, which needs at least one")
+        return self
+
+    def member(self, name: str) -> Member | None:
+        """Return the member called `name`, or None."""
+        return next((member for member in self.members if member.name == name), None)
+
+    def broker(self, name: str) -> BrokerEntry | None:
+        """Return the broker called `name`, or None."""
+        return next((broker for broker in self.brokers if broker.name == name), None)
+
+    def threshold_for(self, role: str) -> int:
+        """Return how many members must sign the TUF role `role` (a member's own role needs that member's signature)."""
+        if role.startswith("member-"):
+            return 1
+        own: int | None = getattr(self.thresholds, role, None) if role in Thresholds.model_fields else None
+        return self.threshold if own is None else own
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+class ReferenceMeasurement(Document):
+    """The launch measurement of an image under one launch configuration."""
+
+    measurement: Measurement
+    vcpu_model: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    vcpus: int = Field(ge=1, le=512)
+    vmm: str = Field(pattern=r"^[a-z0-9]{1,16}$")
+    guest_features: int = Field(ge=0, lt=2**64)
+
+
+class ImageReference(Document):
+    """Reference values of one approved image: target `images/NAME.json`."""
+
+    name: Name
+    platform: Platform
+    manifest_sha256: Digest
+    svn: int = Field(ge=0, lt=2**32)
+    measurements: tuple[ReferenceMeasurement, ...] = Field(min_length=1, max_length=1024)
+    roles: tuple[Role, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ImageReference:
+        _unique(self.roles, "role")
+        configurations = tuple(f"{m.vcpu_model} × {m.vcpus}, {m.vmm}, {m.guest_features:#x}" for m in self.measurements)
+        _unique(configurations, "launch configuration")
+        return self
+
+
+class Enrolment(Document):
+    """One guest's place: target `enrolments/ROLE/NAME.json`. `chips` None: any chip of the charter's platform."""
+
+    role: Role
+    name: Name
+    member: Name
+    image: Name
+    init_data_sha256: Digest
+    chips: tuple[ChipId, ...] | None = Field(default=None, min_length=1, max_length=64)
+    address: Address | None = None
+
+
+class BundleApproval(Document):
+    """A bundle that may run, where and until when: target `code/DIGEST.json`. `sites` are enrolled sites' names."""
+
+    bundle: Digest
+    job: Name
+    sites: tuple[Name, ...] = Field(min_length=1, max_length=4096)
+    note: Text = ""
+    expires: Instant
+
+    @model_validator(mode="after")
+    def _distinct(self) -> BundleApproval:
+        _unique(self.sites, "site")
+        return self
+
+
+class User(Document):
+    """A person of a member: target `members/MEMBER/users/NAME.json`.
+
+    `tls_certificate`: self-signed P-256, its one SAN URI `spiffe://TRUST-DOMAIN/user/MEMBER/NAME`. `signing_key` signs
+    job records. Results are sealed to `results_key` (HPKE MLKEM768_X25519, raw public key, base64).
+    """
+
+    name: Name
+    member: Name
+    tls_certificate: CertificatePem
+    signing_key: PublicKey
+    results_key: Annotated[str, AfterValidator(_results_key)]
+    rights: tuple[Right, ...] = ()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> User:
+        _unique(self.rights, "right")
+        return self
+
+    def may(self, right: Right) -> bool:
+        """Return whether the charter gives this user `right`."""
+        return right in self.rights
+
+
+def user_spiffe_id(trust_domain: str, member: str, name: str) -> str:
+    """Return the SPIFFE id of a member's user."""
+    return f"spiffe://{trust_domain}/user/{member}/{name}"
+
+
+def user_complaints(user: User, trust_domain: str) -> list[str]:
+    """Return why `user`'s certificate is not the one that a user of this trust domain has; empty if it is."""
+    certificate = load_certificate(user.tls_certificate)
+    where = f"user {user.member}/{user.name}"
+    complaints = []
+    key = certificate.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        complaints.append(f"{where}: the key of the TLS certificate is not P-256")
+    try:
+        certificate.verify_directly_issued_by(certificate)
+    except (ValueError, TypeError, InvalidSignature):
+        complaints.append(f"{where}: the TLS certificate is not self-signed")
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    except (x509.ExtensionNotFound, ValueError):
+        uris = []
+    wanted = user_spiffe_id(trust_domain, user.member, user.name)
+    if uris != [wanted]:
+        complaints.append(f"{where}: the TLS certificate is for {', '.join(uris) or 'nobody'}, not for {wanted}")
+    return complaints
+
+
+# --- init-data ------------------------------------------------------------------------------------------------------
+
+
+class BrokerAddress(Document):
+    """Where a broker is, as the host says: it earns nothing, since the broker's keys come from the charter."""
+
+    name: Name
+    url: Url
+
+
+class ServerAddress(Document):
+    """Where the FL server is, and the name under which it is enrolled."""
+
+    name: Name
+    address: Address
+
+
+class InitData(Document):
+    """What the host tells a guest at launch, bound to its evidence by HOST_DATA (SHA-256 of the file's bytes)."""
+
+    version: Literal[1]
+    algorithm: Literal["sha256"]
+    charter: Digest
+    role: Role
+    name: Name
+    brokers: tuple[BrokerAddress, ...] = Field(min_length=1, max_length=16)
+    listen: Address | None = None
+    server: ServerAddress | None = None
+    resources: dict[Name, Resource] = Field(default_factory=dict, max_length=64)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> InitData:
+        _unique(tuple(broker.name for broker in self.brokers), "broker")
+        return self
+
+
+def parse_init_data(raw: bytes, where: str = "init-data") -> InitData:
+    """Return the init-data in the TOML `raw` (at most INIT_DATA_LIMIT bytes). Raises MalformedDocument."""
+    return parse_toml(InitData, raw, where, INIT_DATA_LIMIT)
+
+
+def init_data_digest(raw: bytes) -> str:
+    """Return the SHA-256 of the file's bytes as hex: the HOST_DATA of a guest launched with it."""
+    return hashlib.sha256(raw).hexdigest()
+
+
+def write_init_data(init: InitData) -> bytes:
+    """Return `init` as TOML that `parse_init_data` reads back to the same (names and URLs need no escapes)."""
+    lines = [
+        f"version = {init.version}",
+        f"algorithm = {_quoted(init.algorithm)}",
+        f"charter = {_quoted(init.charter)}",
+        f"role = {_quoted(init.role)}",
+        f"name = {_quoted(init.name)}",
+    ]
+    if init.listen is not None:
+        lines.append(f"listen = {_quoted(init.listen)}")
+    for broker in init.brokers:
+        lines += ["", "[[brokers]]", f"name = {_quoted(broker.name)}", f"url = {_quoted(broker.url)}"]
+    if init.server is not None:
+        lines += ["", "[server]", f"name = {_quoted(init.server.name)}", f"address = {_quoted(init.server.address)}"]
+    if init.resources:
+        lines += ["", "[resources]"]
+        lines += [f"{_quoted(purpose)} = {_quoted(resource)}" for purpose, resource in sorted(init.resources.items())]
+    return ("\n".join(lines) + "\n").encode("utf-8")
+
+
+def _quoted(text: str) -> str:
+    if re.search(r'[\x00-\x1f\x7f"\\]', text):
+        raise MalformedDocument("a text of the init-data needs escapes", where=text, do="Use plain names and URLs.")
+    return f'"{text}"'
