@@ -1,0 +1,36 @@
+"""What the attestation packages raise: input that cannot be read, and refusals.
+
+Evidence that can be read but fails a check is no exception: the verifier's appraisal lists every failed check.
+"""
+
+from __future__ import annotations
+
+from policies.errors import Refused, Unusable
+
+
+class MalformedEvidence(Unusable):
+    """Bytes that are no evidence of the kind they were taken for: wrong length, unknown layout, trailing bytes."""
+
+
+class MalformedEndorsement(Unusable):
+    """A certificate, a revocation list or a reference manifest that cannot be read."""
+
+
+class MalformedProfile(Unusable):
+    """A verifier's profile that cannot be used: unknown setting, contradiction, or no profile at all."""
+
+
+class UnmeasurableImage(Unusable):
+    """Firmware, kernel, initrd, command line or vCPU settings of which no launch measurement can be made."""
+
+
+class MalformedArchive(Unusable):
+    """An initrd that is not the plain cpio archive which the image pipeline writes."""
+
+
+class PlatformUnusable(Unusable):
+    """A vendor, chip, image or setting with which the virtual platform cannot launch a guest."""
+
+
+class AttesterUnavailable(Refused):
+    """A guest that finds no secure processor of the kind its measured image was built for."""

@@ -1,0 +1,18 @@
+"""Evidence as it travels: a report together with what its host said would vouch for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SnpEvidence:
+    """What a guest on SEV-SNP hands over.
+
+    Attributes:
+        report: The 1184 bytes that the secure processor signed.
+        certificates: The host's certificate table (`certificate_table.parse_certificate_table`); may be empty.
+    """
+
+    report: bytes
+    certificates: bytes = b""
