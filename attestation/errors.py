@@ -34,3 +34,19 @@ class PlatformUnusable(Unusable):
 
 class AttesterUnavailable(Refused):
     """A guest that finds no secure processor of the kind its measured image was built for."""
+
+
+class EarRefused(Refused):
+    """An EAR that is worth nothing here and now, with every reason."""
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__(reasons[0], where="EAR", do="Attest again to a broker of this charter.", reasons=reasons)
+
+
+class PeerRefused(Refused):
+    """A peer whose credential, EAR or place in the charter does not hold, with every reason."""
+
+    def __init__(self, reasons: tuple[str, ...], *, who: str) -> None:
+        super().__init__(
+            f"the peer is refused: {reasons[0]}", where=who, do="Have it attest again, or enrol it.", reasons=reasons
+        )
