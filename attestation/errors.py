@@ -50,3 +50,12 @@ class PeerRefused(Refused):
         super().__init__(
             f"the peer is refused: {reasons[0]}", where=who, do="Have it attest again, or enrol it.", reasons=reasons
         )
+
+
+class LedgerRefused(Refused):
+    """A ledger, or a part of one, that is not what its broker signed, with every reason."""
+
+    def __init__(self, reasons: tuple[str, ...], *, where: str) -> None:
+        super().__init__(
+            reasons[0], where=where, do="Do not rely on it; ask the other members for their copy.", reasons=reasons
+        )
