@@ -1,0 +1,42 @@
+"""What tests of several packages share: one virtual vendor with a chip of each product, made once for a whole run."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from attestation.evidence.report import Product
+from attestation.virtual.chip import Chip, create_chip, load_chip
+from attestation.virtual.vendor import Vendor, create_vendor
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all workers of one test run share, and no other run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def virtual_vendor(shared_folder: Path) -> Vendor:
+    """A virtual vendor with the roots of all products; `virtual_vendor.folder` is its folder."""
+    with (shared_folder / "vendor.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return create_vendor(shared_folder / "vendor")
+
+
+@pytest.fixture(scope="session")
+def virtual_chips(virtual_vendor: Vendor, shared_folder: Path) -> Mapping[Product, Chip]:
+    """A chip of each product, certified by `virtual_vendor`; their folders are `shared_folder/chip-Milan` and so on."""
+    chips: dict[Product, Chip] = {}
+    with (shared_folder / "vendor.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for product in Product:
+            folder = shared_folder / f"chip-{product.value}"
+            chips[product] = load_chip(folder) if folder.exists() else create_chip(virtual_vendor, folder, product)
+    return chips
