@@ -1,0 +1,208 @@
+"""What a verified charter says: typed documents out of verified files."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+from policies.charter.layout import MEMBER_ROLE, json_target, rego_package, release_path, role_of
+from policies.documents import (
+    BrokerEntry,
+    BundleApproval,
+    Consortium,
+    Document,
+    Enrolment,
+    ImageReference,
+    Resource,
+    User,
+    parse_document,
+    user_complaints,
+)
+from policies.errors import MalformedDocument
+
+POLICY_LIMIT: Final = 256 * 1024
+"""Bytes of one Rego module or appraisal profile."""
+_PACKAGE: Final = re.compile(r"\s*(?:#[^\n]*\n\s*)*package[ \t]+([A-Za-z_][A-Za-z0-9_.]*)[ \t]*(?:#[^\n]*)?(?:\n|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Charter:
+    """A charter that was verified at one moment. Made by `load_charter` alone.
+
+    `id` is the SHA-256 (hex) of the bytes of 1.root.json; `version` is the snapshot's, `versions` has every TUF role's
+    and `digests` the SHA-256 of each role's signed part (both serve as the floor for the next load); `expires` is the
+    first moment at which any part lapses. `files` are the verified targets. `warnings` tell what is odd yet harmless:
+    places that name what the charter no longer has, members whose own role has lapsed (their files are left out).
+    """
+
+    id: str
+    version: int
+    consortium: Consortium
+    expires: datetime
+    files: Mapping[str, bytes]
+    versions: Mapping[str, int]
+    digests: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    documents: Mapping[str, Document] = field(default_factory=dict, repr=False)
+
+    def images(self) -> tuple[ImageReference, ...]:
+        """Return the approved images, by name."""
+        return tuple(document for document in self.documents.values() if isinstance(document, ImageReference))
+
+    def image(self, name: str) -> ImageReference | None:
+        """Return the approved image called `name`, or None."""
+        document = self.documents.get(f"images/{name}.json")
+        return document if isinstance(document, ImageReference) else None
+
+    def image_by_measurement(self, measurement: str) -> ImageReference | None:
+        """Return the approved image that has this launch measurement (96 hex digits), or None."""
+        return next((i for i in self.images() if any(m.measurement == measurement for m in i.measurements)), None)
+
+    def enrolments(self) -> tuple[Enrolment, ...]:
+        """Return all enrolments, by role and name."""
+        return tuple(document for document in self.documents.values() if isinstance(document, Enrolment))
+
+    def enrolment(self, role: str, name: str) -> Enrolment | None:
+        """Return the place that is granted to `name` in `role`, or None."""
+        document = self.documents.get(f"enrolments/{role}/{name}.json")
+        return document if isinstance(document, Enrolment) else None
+
+    def bundle(self, digest: str) -> BundleApproval | None:
+        """Return the approval of the bundle with this digest, or None. The caller compares `.expires` to its time."""
+        document = self.documents.get(f"code/{digest}.json")
+        return document if isinstance(document, BundleApproval) else None
+
+    def bundles(self) -> tuple[BundleApproval, ...]:
+        """Return all approvals of bundles, by digest."""
+        return tuple(document for document in self.documents.values() if isinstance(document, BundleApproval))
+
+    def users(self) -> tuple[User, ...]:
+        """Return all members' users, by member and name."""
+        return tuple(document for document in self.documents.values() if isinstance(document, User))
+
+    def user(self, member: str, name: str) -> User | None:
+        """Return the user `name` of `member`, or None."""
+        document = self.documents.get(f"members/{member}/users/{name}.json")
+        return document if isinstance(document, User) else None
+
+    def release_policy(self, resource: Resource) -> str | None:
+        """Return the owner's Rego module for `resource`, or None: then nothing releases it."""
+        path = release_path(resource)
+        raw = self.files.get(path) if path else None
+        return None if raw is None else raw.decode("utf-8")
+
+    def policy(self, name: str) -> str | None:
+        """Return the text of `policies/NAME` ("floor.rego", "admission.rego", "appraisal.toml"), or None."""
+        raw = self.files.get(f"policies/{name}")
+        return None if raw is None else raw.decode("utf-8")
+
+    def broker(self, name: str) -> BrokerEntry | None:
+        """Return the broker called `name`, or None."""
+        return self.consortium.broker(name)
+
+
+def rego_complaint(raw: bytes, package: str) -> str | None:
+    """Return why `raw` is not the text of a Rego module of `package`, or None. Syntax is the evaluator's to judge."""
+    if len(raw) > POLICY_LIMIT:
+        return f"larger than {POLICY_LIMIT} bytes"
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8 text"
+    found = _PACKAGE.match(text)
+    if not found:
+        return "does not begin with its `package`"
+    return None if found[1] == package else f"is of package {found[1]}, must be of {package}"
+
+
+def read_documents(files: Mapping[str, bytes], consortium: Consortium) -> tuple[dict[str, Document], list[str]]:
+    """Return the typed documents in `files` (sorted by path) and every reason why some are not what they must be."""
+    documents: dict[str, Document] = {}
+    reasons: list[str] = []
+    for path in sorted(files):
+        complaint = file_complaints(path, files[path], consortium, documents)
+        reasons.extend(complaint)
+    reasons.extend(_ambiguous_measurements(documents))
+    return documents, reasons
+
+
+def file_complaints(path: str, raw: bytes, consortium: Consortium, documents: dict[str, Document]) -> list[str]:
+    """Judge one target by its path, keeping its document (if it is one) in `documents`; return every complaint."""
+    role = role_of(path)
+    if role is None:
+        return [f"{path}: no file of a charter stands here"]
+    if role.startswith(MEMBER_ROLE) and consortium.member(role.removeprefix(MEMBER_ROLE)) is None:
+        return [f"{path}: {role.removeprefix(MEMBER_ROLE)} is not a member"]
+    package = rego_package(path)
+    if package is not None:
+        complaint = rego_complaint(raw, package)
+        return [] if complaint is None else [f"{path}: {complaint}"]
+    target = json_target(path)
+    if target is None:
+        return _toml_complaints(path, raw)
+    kind, words = target
+    try:
+        document = parse_document(kind, raw, path)
+    except MalformedDocument as error:
+        return [f"{path}: {error.what}"]
+    documents[path] = document
+    said: dict[str, Any] = document.model_dump(include=set(words))
+    complaints = [f"{path}: says {key} {said[key]}" for key, value in words.items() if said[key] != value]
+    return complaints + _against_consortium(path, document, consortium)
+
+
+def _toml_complaints(path: str, raw: bytes) -> list[str]:
+    if len(raw) > POLICY_LIMIT:
+        return [f"{path}: larger than {POLICY_LIMIT} bytes"]
+    try:
+        tomllib.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        return [f"{path}: not valid TOML: {error}"]
+    return []
+
+
+def _against_consortium(path: str, document: Document, consortium: Consortium) -> list[str]:
+    if isinstance(document, ImageReference) and document.platform != consortium.platform:
+        return [f"{path}: an image for {document.platform} in a {consortium.platform} charter"]
+    if isinstance(document, Enrolment) and consortium.member(document.member) is None:
+        return [f"{path}: {document.member} is not a member"]
+    if isinstance(document, User):
+        return user_complaints(document, consortium.trust_domain)
+    return []
+
+
+def _ambiguous_measurements(documents: Mapping[str, Document]) -> list[str]:
+    owners: dict[str, set[str]] = {}
+    for document in documents.values():
+        if isinstance(document, ImageReference):
+            for reference in document.measurements:
+                owners.setdefault(reference.measurement, set()).add(document.name)
+    return [
+        f"images {', '.join(sorted(names))} claim the same measurement {measurement[:16]}…"
+        for measurement, names in sorted(owners.items())
+        if len(names) > 1
+    ]
+
+
+def loose_ends(documents: Mapping[str, Document], files: Mapping[str, bytes]) -> list[str]:
+    """Return what in the charter names things that it does not have: harmless (it grants nothing), yet odd."""
+    ends: list[str] = []
+    for path, document in documents.items():
+        if isinstance(document, Enrolment):
+            image = documents.get(f"images/{document.image}.json")
+            if not isinstance(image, ImageReference):
+                ends.append(f"{path}: its image {document.image} is not approved")
+            elif document.role not in image.roles:
+                ends.append(f"{path}: its image {document.image} is not approved for the role {document.role}")
+        if isinstance(document, BundleApproval):
+            ends.extend(
+                f"{path}: its site {site} is not enrolled"
+                for site in document.sites
+                if f"enrolments/site/{site}.json" not in documents
+            )
+    ends.extend(f"policies/{name} is missing" for name in ("floor.rego",) if f"policies/{name}" not in files)
+    return ends
