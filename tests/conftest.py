@@ -40,3 +40,18 @@ def virtual_chips(virtual_vendor: Vendor, shared_folder: Path) -> Mapping[Produc
             folder = shared_folder / f"chip-{product.value}"
             chips[product] = load_chip(folder) if folder.exists() else create_chip(virtual_vendor, folder, product)
     return chips
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slice", metavar="K/N", default="0/1", help="run the K-th (from 0) of N slices of the tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one slice, the same for a given set of tests in every worker."""
+    wanted, _, slices = config.getoption("--slice").partition("/")
+    if not (wanted.isdecimal() and slices.isdecimal() and int(wanted) < int(slices)):
+        raise pytest.UsageError("--slice takes K/N with K below N, such as 1/3")
+    dropped = [item for index, item in enumerate(items) if index % int(slices) != int(wanted)]
+    if dropped:
+        config.hook.pytest_deselected(dropped)
+        items[:] = [item for index, item in enumerate(items) if index % int(slices) == int(wanted)]
