@@ -59,3 +59,48 @@ class LedgerRefused(Refused):
         super().__init__(
             reasons[0], where=where, do="Do not rely on it; ask the other members for their copy.", reasons=reasons
         )
+
+
+class AnswerRefused(Refused):
+    """An answer that is not this broker's word on this request: signed by another, swapped, or replayed."""
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__(reasons[0], where="broker's answer", do="Nothing in it was used; ask again.", reasons=reasons)
+
+
+class SessionRefused(Refused):
+    """A call that its session does not allow: unknown, lapsed, spent, or replayed."""
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__(reasons[0], where="session", do="Open a new session and attest again.", reasons=reasons)
+
+
+class AppraisalRefused(Refused):
+    """Evidence that earns no EAR, with every reason."""
+
+    def __init__(self, reasons: tuple[str, ...], *, who: str = "guest") -> None:
+        super().__init__(
+            f"the guest is refused: {reasons[0]}",
+            where=who,
+            do="Start the approved image with the enrolled init-data, and attest afresh.",
+            reasons=reasons,
+        )
+
+
+class ReleaseRefused(Refused):
+    """A resource that is not released, with every rule that was against it."""
+
+    def __init__(self, reasons: tuple[str, ...], *, resource: str) -> None:
+        super().__init__(
+            f"{resource} is not released: {reasons[0]}",
+            where=resource,
+            do="Ask its owner, whose policy and the charter's floor decide.",
+            reasons=reasons,
+        )
+
+
+class BrokerUnavailable(Refused):
+    """A broker that cannot decide now: out of reach, storage gone, or too many requests. Nothing was released."""
+
+    def __init__(self, reason: str, *, where: str) -> None:
+        super().__init__(reason, where=where, do="Try again later; see the broker's log and /healthz.")
