@@ -53,5 +53,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError("--slice takes K/N with K below N, such as 1/3")
     dropped = [item for index, item in enumerate(items) if index % int(slices) != int(wanted)]
     if dropped:
-        config.hook.pytest_deselected(dropped)
+        config.hook.pytest_deselected(items=dropped)
         items[:] = [item for index, item in enumerate(items) if index % int(slices) == int(wanted)]
