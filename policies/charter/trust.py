@@ -29,7 +29,18 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 from tuf.api.exceptions import LengthOrHashMismatchError
-from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, T, TargetFile, Targets, Timestamp
+from tuf.api.metadata import (
+    Metadata,
+    MetaFile,
+    Root,
+    Signed,
+    Snapshot,
+    T,
+    TargetFile,
+    Targets,
+    Timestamp,
+    VerificationResult,
+)
 from tuf.api.serialization import DeserializationError, SerializationError
 from tuf.api.serialization.json import JSONSerializer
 
@@ -119,13 +130,36 @@ def _plain(parts: Mapping[str, Any]) -> str:
     return json.dumps({name: part.to_dict() for name, part in parts.items()}, sort_keys=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """Metadata that too few have signed: the file, its role, whose keys count, who has signed, how many must."""
+
+    file: str
+    role: str
+    may_sign: tuple[str, ...]
+    signed: tuple[str, ...]
+    needed: int
+    before: bool = False
+
+    def __str__(self) -> str:
+        who = "the signers of the root before it: " if self.before else ""
+        return (
+            f"{self.file}: {who}role {self.role} needs {self.needed} signatures, has {len(self.signed)} "
+            f"(by {listed(self.signed)})"
+        )
+
+
 @dataclass(slots=True)
 class Inspection:
-    """One pass over a store that gathers every reason against it. `at` None leaves expiry unjudged."""
+    """One pass over a store that gathers every reason against it. `at` None leaves expiry unjudged.
+
+    Missing signatures are kept apart as `shortfalls`: a proposal has some until all have signed.
+    """
 
     store: Mapping[str, bytes]
     at: datetime | None
     reasons: list[str] = field(default_factory=list)
+    shortfalls: list[Shortfall] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     names: dict[str, str] = field(default_factory=dict)
@@ -163,17 +197,22 @@ class Inspection:
         good: set[str] = set()
         for delegator in delegators:
             try:
-                result = delegator.get_verification_result(role, payload, metadata.signatures)
+                result: VerificationResult = delegator.get_verification_result(role, payload, metadata.signatures)
             except ValueError:
                 self.reasons.append(f"{name}: nobody delegates to the role {role}")
                 return
             good |= set(result.signed)
             if not result.verified:
-                signers = listed(self.names.get(keyid, keyid[:8]) for keyid in result.signed)
-                before = "the signers of the root before it: " if delegator is not delegators[-1] else ""
-                self.reasons.append(
-                    f"{name}: {before}role {role} needs {result.threshold} signatures, has {len(result.signed)} "
-                    f"(by {signers})"
+                every = {*result.signed, *result.unsigned}
+                self.shortfalls.append(
+                    Shortfall(
+                        file=name,
+                        role=role,
+                        may_sign=tuple(sorted(self.names.get(keyid, keyid[:8]) for keyid in every)),
+                        signed=tuple(sorted(self.names.get(keyid, keyid[:8]) for keyid in result.signed)),
+                        needed=result.threshold,
+                        before=delegator is not delegators[-1],
+                    )
                 )
         for keyid in metadata.signatures:
             if keyid not in good:
@@ -332,23 +371,28 @@ class Inspection:
             words = "does not belong to this charter" if is_store_name(name) else "no file of a charter has this name"
             self.reasons.append(f"{name[:200]!r}: {words}")
 
-    def floor(self, known: Charter, charter_id: str, keys_changed: bool) -> None:
-        """Hold versions against those that the reader has seen: no step back, no second content of one version."""
+    def floor(self, known: Charter, charter_id: str, consortium: Consortium) -> None:
+        """Hold versions against those that the reader has seen: no step back, no second content of one version.
+
+        A role whose one key was replaced starts anew, and so does the timestamp when any key was: the old key may have
+        signed a version far ahead (TUF 5.3.11). The snapshot's floor, and with it the charter's, always holds.
+        """
         if known.id != charter_id:
             self.reasons.append(f"this is charter {charter_id[:16]}…, known is {known.id[:16]}…")
             return
+        keys_changed = set(key_names(known.consortium)) != set(key_names(consortium))
         for role, version in known.versions.items():
-            if role not in self.versions:
-                if role in delegated_roles(known.consortium) and not keys_changed:
-                    self.reasons.append(f"{role}: was in version {known.version} of the charter and is missing")
+            owner, old = (party.member(role.removeprefix(MEMBER_ROLE)) for party in (consortium, known.consortium))
+            if role.startswith(MEMBER_ROLE) and (owner is None or old is None or owner.public_key != old.public_key):
                 continue
-            if role == Timestamp.type and keys_changed:
-                continue  # a stolen broker key may have signed a version far ahead (TUF 5.3.11)
-            if self.versions[role] < version:
+            if role not in self.versions:
+                self.reasons.append(f"{role}: was in version {known.version} of the charter and is missing")
+            elif role == Timestamp.type:
+                if not keys_changed and self.versions[role] < version:
+                    self.reasons.append(f"{role}: version {self.versions[role]} is offered, version {version} is known")
+            elif self.versions[role] < version:
                 self.reasons.append(f"{role}: version {self.versions[role]} is offered, version {version} is known")
-            elif (
-                self.versions[role] == version and role != Timestamp.type and self.digests[role] != known.digests[role]
-            ):
+            elif self.versions[role] == version and self.digests[role] != known.digests[role]:
                 self.reasons.append(f"{role}: version {version} is offered with other content than is known")
 
 
@@ -361,6 +405,8 @@ def inspect(
     snapshot: int | None = None,
 ) -> tuple[Charter | None, Inspection]:
     """Judge `store`; return the charter (None if there are reasons against it) and the inspection with the reasons.
+
+    The charter is there even if signatures are missing: whoever trusts it looks at `shortfalls` as well.
 
     With `snapshot` the timestamp is left aside and that version of the snapshot is judged: for a store that is about
     to get a new timestamp. `at` None leaves expiry unjudged, so that a lapsed charter can be renewed.
@@ -399,7 +445,7 @@ def inspect(
     documents, reasons = read_documents(work.files, consortium)
     work.reasons.extend(reasons)
     if known is not None:
-        work.floor(known, charter_id, known.consortium != consortium and _keys(known.consortium) != _keys(consortium))
+        work.floor(known, charter_id, consortium)
     if work.reasons:
         return None, work
     charter = Charter(
@@ -416,10 +462,6 @@ def inspect(
     return charter, work
 
 
-def _keys(consortium: Consortium) -> set[str]:
-    return set(key_names(consortium))
-
-
 def _unstamped(store: Mapping[str, bytes], version: int) -> MetaFile:
     name = metadata_file(Snapshot.type, version)
     return MetaFile.from_data(version, store.get(name, b""), ["sha256"])
@@ -432,11 +474,11 @@ def load_charter(store: Mapping[str, bytes], root: bytes, at: datetime, *, known
     accepted. Raises CharterRefused with every reason.
     """
     charter, work = inspect(store, root, at, known=known)
-    if charter is None:
+    if charter is None or work.shortfalls:
         raise CharterRefused(
             "the charter does not hold",
             where=f"charter {hashlib.sha256(root).hexdigest()[:16]}… at {format_time(at)}",
             do="Get the current charter from a broker or a member, and compare the root with what you were given.",
-            reasons=tuple(work.reasons),
+            reasons=(*work.reasons, *map(str, work.shortfalls)),
         )
     return charter
