@@ -1,9 +1,10 @@
 """NVIDIA's reference integrity manifests (RIM): a SWID tag (ISO/IEC 19770-2:2015) with golden measurements, signed.
 
 Form: TCG "Reference Integrity Manifest Information Model" 1.01, direct payload, enveloped XML signature (ECDSA P-384
-with SHA-384 over canonical XML 1.1). The reader is much narrower than XML: no document type, no entities, no comments, no
-processing instructions, no network, one signature of one known shape. `read_manifest` reads a tree whose signature was
-verified (`attestation.endorsements.nvidia.verify_rim`) and one whose was not alike; only the first is worth anything.
+with SHA-384 over canonical XML 1.1). The reader is much narrower than XML: no document type, no entities, no comments,
+no processing instructions, no network, one signature of one known shape. `read_manifest` reads a tree whose signature
+was verified (`attestation.endorsements.nvidia.verify_rim`) and one whose was not alike; only the first is worth
+anything.
 """
 
 from __future__ import annotations
@@ -201,6 +202,8 @@ def signature_certificates(root: Any) -> tuple[bytes, ...]:
     shape = [(element.tag.removeprefix(f"{{{DSIG}}}"), dict(element.attrib)) for element in signature[0].iter()]
     if shape != _SIGNED_INFO:
         raise _malformed("the signature does not cover the whole tag by ECDSA P-384 and SHA-384")
+    _decode(signature[1], "the signature's value", size=96)
+    _decode(signature[0][2][2], "the digest", size=48)
     key_info = signature[2]
     if [child.tag for child in key_info] != [f"{{{DSIG}}}X509Data"] or not 1 <= len(key_info[0]) <= MAX_CERTIFICATES:
         raise _malformed("the signature does not name its certificates")
@@ -208,11 +211,18 @@ def signature_certificates(root: Any) -> tuple[bytes, ...]:
     for element in key_info[0]:
         if element.tag != f"{{{DSIG}}}X509Certificate" or len(element):
             raise _malformed("the signature holds something other than certificates")
-        try:
-            certificates.append(base64.b64decode("".join((element.text or "").split()), validate=True))
-        except (binascii.Error, ValueError) as error:
-            raise _malformed("a certificate is no base64") from error
+        certificates.append(_decode(element, "a certificate"))
     return tuple(certificates)
+
+
+def _decode(element: Any, name: str, *, size: int | None = None) -> bytes:
+    try:
+        raw = base64.b64decode("".join((element.text or "").split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _malformed(f"{name} is no base64") from error
+    if not raw or (size is not None and len(raw) != size):
+        raise _malformed(f"{name} has {len(raw)} bytes")
+    return raw
 
 
 _SIGNED_INFO: list[tuple[str, dict[str, str]]] = [
