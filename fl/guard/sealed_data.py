@@ -1,0 +1,236 @@
+"""A site's data at rest: named entries in one encrypted file that is opened in memory only.
+
+Layout of a sealed file, integers big-endian:
+
+    magic "SEAL1" | chunk size as a power of two (u8, 12 to 24) | plaintext size (u64) | salt (32) | commitment (32)
+    chunk 0 | chunk 1 | … | last chunk         each: ciphertext, then a 16-byte tag
+
+The plaintext is `index size (u32) | index | the entries' bytes in the index's order`; the index is the canonical JSON
+(RFC 8785) list of `{"name", "size"}`, names ascending. Every chunk but the last has exactly the chunk size, and an
+empty plaintext cannot occur, so the sizes follow from the header and are checked against the file before more is read.
+
+Chunks are AES-256-GCM under a key of this file alone: HKDF-SHA-256 over the data key with the salt. Their nonces are
+the chunk's number (88 bits) and a byte that is 1 for the last chunk, as in STREAM (Hoang, Reyhanitabar, Rogaway and
+Vizár, "Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance", CRYPTO 2015), with the whole header as
+associated data: a flipped bit, a chunk left out, added, moved, or taken from another file, and a cut at any place are
+all refused. The commitment, from the same HKDF, ties the file to one key (AES-GCM alone does not) and tells a wrong
+key from a damaged file.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import re
+import stat
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import rfc8785
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fl.errors import SealedDataRefused
+
+MAGIC: Final = b"SEAL1"
+HEADER: Final = struct.Struct(">5sBQ32s32s")
+KEY_SIZE: Final = 32
+SALT_SIZE: Final = 32
+TAG_SIZE: Final = 16
+CHUNK_BITS: Final = 20
+CHUNK_BITS_RANGE: Final = range(12, 25)
+MAX_ENTRIES: Final = 10_000
+MAX_INDEX: Final = 4 << 20
+MAX_PLAINTEXT: Final = 64 << 30
+"""No sealed file that holds more than this is opened, whatever it says of itself."""
+
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_INDEX_SIZE: Final = struct.Struct(">I")
+_PURPOSE: Final = b"sealwright-sealed-data-v1"
+
+
+def seal(entries: Mapping[str, bytes], key: bytes, *, salt: bytes, chunk_bits: int = CHUNK_BITS) -> Iterator[bytes]:
+    """The sealed file of `entries` (name → plaintext) under a 32-byte `key`, piece by piece.
+
+    `salt` is 32 fresh random bytes, used once: two different contents under one key and one salt break the seal.
+    Raises SealedDataRefused for entries that no reader would take.
+    """
+    index = _encode_index(entries)
+    order = sorted(entries)
+    total = _INDEX_SIZE.size + len(index) + sum(len(entries[name]) for name in order)
+    if total > MAX_PLAINTEXT:
+        raise SealedDataRefused(f"{total} bytes are more than one file's {MAX_PLAINTEXT}", where="entries")
+    if chunk_bits not in CHUNK_BITS_RANGE or len(salt) != SALT_SIZE:
+        raise ValueError("a chunk size is 2**12 to 2**24 bytes, a salt 32 bytes")
+    cipher_key, commitment = _derive(key, salt)
+    header = HEADER.pack(MAGIC, chunk_bits, total, salt, commitment)
+    cipher = AESGCM(cipher_key)
+    yield header
+    pieces = [_INDEX_SIZE.pack(len(index)) + index, *(entries[name] for name in order)]
+    chunks = _chunk_count(total, 1 << chunk_bits)
+    for number, chunk in enumerate(_regroup(pieces, 1 << chunk_bits)):
+        yield cipher.encrypt(_nonce(number, last=number == chunks - 1), chunk, header)
+
+
+def unseal(
+    stream: BinaryIO, key: bytes, *, where: str, max_bytes: int = MAX_PLAINTEXT, file_size: int
+) -> dict[str, bytes]:
+    """The entries of the sealed file in `stream` (`file_size` bytes long), all of them or none.
+
+    Raises SealedDataRefused: not a sealed file, another key, changed, cut, lengthened, or more than `max_bytes`.
+    """
+    header = stream.read(HEADER.size)
+    if len(header) != HEADER.size or not header.startswith(MAGIC):
+        raise SealedDataRefused("this is not a sealed file", where=where)
+    _, chunk_bits, total, salt, commitment = HEADER.unpack(header)
+    if chunk_bits not in CHUNK_BITS_RANGE:
+        raise SealedDataRefused("the sealed file's chunk size is out of bounds", where=where)
+    if total > min(max_bytes, MAX_PLAINTEXT):
+        raise SealedDataRefused(f"the sealed file holds more than {min(max_bytes, MAX_PLAINTEXT)} bytes", where=where)
+    size = 1 << chunk_bits
+    chunks = _chunk_count(total, size)
+    if total < _INDEX_SIZE.size or file_size != HEADER.size + total + chunks * TAG_SIZE:
+        raise SealedDataRefused("the sealed file is cut short, or something was added to it", where=where)
+    cipher_key, expected = _derive(key, salt)
+    if not hmac.compare_digest(expected, commitment):
+        raise SealedDataRefused("the sealed file was sealed under another key, or its header was changed", where=where)
+    cipher = AESGCM(cipher_key)
+    plain = bytearray(total)
+    for number in range(chunks):
+        start = number * size
+        wanted = min(size, total - start)
+        sealed = stream.read(wanted + TAG_SIZE)
+        try:
+            opened = cipher.decrypt(_nonce(number, last=number == chunks - 1), sealed, header)
+        except InvalidTag as error:
+            raise SealedDataRefused(f"chunk {number} of the sealed file was changed or moved", where=where) from error
+        if len(opened) != wanted:
+            raise SealedDataRefused(f"chunk {number} of the sealed file is cut short", where=where)
+        plain[start : start + wanted] = opened
+    if stream.read(1):
+        raise SealedDataRefused("something was added to the sealed file", where=where)
+    return _split(plain, where)
+
+
+def seal_file(
+    path: Path,
+    entries: Mapping[str, bytes],
+    key: bytes,
+    *,
+    random: Callable[[int], bytes] = os.urandom,
+    chunk_bits: int = CHUNK_BITS,
+) -> None:
+    """Write `entries` sealed under `key` to `path` (mode 0600), replacing it whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    with _draft(draft) as file:
+        for piece in seal(entries, key, salt=random(SALT_SIZE), chunk_bits=chunk_bits):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        draft.replace(path)
+
+
+def open_file(path: Path, key: bytes, *, max_bytes: int = MAX_PLAINTEXT) -> dict[str, bytes]:
+    """The entries (name → plaintext) of the sealed file at `path`; the plaintext is in memory only.
+
+    Raises SealedDataRefused as `unseal` does, and for a path that is no readable regular file.
+    """
+    where = str(path)
+    try:
+        # Not blocking: a pipe put in the file's place would keep its opener waiting for ever.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise SealedDataRefused("this is not a regular file", where=where)
+            return unseal(file, key, where=where, max_bytes=max_bytes, file_size=status.st_size)
+    except OSError as error:
+        raise SealedDataRefused(f"the sealed file cannot be read: {error.strerror}", where=where) from error
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[BinaryIO]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _derive(key: bytes, salt: bytes) -> tuple[bytes, bytes]:
+    """The cipher key of one file and its commitment."""
+    if len(key) != KEY_SIZE:
+        raise SealedDataRefused(f"a data key has {KEY_SIZE} bytes, this one {len(key)}", where="data key")
+    both = HKDF(algorithm=SHA256(), length=2 * KEY_SIZE, salt=salt, info=_PURPOSE).derive(key)
+    return both[:KEY_SIZE], both[KEY_SIZE:]
+
+
+def _nonce(number: int, *, last: bool) -> bytes:
+    return number.to_bytes(11, "big") + (b"\x01" if last else b"\x00")
+
+
+def _chunk_count(total: int, size: int) -> int:
+    return max(1, -(-total // size))
+
+
+def _regroup(pieces: list[bytes], size: int) -> Iterator[bytes]:
+    """The bytes of `pieces`, one after the other, in chunks of `size`; the last may be shorter, none is empty."""
+    chunk = bytearray()
+    for piece in pieces:
+        view = memoryview(piece)
+        while view:
+            taken = view[: size - len(chunk)]
+            chunk += taken
+            view = view[len(taken) :]
+            if len(chunk) == size:
+                yield bytes(chunk)
+                chunk.clear()
+    if chunk:
+        yield bytes(chunk)
+
+
+def _encode_index(entries: Mapping[str, bytes]) -> bytes:
+    if not 1 <= len(entries) <= MAX_ENTRIES:
+        raise SealedDataRefused(f"a sealed file has 1 to {MAX_ENTRIES} entries, not {len(entries)}", where="entries")
+    for name in entries:
+        if not NAME.fullmatch(name):
+            raise SealedDataRefused(f"{name!r} is no name for an entry (letters, digits, . _ -)", where="entries")
+    return rfc8785.dumps([{"name": name, "size": len(entries[name])} for name in sorted(entries)])
+
+
+def _split(plain: bytearray, where: str) -> dict[str, bytes]:
+    """The entries of an authentic plaintext. It came from a holder of the key, which is no reason to trust its form."""
+    (length,) = _INDEX_SIZE.unpack_from(plain)
+    start = _INDEX_SIZE.size
+    if length > min(MAX_INDEX, len(plain) - start):
+        raise SealedDataRefused("the sealed file's index is out of bounds", where=where)
+    raw = bytes(plain[start : start + length])
+    try:
+        index = json.loads(raw)
+        canonical = rfc8785.dumps(index)
+    except (ValueError, RecursionError) as error:
+        raise SealedDataRefused("the sealed file's index is malformed", where=where) from error
+    if canonical != raw or not isinstance(index, list) or not 1 <= len(index) <= MAX_ENTRIES:
+        raise SealedDataRefused("the sealed file's index is malformed", where=where)
+    entries: dict[str, bytes] = {}
+    position, previous = start + length, ""
+    for item in index:
+        if not isinstance(item, dict) or item.keys() != {"name", "size"}:
+            raise SealedDataRefused("the sealed file's index is malformed", where=where)
+        name, size = item["name"], item["size"]
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name <= previous:
+            raise SealedDataRefused("the sealed file's index has a bad, double or misplaced name", where=where)
+        if type(size) is not int or not 0 <= size <= len(plain) - position:
+            raise SealedDataRefused(f"the sealed file's entry {name} is out of bounds", where=where)
+        entries[name] = bytes(plain[position : position + size])
+        position, previous = position + size, name
+    if position != len(plain):
+        raise SealedDataRefused("the sealed file holds bytes that no entry names", where=where)
+    return entries
