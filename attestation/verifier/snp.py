@@ -1,0 +1,153 @@
+"""The appraisal of SEV-SNP evidence: all checks over one report, nothing read from outside, every failure listed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from attestation.endorsements.chain import Chain, Endorsements, resolve_chain
+from attestation.endorsements.failure import Failure
+from attestation.evidence.report import Report, parse_report, product_of
+from attestation.evidence.tcb import decode_tcb
+from attestation.verifier import certificate_checks, guest_checks, policy_checks, report_checks, tcb_checks
+from attestation.verifier.appraisal import VECTOR_NAMES, Appraisal, Status
+from attestation.verifier.check import CHECKS, NOT_JUDGED, Case, Check, Claim, Expected
+from attestation.verifier.claims import chain_claims, report_claims
+from attestation.verifier.profile import Profile
+
+_SUBJECTS = (certificate_checks, report_checks, tcb_checks, policy_checks, guest_checks)
+
+ORDERED: tuple[Check, ...] = tuple(
+    one for module in _SUBJECTS for one in CHECKS.values() if one.run.__module__ == module.__name__
+)
+"""All checks in the order in which they are made: first who signed, then what was signed."""
+
+ALWAYS = frozenset(
+    {"report-signature", "vek-profile", "vek-extensions", "chain-signatures", "chain-profile", "trusted-root"}
+)
+"""Checks without which nothing in the evidence is authentic: no profile turns them off."""
+
+# Without these a claim is not asserted, whatever else of it was judged.
+_NEEDED = {
+    Claim.INSTANCE_IDENTITY: ("freshness", "revocation"),
+    Claim.EXECUTABLES: ("measurement",),
+}
+
+# AR4SI: 2 for each, but executables 3: what is measured is what was loaded at boot.
+_AFFIRMED = {Claim.EXECUTABLES: 3}
+_AFFIRMED_WITHOUT_INIT_DATA = 3  # configuration: no known weakness, but not a known configuration
+_WARNING = 32
+_CONTRAINDICATED = 96
+_NOT_AUTHENTIC = 99  # AR4SI: "cryptographic validation of the evidence has failed", whatever the claim
+
+
+def verify_snp(
+    report: bytes, endorsements: Endorsements, profile: Profile, expected: Expected, at: datetime
+) -> Appraisal:
+    """Appraise one SEV-SNP report at the time `at` (aware).
+
+    Raises:
+        MalformedEvidence: `report` is not 1184 bytes.
+        MalformedEndorsement: a certificate or a revocation list cannot be read.
+        ValueError: `at` has no time zone.
+    """
+    if at.tzinfo is None:
+        raise ValueError("the time of verification needs a time zone")
+    parsed = parse_report(report, strict=False)
+    chain = resolve_chain(endorsements, profile.pins)
+    return _appraise(_case(parsed, chain, profile, expected, at.astimezone(UTC)))
+
+
+def _case(report: Report, chain: Chain, profile: Profile, expected: Expected, at: datetime) -> Case:
+    product = chain.product
+    if product is None and report.cpuid_fam_id is not None and report.cpuid_mod_id is not None:
+        product = product_of(report.cpuid_fam_id, report.cpuid_mod_id)
+    if product is None:
+        return Case(report, profile, expected, chain, at, None, None, None, None, None)
+    return Case(
+        report=report,
+        profile=profile,
+        expected=expected,
+        chain=chain,
+        at=at,
+        product=product,
+        reported=decode_tcb(report.reported_tcb, product, strict=False),
+        current=decode_tcb(report.current_tcb, product, strict=False),
+        committed=decode_tcb(report.committed_tcb, product, strict=False),
+        launch=decode_tcb(report.launch_tcb, product, strict=False),
+    )
+
+
+def _appraise(case: Case) -> Appraisal:
+    severities = case.profile.severities
+    failures: list[Failure] = []
+    not_judged: list[str] = []
+    worst: dict[Claim, int] = {}
+    authentic = True
+    for one in ORDERED:
+        name = one.name
+        severity = severities.get(name, "refuse")
+        if severity == "allow":
+            continue
+        verdict = one.run(case)
+        if verdict is None:
+            continue
+        if verdict is NOT_JUDGED:
+            not_judged.append(name)
+            continue
+        failures.append(Failure(name, *verdict))
+        if name in ALWAYS:
+            authentic = False
+        value = _WARNING if severity == "warn" else _CONTRAINDICATED
+        worst[one.claim] = max(value, worst.get(one.claim, 0))
+    for name in case.profile.required:
+        if name in not_judged or severities[name] == "allow":
+            failures.append(Failure(name, "not judged", f"a judgement, which profile {case.profile.name!r} demands"))
+            worst[CHECKS[name].claim] = _CONTRAINDICATED
+    return Appraisal(
+        status=_status(case, failures, worst),
+        failures=tuple(failures),
+        not_judged=tuple(not_judged),
+        vector=_vector(worst, not_judged, severities, authentic),
+        profile=case.profile.name,
+        decode=partial(_claims, case),
+    )
+
+
+def _status(case: Case, failures: list[Failure], worst: dict[Claim, int]) -> Status:
+    if case.chain.key is None and not case.chain.validities:
+        return "none"
+    if not failures:
+        return "affirming"
+    return "contraindicated" if _CONTRAINDICATED in worst.values() else "warning"
+
+
+def _vector(
+    worst: dict[Claim, int], not_judged: list[str], severities: dict[str, Any], authentic: bool
+) -> dict[str, int]:
+    vector = dict.fromkeys(VECTOR_NAMES, 0)
+    for claim in Claim:
+        needed = _NEEDED.get(claim, ())
+        if not authentic:
+            value = _NOT_AUTHENTIC
+        elif claim in worst:
+            value = worst[claim]
+        elif any(name in not_judged or severities[name] == "allow" for name in needed):
+            value = 0
+        elif claim is Claim.CONFIGURATION and ("init-data" in not_judged or severities["init-data"] == "allow"):
+            value = _AFFIRMED_WITHOUT_INIT_DATA
+        else:
+            value = _AFFIRMED.get(claim, 2)
+        vector[claim.value] = value
+    return vector
+
+
+def _claims(case: Case) -> dict[str, Any]:
+    virtual = case.chain.virtual or (case.chain.root is not None and case.chain.root.virtual)
+    return {
+        "product": case.product.value if case.product else None,
+        "platform": "virtual" if virtual else "hardware",
+        **report_claims(case.report, case.product),
+        **chain_claims(case.chain),
+    }
