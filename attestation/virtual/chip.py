@@ -30,8 +30,9 @@ from attestation.evidence.certificate_table import (
 from attestation.evidence.report import Product
 from attestation.evidence.tcb import Tcb
 from attestation.virtual.certificates import issue_certificate
-from attestation.virtual.folders import armor, read_bounded, read_secret, unarmor, write_file
+from attestation.virtual.folders import armor, read_bounded, unarmor, write_file
 from attestation.virtual.vendor import Vendor
+from policies.keys import read_secret, write_secret
 
 OID = "1.3.6.1.4.1.3704.1"
 """AMD's arc of VCEK extensions (publication 57230, table "VCEK certificate extensions")."""
@@ -135,10 +136,9 @@ def create_chip(
         report_version=report_version or DEFAULT_VERSION[product],
     )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_file(
+    write_secret(
         folder / "vcek.key.pem",
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-        secret=True,
     )
     write_file(folder / "vcek.pem", armor("CERTIFICATE", vcek))
     write_file(folder / "chip.json", json.dumps(document.model_dump(exclude_none=True), indent=2).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Reading and writing the virtual platform's folders: bounded, whole, and closed to others where they hold keys."""
+"""Reading and writing the virtual platform's folders: bounded, and whole (keys: `policies.keys`)."""
 
 from __future__ import annotations
 
@@ -29,26 +29,10 @@ def read_bounded(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
     return data
 
 
-def read_secret(path: Path) -> bytes:
-    """Return the bytes of a private key's file. Raises PlatformUnusable if others than its owner may read it."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise PlatformUnusable(
-            f"the private key {path.name} cannot be read", where=str(path), do="Check the path."
-        ) from error
-    if mode & 0o077:
-        raise PlatformUnusable(
-            f"the private key {path.name} is open to others", where=str(path), do=f"Run `chmod 600 {path}`."
-        )
-    return read_bounded(path)
-
-
-def write_file(path: Path, data: bytes, *, secret: bool = False, executable: bool = False) -> None:
-    """Write a whole file or none: beside the target first, then renamed over it. `secret` files are 0600."""
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file or none: beside the target first, then renamed over it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    mode = 0o600 if secret else 0o755 if executable else 0o644
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

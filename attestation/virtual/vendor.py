@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from attestation.errors import PlatformUnusable
 from attestation.evidence.report import Product
 from attestation.virtual.certificates import authority_extensions, issue_certificate, issue_revocation_list
-from attestation.virtual.folders import armor, read_bounded, read_secret, unarmor, write_file
+from attestation.virtual.folders import armor, read_bounded, unarmor, write_file
+from policies.keys import read_secret, write_secret
 
 SERIALS: Mapping[Product, tuple[int, int]] = {
     Product.MILAN: (0x10000, 0x10001),
@@ -142,8 +143,8 @@ def _write_authority(
         issuer_key=ark_key,
     )
     folder.mkdir(mode=0o700, exist_ok=True)
-    write_file(folder / "ark.key.pem", _private_pem(ark_key), secret=True)
-    write_file(folder / "ask.key.pem", _private_pem(ask_key), secret=True)
+    write_secret(folder / "ark.key.pem", _private_pem(ark_key))
+    write_secret(folder / "ask.key.pem", _private_pem(ask_key))
     write_file(folder / "crl.pem", armor("X509 CRL", _revocation_list(product, ark_key, (), valid_from)))
     write_file(folder / "ark.pem", armor("CERTIFICATE", ark))
     write_file(folder / "ask.pem", armor("CERTIFICATE", ask))
