@@ -104,3 +104,15 @@ class BrokerUnavailable(Refused):
 
     def __init__(self, reason: str, *, where: str) -> None:
         super().__init__(reason, where=where, do="Try again later; see the broker's log and /healthz.")
+
+
+class DepositRefused(Refused):
+    """A resource that is not taken, with every reason."""
+
+    def __init__(self, reasons: tuple[str, ...], *, resource: str) -> None:
+        super().__init__(
+            f"{resource} is not taken: {reasons[0]}",
+            where=resource,
+            do="Sign the deposit with the owner's member key, for this broker, now.",
+            reasons=reasons,
+        )

@@ -129,7 +129,7 @@ def enrolment_reasons(ear: Ear, charter: Charter) -> tuple[str, ...]:
         reasons.append(f"{place} is {enrolment.member}'s place, not {subject.member}'s")
     if enrolment.init_data_sha256 != claims.get("host_data"):
         reasons.append(f"{place} is enrolled with other init-data")
-    if enrolment.chips is not None and claims.get("chip_id") not in enrolment.chips:
+    if enrolment.chips is not None and _whole_chip(claims.get("chip_id")) not in map(_whole_chip, enrolment.chips):
         reasons.append(f"{place} is not enrolled on this chip")
     measurement = claims.get("measurement")
     image = charter.image_by_measurement(measurement) if isinstance(measurement, str) else None
@@ -141,6 +141,11 @@ def enrolment_reasons(ear: Ear, charter: Charter) -> tuple[str, ...]:
         if subject.role not in image.roles:
             reasons.append(f"the image {image.name} is not approved for the role {subject.role}")
     return tuple(reasons)
+
+
+def _whole_chip(chip: object) -> str:
+    """A chip id as 64 bytes in hex: Turin's has 8, padded with zeros in a report."""
+    return str(chip).ljust(128, "0")
 
 
 def appraise_user(certificate_der: bytes, charter: Charter, at: datetime) -> User:

@@ -83,13 +83,24 @@ class RecordRequest(Message):
 
 
 class Deposit(Message):
-    """What an owner signs to deposit a resource at one broker. `serial` grows with each deposit of a resource."""
+    """What an owner signs to deposit a resource at one broker. `serial` grows with each deposit of a resource.
+
+    The ledger keeps this for all to read, so the value is not in it, only a commitment: `value_commitment`.
+    """
 
     broker: Name
     charter: Digest
+    commitment: Digest
     resource: Resource
     serial: Counter
     time: Annotated[str, StringConstraints(max_length=20)]
+
+
+class DepositRequest(Message):
+    """PUT /v1/resources/R/T/T: the deposit signed by the owner's member key (JWS), the value, the commitment's salt."""
+
+    deposit: Annotated[str, StringConstraints(max_length=8192)]
+    salt: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{43}=$")]
     value: Base64
 
 
@@ -215,6 +226,11 @@ def read_answer(token: str, key: Ed25519PublicKey, *, broker: str, request: str,
     if not isinstance(why, list) or not all(isinstance(reason, str) for reason in why):
         raise Unusable("this is no broker's answer", where="answer", do="Check the broker's version.")
     return Answer(broker, request, nonce, parse_time(time, where="answer"), status, result, tuple(why))
+
+
+def value_commitment(salt: bytes, value: bytes) -> str:
+    """What stands for a deposited value in public: SHA-256 (hex) of a context, 32 secret random bytes and the value."""
+    return sha256(b"sealwright-deposit-v1\0" + salt + value).hexdigest()
 
 
 def release_info(broker: str, resource: str, serial: int, request: str) -> bytes:

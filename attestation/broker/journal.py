@@ -1,0 +1,194 @@
+"""What the broker writes down: the body of each kind of ledger entry. One place for those who write and for auditors.
+
+Every body names the charter that was followed and, where a guest is concerned, its session and place. Bodies hold no
+secret, and no value from which one could be guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from typing import Any
+
+from attestation.broker.appraisal import Question as AppraisalQuestion
+from attestation.broker.appraisal import Verdict
+from attestation.broker.release import Question as ReleaseQuestion
+from attestation.broker.sessions import Session
+from attestation.ear import Ear, Subject
+from attestation.ledger.entry import Entry
+from attestation.messages import Deposit
+from policies.charter import Charter
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """An entry with its blobs and what counters count it by."""
+
+    entry: Entry
+    blobs: Mapping[str, bytes]
+    resource: str | None = None
+    guest: str | None = None
+    boot: str | None = None
+
+
+def digest(raw: bytes) -> str:
+    """Lower-case hex SHA-256."""
+    return sha256(raw).hexdigest()
+
+
+def charter_of(charter: Charter) -> dict[str, Any]:
+    """Which charter was followed."""
+    return {"id": charter.id, "version": charter.version}
+
+
+def appraisal(
+    question: AppraisalQuestion,
+    verdict: Verdict,
+    session: Session,
+    bound: Mapping[str, Any],
+    ear: str,
+    charter: Charter,
+    at: datetime,
+) -> Note:
+    """An affirmed guest. `bound` is what REPORT_DATA was computed from."""
+    blobs = _evidence(question)
+    blobs[digest(ear.encode())] = ear.encode()
+    body = {
+        **_appraised(question, verdict, session, bound, charter),
+        "ear": digest(ear.encode()),
+        "subject": verdict.subject.model_dump(mode="json") if verdict.subject else None,
+    }
+    return Note(Entry("appraisal", at, body), blobs, guest=verdict.who, boot=_boot(verdict.claims))
+
+
+def appraisal_denial(
+    question: AppraisalQuestion,
+    verdict: Verdict,
+    session: Session,
+    bound: Mapping[str, Any],
+    reasons: Sequence[str],
+    charter: Charter,
+    at: datetime,
+) -> Note:
+    """A guest that got no EAR. Evidence that cannot even be read is not kept."""
+    kept = verdict.appraisal is not None
+    body = {
+        **_appraised(question, verdict, session, bound, charter),
+        "claimed": verdict.who,
+        "evidence-kept": kept,
+        "reasons": list(reasons),
+        "what": "appraisal",
+    }
+    return Note(Entry("denial", at, body), _evidence(question) if kept else {}, guest=verdict.who)
+
+
+def call_denial(what: str, session: Session, reasons: Sequence[str], charter: Charter, at: datetime) -> Note:
+    """A call in a session that was refused before anything was decided: a replayed nonce, counter or proof."""
+    body = {**_within(session, charter), "reasons": list(reasons), "what": what}
+    return Note(Entry("denial", at, body), {})
+
+
+def release(question: ReleaseQuestion, session: Session, charter: Charter, *, serial: int, request: str) -> Note:
+    """A released resource."""
+    body = {**_asked(question, session, charter), "request": request, "serial": serial}
+    return Note(
+        Entry("release", question.at, body),
+        {},
+        resource=question.resource,
+        guest=place(question.ear.subject),
+        boot=_boot(question.ear.claims),
+    )
+
+
+def release_denial(question: ReleaseQuestion, session: Session, charter: Charter, reasons: Sequence[str]) -> Note:
+    """A resource that was not released, with every rule that was against it."""
+    body = {**_asked(question, session, charter), "reasons": list(reasons), "what": "release"}
+    return Note(Entry("denial", question.at, body), {}, resource=question.resource, guest=place(question.ear.subject))
+
+
+def credential(ear: Ear, session: Session, certificate: bytes, charter: Charter, at: datetime) -> Note:
+    """An issued credential."""
+    body = {**_of_guest(ear, session, charter), "certificate": digest(certificate)}
+    return Note(Entry("credential", at, body), {digest(certificate): certificate}, guest=place(ear.subject))
+
+
+def record(ear: Ear, session: Session, kind: str, document: Mapping[str, Any], charter: Charter, at: datetime) -> Note:
+    """What a guest had written down."""
+    body = {**_of_guest(ear, session, charter), "document": dict(document)}
+    return Note(Entry(kind, at, body), {}, guest=place(ear.subject))
+
+
+def deposit(content: Deposit, token: str, charter: Charter, at: datetime) -> Note:
+    """A resource that its owner deposited; the blob is what the owner signed."""
+    body = {
+        "charter": charter_of(charter),
+        "deposit": digest(token.encode()),
+        "resource": content.resource,
+        "serial": content.serial,
+    }
+    return Note(Entry("deposit", at, body), {digest(token.encode()): token.encode()}, resource=content.resource)
+
+
+def deposit_denial(resource: str, reasons: Sequence[str], charter: Charter, at: datetime) -> Note:
+    """A deposit that was refused."""
+    body = {"charter": charter_of(charter), "reasons": list(reasons), "resource": resource, "what": "deposit"}
+    return Note(Entry("denial", at, body), {}, resource=resource)
+
+
+def place(subject: Subject) -> str:
+    """`role/name`."""
+    return f"{subject.role}/{subject.name}"
+
+
+def _within(session: Session, charter: Charter) -> dict[str, Any]:
+    return {"charter": charter_of(charter), "protocol": session.protocol, "session": session.id}
+
+
+def _of_guest(ear: Ear, session: Session, charter: Charter) -> dict[str, Any]:
+    return {
+        **_within(session, charter),
+        "ear": digest(ear.token.encode()),
+        "subject": ear.subject.model_dump(mode="json"),
+    }
+
+
+def _asked(question: ReleaseQuestion, session: Session, charter: Charter) -> dict[str, Any]:
+    return {
+        **_of_guest(question.ear, session, charter),
+        "age_seconds": question.age_seconds,
+        "counters": question.counters.as_dict(),
+        "job": None if question.job is None else dict(question.job),
+        "resource": question.resource,
+    }
+
+
+def _appraised(
+    question: AppraisalQuestion, verdict: Verdict, session: Session, bound: Mapping[str, Any], charter: Charter
+) -> dict[str, Any]:
+    evidence = question.evidence
+    claims = verdict.claims
+    return {
+        **_within(session, charter),
+        "bound": dict(bound),
+        "evidence": {
+            "certificates": digest(evidence.certificates),
+            "init-data": None if question.init_data is None else digest(question.init_data),
+            "report": digest(evidence.report),
+        },
+        "guest-nonce": session.guest_nonce,
+        "measurement": claims.get("measurement"),
+        "platform": claims.get("platform"),
+    }
+
+
+def _evidence(question: AppraisalQuestion) -> dict[str, bytes]:
+    parts = [question.evidence.report, question.evidence.certificates]
+    parts += [question.init_data] if question.init_data is not None else []
+    return {digest(part): part for part in parts}
+
+
+def _boot(claims: Mapping[str, Any]) -> str | None:
+    value = claims.get("report_id")
+    return value if isinstance(value, str) else None

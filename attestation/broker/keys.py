@@ -1,0 +1,231 @@
+"""The broker's own keys: the key-encryption key over resources, the issuer's key, its TLS certificate.
+
+A resource lies under a key of its own (AES-256-GCM, bound to its name and serial); that key lies under the
+key-encryption key (KEK). With a file for the KEK, who can read the file and the database can read the resources: the
+broker is trusted for its owner's own resources and no more (docs/how-to/run-a-broker.md).
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Final, Protocol
+
+from cryptography import x509
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from attestation.broker.storage import StoredResource
+from attestation.canonical import canonical_bytes
+from attestation.errors import BrokerUnavailable
+from attestation.identity import EAR_EXTENSION, dns_name, spiffe_id
+from policies.errors import UnusableKey
+from policies.keys import read_secret, write_secret
+
+KEK_SIZE: Final = 32
+NONCE_SIZE: Final = 12
+ISSUER_YEARS: Final = 10
+SERVER_DAYS: Final = 7
+_BACKDATED: Final = timedelta(minutes=1)
+
+
+class KeyEncryption(Protocol):
+    """Where the key-encryption key lives."""
+
+    @property
+    def key_id(self) -> str:
+        """Which key it is, without saying anything of it."""
+
+    def wrap(self, key: bytes, bound: bytes) -> bytes:
+        """Encrypt a resource's key, bound to `bound`."""
+
+    def unwrap(self, wrapped: bytes, bound: bytes) -> bytes:
+        """Decrypt it. Raises BrokerUnavailable if it is not this key's, or was changed or moved."""
+
+
+class KekFile:
+    """A key-encryption key in a file of 32 bytes, mode 0600."""
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = AESGCM(key)
+        self._id = "file:" + sha256(b"sealwright-kek-id\0" + key).hexdigest()[:16]
+
+    @property
+    def key_id(self) -> str:
+        """`file:` and a digest."""
+        return self._id
+
+    def wrap(self, key: bytes, bound: bytes) -> bytes:
+        """AES-256-GCM: nonce, ciphertext, tag."""
+        return _encrypt(self._cipher, key, bound)
+
+    def unwrap(self, wrapped: bytes, bound: bytes) -> bytes:
+        """Undo `wrap`."""
+        return _decrypt(self._cipher, wrapped, bound, "the key-encryption key")
+
+
+def load_kek(path: Path) -> KekFile:
+    """Read a KEK file. Raises UnusableKey if it is missing, open to others, or no 32 bytes."""
+    raw = read_secret(path)
+    if len(raw) != KEK_SIZE:
+        raise UnusableKey(
+            f"a key-encryption key has {KEK_SIZE} bytes", where=str(path), do="Make it with `seal broker init`."
+        )
+    return KekFile(raw)
+
+
+def create_kek(path: Path) -> None:
+    """Make a new KEK file."""
+    write_secret(path, os.urandom(KEK_SIZE))
+
+
+def seal_resource(name: str, serial: int, value: bytes, kek: KeyEncryption) -> StoredResource:
+    """A resource as it is stored."""
+    key, bound = AESGCM.generate_key(256), _bound(name, serial)
+    return StoredResource(name, serial, kek.key_id, kek.wrap(key, bound), _encrypt(AESGCM(key), value, bound))
+
+
+def open_resource(stored: StoredResource, kek: KeyEncryption) -> bytes:
+    """The value of a stored resource. Raises BrokerUnavailable if its key is another's, or its bytes were changed."""
+    if stored.key_id != kek.key_id:
+        raise BrokerUnavailable(f"{stored.name} is under another key-encryption key", where="database")
+    bound = _bound(stored.name, stored.serial)
+    return _decrypt(AESGCM(kek.unwrap(stored.wrapped_key, bound)), stored.sealed, bound, f"the key of {stored.name}")
+
+
+def _bound(name: str, serial: int) -> bytes:
+    return b"sealwright-resource-v1\0" + canonical_bytes({"resource": name, "serial": serial})
+
+
+def _encrypt(cipher: AESGCM, value: bytes, bound: bytes) -> bytes:
+    nonce = os.urandom(NONCE_SIZE)
+    return nonce + cipher.encrypt(nonce, value, bound)
+
+
+def _decrypt(cipher: AESGCM, sealed: bytes, bound: bytes, what: str) -> bytes:
+    try:
+        return cipher.decrypt(sealed[:NONCE_SIZE], sealed[NONCE_SIZE:], bound)
+    except (InvalidTag, ValueError) as error:
+        raise BrokerUnavailable(
+            f"stored bytes do not open under {what}: they were changed", where="database"
+        ) from error
+
+
+# --- the issuer -------------------------------------------------------------------------------------------------------
+
+
+def create_issuer(path: Path, broker: str, at: datetime) -> str:
+    """Make the issuer's P-256 key at `path` (0600) and return its self-signed CA certificate (PEM)."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    write_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{broker} broker issuer")])
+    certificate = (
+        _builder(name, name, key.public_key(), at, timedelta(days=365 * ISSUER_YEARS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return certificate.public_bytes(Encoding.PEM).decode("ascii")
+
+
+class Issuer:
+    """Issues certificates under the broker's issuer certificate."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+        self._key = key
+        self._certificate = certificate
+        self.certificate_pem = certificate.public_bytes(Encoding.PEM).decode("ascii")
+
+    def guest_certificate(
+        self,
+        public_key: ec.EllipticCurvePublicKey,
+        *,
+        trust_domain: str,
+        role: str,
+        name: str,
+        ear: str,
+        at: datetime,
+        seconds: int,
+    ) -> bytes:
+        """A guest's credential in DER: its own TLS key, its names, its EAR."""
+        uri = x509.UniformResourceIdentifier(spiffe_id(trust_domain, role, name))
+        return (
+            self._leaf(f"{role}/{name}"[:64], public_key, at, timedelta(seconds=seconds))
+            .add_extension(x509.SubjectAlternativeName([uri, x509.DNSName(dns_name(role, name))]), critical=False)
+            .add_extension(x509.UnrecognizedExtension(EAR_EXTENSION, ear.encode("ascii")), critical=False)
+            .sign(self._key, hashes.SHA256())
+            .public_bytes(Encoding.DER)
+        )
+
+    def server_certificate(self, public_key: ec.EllipticCurvePublicKey, broker: str, at: datetime) -> bytes:
+        """The broker's own TLS certificate in DER, for SERVER_DAYS."""
+        return (
+            self._leaf(f"broker/{broker}"[:64], public_key, at, timedelta(days=SERVER_DAYS))
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(dns_name("broker", broker))]), critical=False)
+            .sign(self._key, hashes.SHA256())
+            .public_bytes(Encoding.DER)
+        )
+
+    def _leaf(
+        self, subject: str, public_key: ec.EllipticCurvePublicKey, at: datetime, lifetime: timedelta
+    ) -> x509.CertificateBuilder:
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
+        both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        issuer_key = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        return (
+            _builder(name, self._certificate.subject, public_key, at, lifetime)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(both), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_key), critical=False)
+        )
+
+
+def load_issuer(path: Path, certificate_pem: str) -> Issuer:
+    """Read the issuer's key, which must be that of its certificate in the charter. Raises UnusableKey."""
+    do = "Use the key that `seal broker init` made together with this broker's entry in the charter."
+    try:
+        key = load_pem_private_key(read_secret(path), password=None)
+    except (ValueError, TypeError) as error:
+        raise UnusableKey("this is no private key in PEM", where=str(path), do=do) from error
+    certificate = x509.load_pem_x509_certificate(certificate_pem.encode("ascii"))
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        raise UnusableKey("this is not the key of the broker's issuer certificate", where=str(path), do=do)
+    return Issuer(key, certificate)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, at: datetime, lifetime: timedelta
+) -> x509.CertificateBuilder:
+    start = at.replace(microsecond=0)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start - _BACKDATED)
+        .not_valid_after(start + lifetime)
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )

@@ -1,0 +1,510 @@
+"""The broker: what it does for guests and owners, whatever protocol they speak.
+
+Every decision is one transaction: session, counters, decision and ledger entry together, durable before its answer
+leaves. Policies and signatures are checked outside of it, on what was read before; if a counter or the charter has moved
+meanwhile, the decision is made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any, Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from attestation.broker import journal
+from attestation.broker.appraisal import Question as AppraisalQuestion
+from attestation.broker.appraisal import appraise_guest, build_ear
+from attestation.broker.charters import CharterFolder, LoadedCharter
+from attestation.broker.journal import Note
+from attestation.broker.keys import Issuer, KeyEncryption, open_resource, seal_resource
+from attestation.broker.release import KBS_MODULE, Counters, decide_release
+from attestation.broker.release import Question as ReleaseQuestion
+from attestation.broker.sessions import (
+    NONCE_SIZE,
+    Protocol,
+    Session,
+    age_seconds,
+    attested,
+    attested_session,
+    open_session,
+    take_nonce,
+)
+from attestation.broker.storage import Storage, Transaction
+from attestation.canonical import parse_time
+from attestation.ear import Ear, sign_ear, verify_ear
+from attestation.errors import (
+    AppraisalRefused,
+    BrokerUnavailable,
+    DepositRefused,
+    ReleaseRefused,
+    SessionRefused,
+)
+from attestation.evidence.composite import SnpEvidence
+from attestation.identity import enrolment_reasons
+from attestation.jws import ed25519_public_key, read_jws, read_jws_header
+from attestation.ledger.entry import BROKER_KINDS
+from attestation.ledger.receipt import Receipt
+from attestation.messages import DEPOSIT_TYPE, MAX_SECRET, Deposit, check_message, value_commitment
+from policies.charter import Charter
+from policies.decisions import Rules
+from policies.errors import Refused, SealwrightError, Unusable
+
+DEPOSIT_SKEW: Final = timedelta(minutes=5)
+TRIES: Final = 8
+"""How often a release is decided anew because its counters moved."""
+
+Authorise = Callable[[Session | None], Session]
+"""Checks a call against its session and returns the session's next form; raises Refused or Unusable."""
+Bind = Callable[[Session, Charter], tuple[bytes, dict[str, Any]]]
+"""What REPORT_DATA must be for a session, and what it is computed from (for the ledger)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attested:
+    """An affirmed guest."""
+
+    session: Session
+    ear: str
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A resource, sealed to its guest by the protocol's own means."""
+
+    sealed: Any
+    serial: int
+    session: Session
+    receipt: Receipt
+    entry: bytes
+
+
+def now() -> datetime:
+    """The time, UTC."""
+    return datetime.now(UTC)
+
+
+class Broker:
+    """One broker of one charter."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        storage: Storage,
+        charters: CharterFolder,
+        signing_key: Ed25519PrivateKey,
+        issuer: Issuer,
+        kek: KeyEncryption,
+        session_seconds: int = 300,
+        max_sessions: int = 100_000,
+        clock: Callable[[], datetime] = now,
+        randomness: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self.name = name
+        self.storage = storage
+        self.charters = charters
+        self.signing_key = signing_key
+        self.issuer = issuer
+        self.clock = clock
+        self._kek = kek
+        self._session_seconds = session_seconds
+        self._max_sessions = max_sessions
+        self._randomness = randomness
+        self._sessions = max_sessions  # unknown until the first pruning: forces one
+        self._charter_lock = asyncio.Lock()
+        self._followed: LoadedCharter | None = None
+
+    # --- charter ----------------------------------------------------------------------------------------------------
+
+    async def charter(self, at: datetime) -> LoadedCharter:
+        """The charter to follow at `at`; a new one is in the ledger before anything is decided by it."""
+        if self.charters.stale(at):
+            async with self._charter_lock:
+                if self.charters.stale(at):
+                    await self.reload(at)
+        if self._followed is None or at >= self._followed.charter.expires:
+            why = self.charters.problem or "it has lapsed"
+            raise BrokerUnavailable(f"the broker has no charter that holds: {why}", where="charter")
+        return self._followed
+
+    async def reload(self, at: datetime) -> bool:
+        """Look at the charter's folder again; return whether another charter is followed from now on."""
+        found = await asyncio.to_thread(self.charters.load, at)
+        if found is None:
+            return False
+        if found.charter.broker(self.name) is None:
+            do = "Name the broker as the charter does."
+            raise Unusable(f"the charter has no broker {self.name}", where="configuration", do=do)
+        await self.storage.transact(lambda step: self._follow(step, found, at))
+        return True
+
+    def _follow(self, step: Transaction, found: LoadedCharter, at: datetime) -> None:
+        """In the writer, so that each entry's charter is the one that the ledger named last."""
+        step.append(found.entry(at), blobs=found.blobs())
+        self._followed = found
+
+    def _still_followed(self, charter: Charter) -> bool:
+        return self._followed is not None and self._followed.charter.version == charter.version
+
+    # --- sessions ---------------------------------------------------------------------------------------------------
+
+    async def open(self, protocol: Protocol, guest_nonce: str) -> tuple[Session, LoadedCharter]:
+        """Open a session with a fresh nonce."""
+        at = self.clock()
+        loaded = await self.charter(at)
+        session = open_session(
+            protocol,
+            identifier=self._randomness(16).hex(),
+            nonce=self._randomness(NONCE_SIZE),
+            guest_nonce=guest_nonce,
+            at=at,
+            seconds=self._session_seconds,
+            charter_version=loaded.charter.version,
+        )
+        full = self._sessions >= self._max_sessions
+
+        def work(step: Transaction) -> int | None:
+            left = step.prune_sessions(at) if full else None
+            if left is not None and left >= self._max_sessions:
+                return left
+            step.new_session(session)
+            return left
+
+        left, _ = await self.storage.transact(work)
+        self._sessions = self._sessions + 1 if left is None else left + 1
+        if left is not None and left >= self._max_sessions:
+            raise BrokerUnavailable(f"{left} sessions are open", where="sessions")
+        return session, loaded
+
+    # --- appraisal --------------------------------------------------------------------------------------------------
+
+    async def attest(
+        self,
+        identifier: str,
+        protocol: Protocol,
+        evidence: SnpEvidence,
+        init_data: bytes | None,
+        *,
+        bind: Bind,
+        check: Callable[[Session], tuple[str, ...]],
+        keys: dict[str, str],
+        key_digests: Mapping[str, str],
+        tee_pubkey: dict[str, Any] | None = None,
+        runtime: Mapping[str, Any] | None = None,
+    ) -> Attested:
+        """Appraise a guest and give it an EAR.
+
+        `check` returns what the protocol itself has against the call. The nonce is consumed whatever the outcome.
+        Raises AppraisalRefused with every reason, or SessionRefused.
+        """
+        at = self.clock()
+        charter = (await self.charter(at)).charter
+        session = self.storage.read(lambda step: step.session(identifier))
+        if session is None or session.protocol != protocol:
+            raise SessionRefused(("there is no such session",))
+        data, bound = bind(session, charter)
+        question = AppraisalQuestion(evidence, init_data, data, protocol)
+        against = check(session)
+        if session.charter_version != charter.version:
+            against += (f"the charter went from version {session.charter_version} to {charter.version} meanwhile",)
+        verdict = await asyncio.to_thread(appraise_guest, question, charter, at)
+        reasons = (*against, *verdict.reasons)
+        token, document = "", None
+        if not reasons:
+            document = build_ear(
+                verdict,
+                charter,
+                broker=self.name,
+                nonce=session.guest_nonce,
+                keys=key_digests,
+                at=at,
+                runtime=runtime,
+            )
+            token = sign_ear(document, self.signing_key)
+
+        def work(step: Transaction) -> tuple[Session | None, tuple[str, ...]]:
+            found = step.session(identifier)
+            try:
+                spent = take_nonce(found, protocol, at)
+            except SessionRefused as error:
+                _append(step, journal.call_denial("attest", session, error.reasons, charter, at))
+                return None, error.reasons
+            moved = () if self._still_followed(charter) else ("the charter moved on meanwhile",)
+            if reasons or moved or document is None:
+                step.update_session(spent)
+                denial = journal.appraisal_denial(question, verdict, spent, bound, (*reasons, *moved), charter, at)
+                _append(step, denial)
+                return None, (*reasons, *moved)
+            expires = datetime.fromtimestamp(document.exp, UTC)
+            done = attested(spent, ear=token, expires=expires, keys=keys, tee_pubkey=tee_pubkey, at=at)
+            step.update_session(done)
+            _append(step, journal.appraisal(question, verdict, done, bound, token, charter, at))
+            return done, ()
+
+        (done, refused), receipts = await self.storage.transact(work)
+        if done is None:
+            raise AppraisalRefused(refused, who=verdict.who)
+        return Attested(done, token, receipts[0])
+
+    # --- release ----------------------------------------------------------------------------------------------------
+
+    async def release(
+        self,
+        identifier: str,
+        protocol: Protocol,
+        resource: str,
+        *,
+        job: Mapping[str, Any] | None,
+        authorise: Authorise,
+        seal: Callable[[Session, bytes, int], Any],
+        request: str,
+    ) -> Released:
+        """Decide over a release, write it down, and return the value as `seal(session, value, serial)` made it.
+
+        Raises ReleaseRefused with every reason, or SessionRefused.
+        """
+        for _ in range(TRIES):
+            at = self.clock()
+            loaded = await self.charter(at)
+            released = await self._release(
+                identifier, protocol, resource, job, authorise, seal, request, loaded.charter, at
+            )
+            if released is not None:
+                return released
+        raise BrokerUnavailable(f"{resource} is asked for by too many at once", where=resource)
+
+    async def _release(
+        self,
+        identifier: str,
+        protocol: Protocol,
+        resource: str,
+        job: Mapping[str, Any] | None,
+        authorise: Authorise,
+        seal: Callable[[Session, bytes, int], Any],
+        request: str,
+        charter: Charter,
+        at: datetime,
+    ) -> Released | None:
+        """One try: None if the counters moved between reading and writing."""
+        session = await self._authorised(identifier, protocol, "release", authorise, charter, at)
+        ear = self._ear(session, charter, at)
+
+        def prepare() -> tuple[ReleaseQuestion, tuple[str, ...], Any, int]:
+            counters = self.storage.read(lambda step: _counters(step, resource, ear))
+            enrolment = charter.enrolment(ear.subject.role, ear.subject.name)
+            if enrolment is None:
+                raise ReleaseRefused(("the guest's place is no longer enrolled",), resource=resource)
+            question = ReleaseQuestion(resource, ear, enrolment, age_seconds(session, at), protocol, job, counters, at)
+            floor, owner = charter.policy("floor.rego"), charter.release_policy(resource)
+            reasons = decide_release(
+                question,
+                None if floor is None else floor_rules(floor),
+                None if owner is None else owner_rules(owner),
+            )
+            stored = self.storage.read(lambda step: step.resource(resource))
+            if stored is None:
+                reasons += (f"{resource} was not deposited at this broker",)
+            if reasons or stored is None:
+                return question, reasons, None, 0
+            return question, (), seal(session, open_resource(stored, self._kek), stored.serial), stored.serial
+
+        question, reasons, sealed, serial = await asyncio.to_thread(prepare)
+
+        def work(step: Transaction) -> tuple[bool, bytes]:
+            used = authorise(step.session(identifier))
+            stored = step.resource(resource)
+            if _counters(step, resource, ear) != question.counters or (
+                sealed and (not stored or stored.serial != serial)
+            ):
+                return False, b""
+            step.update_session(used)
+            if reasons:
+                note = journal.release_denial(question, used, charter, reasons)
+            else:
+                note = journal.release(question, used, charter, serial=serial, request=request)
+            _append(step, note)
+            return True, note.entry.to_bytes()
+
+        (decided, entry), receipts = await self.storage.transact(work)
+        if not decided:
+            return None
+        if reasons:
+            raise ReleaseRefused(reasons, resource=resource)
+        return Released(sealed, serial, session, receipts[0], entry)
+
+    # --- what guests have written down and issued ----------------------------------------------------------------
+
+    async def credential(self, identifier: str, csr: bytes, authorise: Authorise) -> tuple[bytes, Session, Receipt]:
+        """Issue a credential over the TLS key of the attested guest, whose possession `csr` (DER) proves."""
+        at = self.clock()
+        charter = (await self.charter(at)).charter
+        session = await self._authorised(identifier, "v1", "credential", authorise, charter, at)
+        ear = self._ear(session, charter, at)
+        public_key = check_csr(csr, ear)
+        certificate = self.issuer.guest_certificate(
+            public_key,
+            trust_domain=charter.consortium.trust_domain,
+            role=ear.subject.role,
+            name=ear.subject.name,
+            ear=ear.token,
+            at=at,
+            seconds=charter.consortium.credential_seconds,
+        )
+        receipt = await self._note(identifier, authorise, journal.credential(ear, session, certificate, charter, at))
+        return certificate, session, receipt
+
+    async def record(
+        self, identifier: str, kind: str, document: Mapping[str, Any], authorise: Authorise
+    ) -> tuple[Session, Receipt, bytes]:
+        """Write down what an attested guest says."""
+        at = self.clock()
+        charter = (await self.charter(at)).charter
+        session = await self._authorised(identifier, "v1", "record", authorise, charter, at)
+        if kind in BROKER_KINDS:
+            raise Refused(f"entries of kind {kind} are the broker's own", where="record", do="Use a kind of your own.")
+        note = journal.record(self._ear(session, charter, at), session, kind, document, charter, at)
+        receipt = await self._note(identifier, authorise, note)
+        return session, receipt, note.entry.to_bytes()
+
+    # --- deposits ---------------------------------------------------------------------------------------------------
+
+    async def deposit(self, resource: str, token: str, salt: bytes, value: bytes) -> tuple[Deposit, Receipt]:
+        """Keep a resource that its owner, the member whose repository it is in, has signed. Raises DepositRefused."""
+        at = self.clock()
+        charter = (await self.charter(at)).charter
+        content, reasons = check_deposit(token, resource, salt, value, self.name, charter, at)
+        stored = None if content is None or reasons else seal_resource(resource, content.serial, value, self._kek)
+
+        def work(step: Transaction) -> tuple[str, ...]:
+            old = step.resource(resource)
+            against = reasons
+            if content is not None and old is not None and content.serial <= old.serial:
+                against = (*against, f"the deposit's serial {content.serial} is not above the last ({old.serial})")
+            if against or content is None or stored is None:
+                _append(step, journal.deposit_denial(resource, against, charter, at))
+                return against
+            step.put_resource(stored)
+            _append(step, journal.deposit(content, token, charter, at))
+            return ()
+
+        against, receipts = await self.storage.transact(work)
+        if against or content is None:
+            raise DepositRefused(against, resource=resource)
+        return content, receipts[0]
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    def session(self, identifier: str, protocol: Protocol) -> Session:
+        """A live, attested session. Raises SessionRefused."""
+        return attested_session(self.storage.read(lambda step: step.session(identifier)), protocol, self.clock())
+
+    async def _authorised(
+        self, identifier: str, protocol: Protocol, what: str, authorise: Authorise, charter: Charter, at: datetime
+    ) -> Session:
+        """The session of a call that it allows; a call that it does not is written down."""
+        session = self.storage.read(lambda step: step.session(identifier))
+        try:
+            return authorise(session)
+        except SealwrightError as error:
+            if session is not None and session.protocol == protocol:
+                reasons = error.reasons if isinstance(error, Refused) else (error.what,)
+                note = journal.call_denial(what, session, reasons, charter, at)
+                await self.storage.transact(lambda step: _append(step, note))
+            raise
+
+    async def _note(self, identifier: str, authorise: Authorise, note: Note) -> Receipt:
+        def work(step: Transaction) -> None:
+            step.update_session(authorise(step.session(identifier)))
+            _append(step, note)
+
+        _, receipts = await self.storage.transact(work)
+        return receipts[0]
+
+    @staticmethod
+    def _ear(session: Session, charter: Charter, at: datetime) -> Ear:
+        """The session's EAR, if it and the guest's place still stand in the charter of this moment."""
+        ear = verify_ear(session.ear or "", charter, at)
+        gone = enrolment_reasons(ear, charter)
+        if gone:
+            raise AppraisalRefused(gone, who=journal.place(ear.subject))
+        return ear
+
+
+def check_deposit(
+    token: str, resource: str, salt: bytes, value: bytes, broker: str, charter: Charter, at: datetime
+) -> tuple[Deposit | None, tuple[str, ...]]:
+    """What a deposit says, and every reason against it. Raises Unusable for what is no deposit."""
+    member_name = read_jws_header(token, typ=DEPOSIT_TYPE)
+    owner = resource.partition("/")[0]
+    member = charter.consortium.member(owner)
+    if member is None or member_name != owner:
+        return None, (f"{resource} belongs to {owner}; the deposit is signed by {member_name}",)
+    try:
+        content = check_message(Deposit, read_jws(token, ed25519_public_key(member.public_key), typ=DEPOSIT_TYPE))
+    except Refused:
+        return None, (f"the deposit's signature is not {owner}'s",)
+    reasons = []
+    if content.resource != resource:
+        reasons.append(f"the deposit is of {content.resource}, not {resource}")
+    if content.broker != broker:
+        reasons.append(f"the deposit is for the broker {content.broker}, not {broker}")
+    if content.charter != charter.id:
+        reasons.append("the deposit is under another charter")
+    if abs(parse_time(content.time, where="deposit") - at) > DEPOSIT_SKEW:
+        reasons.append(f"the deposit was signed at {content.time}, not within {DEPOSIT_SKEW} of now")
+    if len(value) > MAX_SECRET:
+        reasons.append(f"the value has {len(value)} bytes, more than {MAX_SECRET}")
+    if value_commitment(salt, value) != content.commitment:
+        reasons.append("the value is not the one that was signed")
+    return content, tuple(reasons)
+
+
+def check_csr(csr: bytes, ear: Ear) -> EllipticCurvePublicKey:
+    """The TLS key of a PKCS#10 request, if the request is signed by it and the EAR is about it. Raises Refused."""
+    do = "Sign the request with the TLS key that was attested."
+    try:
+        request = x509.load_der_x509_csr(csr)
+        key = request.public_key()
+        valid = request.is_signature_valid
+    except ValueError as error:
+        raise Unusable("this is no PKCS#10 request", where="csr", do=do) from error
+    if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP256R1) or not valid:
+        raise Refused("the request is not signed by a key on P-256", where="csr", do=do)
+    if ear.keys.get("tls") != journal.digest(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)):
+        raise Refused("the request is for another key than the attested one", where="csr", do=do)
+    return key
+
+
+@lru_cache(maxsize=8)
+def floor_rules(text: str) -> Rules:
+    """The charter's floor, compiled once."""
+    return Rules({"floor.rego": text})
+
+
+@lru_cache(maxsize=256)
+def owner_rules(text: str) -> Rules:
+    """An owner's release policy, compiled once, with the rule that opens it to KBS guests."""
+    return Rules({"release.rego": text, "kbs.rego": KBS_MODULE})
+
+
+def _append(step: Transaction, note: Note) -> int:
+    return step.append(note.entry, blobs=note.blobs, resource=note.resource, guest=note.guest, boot=note.boot)
+
+
+def _counters(step: Transaction, resource: str, ear: Ear) -> Counters:
+    boot = ear.claims.get("report_id")
+    return Counters(
+        releases=step.count("release", resource=resource),
+        releases_to_guest=step.count("release", resource=resource, guest=journal.place(ear.subject)),
+        releases_this_boot=step.count("release", resource=resource, boot=boot if isinstance(boot, str) else ""),
+    )
