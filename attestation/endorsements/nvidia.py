@@ -250,7 +250,7 @@ def _pdi(issuer: x509.Certificate) -> bytes | None:
     return bytes.fromhex(str(serials[0].value))[-PDI_SIZE:]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def verify_rim(raw: bytes, roots: tuple[str, ...] = (NVIDIA_RIM_ROOT,)) -> VerifiedRim:
     """Check a manifest's XML signature and its signer's chain up to one of `roots`; list every reason why not.
 

@@ -57,11 +57,13 @@ class Revocation:
         name: The certificate's common name.
         standing: The worst that current, well-signed data says; UNKNOWN if there is none.
         remark: Why it is not good, in words.
+        faulty: UNKNOWN although something at hand speaks of it, but is stale, or not signed by whom it must be.
     """
 
     name: str
     standing: Standing
     remark: str
+    faulty: bool = False
 
 
 def revocation_of(
@@ -117,7 +119,9 @@ def _standing(
         for one, remark in said:
             if one is standing:
                 return Revocation(name, standing, remark)
-    return Revocation(name, Standing.UNKNOWN, "; ".join(remarks) or "no OCSP response or list at hand speaks of it")
+    if remarks:
+        return Revocation(name, Standing.UNKNOWN, "; ".join(remarks), faulty=True)
+    return Revocation(name, Standing.UNKNOWN, "no OCSP response or list at hand speaks of it")
 
 
 def _load_response(raw: bytes) -> ocsp.OCSPResponse:

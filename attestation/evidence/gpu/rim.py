@@ -22,7 +22,7 @@ from lxml import etree
 
 from attestation.errors import MalformedEndorsement
 
-MAX_RIM_SIZE = 1 << 20
+MAX_RIM_SIZE = 256 << 10
 """Bytes of a manifest that are read; the real ones have 20 KiB."""
 
 MAX_ELEMENTS = 2048
@@ -77,7 +77,7 @@ def parse_rim_tree(raw: bytes) -> Any:
     """The manifest's XML tree (an lxml element), hardened and bounded.
 
     Raises:
-        MalformedEndorsement: not UTF-8 XML of at most 1 MiB without document type, entities, comments or instructions.
+        MalformedEndorsement: not UTF-8 XML of at most 256 KiB without document type, entities, comments or instructions.
     """
     if len(raw) > MAX_RIM_SIZE:
         raise _malformed(f"{len(raw)} bytes are more than the {MAX_RIM_SIZE} that are read")
