@@ -1,0 +1,309 @@
+"""From recipe and lock to an image folder: each part made once, kept by the digest of all that went into it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cvm_image.build.apt import Archives, fetch_packages, find_archives
+from cvm_image.build.disk import Root, join_layers, make_layer
+from cvm_image.build.errors import BuildFailed, UnusableRecipe
+from cvm_image.build.initrd import ROOT_MODULES, make_initrd, modules_folder, pick_modules
+from cvm_image.build.lock import Lock, LockedPackage, Purpose, load_lock
+from cvm_image.build.netfilter import RULES_FILE, packet_filter
+from cvm_image.build.recipe import Recipe, load_recipe
+from cvm_image.build.store import Store, content_key, folder_digest
+from cvm_image.build.tools import Mount, Tools
+from cvm_image.build.trees import extract_packages, lay_out_tree, settle
+from cvm_image.build.wheels import fetch_wheels
+from cvm_image.build.workload import File, collect, compile_python, unpack_wheels, write_tree
+
+PROJECT = Path(__file__).resolve().parents[2]
+"""The folder that holds our packages, from which the workload layer takes them."""
+
+ARGUMENTS = (
+    "console=ttyS0",
+    "lockdown=integrity",
+    "module.sig_enforce=1",
+    "random.trust_cpu=1",
+    "random.trust_bootloader=0",
+    "init_on_alloc=1",
+    "slab_nomerge",
+    "vsyscall=none",
+    "debugfs=off",
+    "ia32_emulation=0",
+    "panic=-1",
+    "oops=panic",
+    "loglevel=5",
+)
+"""Every image's command line begins with these: no unsigned module, no way to change the running kernel, the random
+pool seeded from the processor and never from the host's seed, and an end instead of an unsure state."""
+
+MEASURED = ("kernel", "initrd", "cmdline", "firmware.fd")
+PARTS = (*MEASURED, "rootfs.erofs", "rootfs.verity")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One run of the build: what is made, from what, and where its words go."""
+
+    recipe: Recipe
+    recipe_path: Path
+    lock: Lock
+    store: Store
+    archives: Archives | None
+    log: Path
+    say: Callable[[str], None]
+
+
+def build_image(
+    recipe_path: Path,
+    output: Path,
+    *,
+    store: Store,
+    say: Callable[[str], None],
+    variant: str | None = None,
+    offline: bool = False,
+) -> Build:
+    """Build the image of the recipe at `recipe_path` into the folder `output`, which is replaced as a whole.
+
+    Offline, only the cache is used. Raises what the modules of the build raise; `output` is then as it was.
+    """
+    recipe = load_recipe(recipe_path, variant=variant)
+    lock = load_lock(recipe_path, recipe.name, recipe.suite)
+    log = new_log(store, recipe.name)
+    archives = None if offline else find_archives(recipe.mirrors, recipe.keyring, log=log)
+    build = Build(recipe, recipe_path, lock, store, archives, log, say)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _check_output(output)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        folder.chmod(0o755)
+        make_parts(build, folder)
+        if output.exists():
+            shutil.rmtree(output)
+        folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return build
+
+
+def new_log(store: Store, name: str) -> Path:
+    """A log file of its own for this process."""
+    return store.logs / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{name}-{os.getpid()}.log"
+
+
+def make_parts(build: Build, folder: Path) -> Root:
+    """Write kernel, initrd, command line, firmware, root and verity tree into `folder`."""
+    tools = make_tools(build)
+    shutil.copyfile(_firmware(build, tools), folder / "firmware.fd")
+    kernel = _kernel(build, tools)
+    shutil.copyfile(_kernel_file(kernel), folder / "kernel")
+    shutil.copyfile(_initrd(build, tools, kernel), folder / "initrd")
+    base = _base_layer(build, tools)
+    workload = _workload_layer(build, tools)
+    with _step(build, "root file system and its verity tree"):
+        root = join_layers(tools, base, workload, folder)
+    (folder / "cmdline").write_text(command_line(build.recipe, root))
+    for name in PARTS:
+        (folder / name).chmod(0o644)
+    return root
+
+
+def command_line(recipe: Recipe, root: Root) -> str:
+    """The kernel's command line, which is measured: what every image has, the recipe's own words, root and init."""
+    for word in recipe.kernel.arguments:
+        name = word.partition("=")[0]
+        if name in {"init", "rdinit", "root"} or name in {one.partition("=")[0] for one in ARGUMENTS}:
+            raise UnusableRecipe(
+                f"the recipe may not set {name}", where="kernel.arguments", do="Leave it to the build."
+            )
+    return " ".join((*ARGUMENTS, *recipe.kernel.arguments, root.argument(), f"init={recipe.init}"))
+
+
+def make_tools(build: Build) -> Tools:
+    """The tools tree of the lock, made if it is not in the cache."""
+    key = _tools_key(build)
+    tree = build.store.made(key)
+    if tree is None:
+        packages = _fetched(build, "tools")
+        with _step(build, f"tools tree ({len(packages)} packages)"), build.store.making(key) as folder:
+            made = lay_out_tree(
+                packages,
+                build.store,
+                suite=build.lock.suite,
+                epoch=build.lock.epoch,
+                folder=folder,
+                log=build.log,
+                tools=None,
+            )
+            settle(made, remove=())
+            (made / "work").mkdir()
+        tree = build.store.made(key)
+    return Tools(_present(tree), build.log)
+
+
+def _tools_key(build: Build) -> str:
+    return content_key("tools", packages=[one.sha256 for one in build.lock.tools], epoch=build.lock.epoch)
+
+
+def _firmware(build: Build, tools: Tools) -> Path:
+    wanted = build.recipe.firmware.file
+    key = content_key("firmware", packages=[one.sha256 for one in build.lock.firmware], file=wanted)
+    made = build.store.made(key)
+    if made is None:
+        packages = _fetched(build, "firmware")
+        with _step(build, "firmware"), build.store.making(key) as folder:
+            extract_packages(packages, build.store, folder / "unpacked", tools=tools)
+            file = folder / "unpacked" / wanted
+            if not file.is_file():
+                raise UnusableRecipe(f"the package holds no {wanted}", where="firmware.file", do="Correct the recipe.")
+            file.rename(folder / "result")
+        made = build.store.made(key)
+    return _present(made)
+
+
+def _kernel_key(build: Build) -> str:
+    return content_key("kernel", packages=[one.sha256 for one in build.lock.kernel], tools=_tools_key(build))
+
+
+def _kernel(build: Build, tools: Tools) -> Path:
+    key = _kernel_key(build)
+    made = build.store.made(key)
+    if made is None:
+        packages = _fetched(build, "kernel")
+        with _step(build, "kernel"), build.store.making(key) as folder:
+            extract_packages(packages, build.store, folder / "result", tools=tools)
+            modules = modules_folder(folder / "result")
+            base = modules.parents[2]
+            tools.run(
+                ["depmod", "-b", "/work/base", modules.name],
+                what="indexing the kernel's modules",
+                mounts=(Mount(base, "/work/base", writable=True),),
+                timeout=300,
+            )
+        made = build.store.made(key)
+    return _present(made)
+
+
+def _kernel_file(kernel: Path) -> Path:
+    found = list((kernel / "boot").glob("vmlinuz-*"))
+    if len(found) != 1:
+        raise BuildFailed(
+            f"the kernel package holds {len(found)} kernels", where=str(kernel), do="Name another package."
+        )
+    return found[0]
+
+
+def _initrd(build: Build, tools: Tools, kernel: Path) -> Path:
+    wanted = (*ROOT_MODULES, *build.recipe.modules())
+    optional = build.recipe.kernel.hardware_modules
+    script = (Path(__file__).parent / "guest" / "initrd-init").read_bytes()
+    key = content_key(
+        "initrd",
+        kernel=_kernel_key(build),
+        tools=_tools_key(build),
+        modules=list(wanted),
+        optional=list(optional),
+        script=hashlib.sha256(script).hexdigest(),
+    )
+    made = build.store.made(key)
+    if made is None:
+        with _step(build, "initrd"), build.store.making(key) as folder:
+            (folder / "result").write_bytes(make_initrd(tools, pick_modules(kernel, wanted, optional)))
+        made = build.store.made(key)
+    return _present(made)
+
+
+def _base_key(build: Build) -> str:
+    return content_key(
+        "base",
+        packages=[one.sha256 for one in build.lock.base],
+        remove=list(build.recipe.base.remove),
+        suite=build.lock.suite,
+        epoch=build.lock.epoch,
+        tools=_tools_key(build),
+    )
+
+
+def _base_layer(build: Build, tools: Tools) -> Path:
+    key = _base_key(build)
+    layer = build.store.made(f"{key}.erofs")
+    if layer is None:
+        packages = _fetched(build, "base")
+        with _step(build, f"base layer ({len(packages)} packages)"), build.store.making(f"{key}.erofs") as folder:
+            tree = lay_out_tree(
+                packages,
+                build.store,
+                suite=build.lock.suite,
+                epoch=build.lock.epoch,
+                folder=folder,
+                log=build.log,
+                tools=tools,
+            )
+            settle(tree, remove=build.recipe.base.remove)
+            tree.rename(folder / "tree")
+            make_layer(tools, folder / "tree", folder / "result", name="base", epoch=build.lock.epoch, all_root=False)
+        layer = build.store.made(f"{key}.erofs")
+    return _present(layer)
+
+
+def _workload_layer(build: Build, tools: Tools) -> Path:
+    files = collect(build.recipe, build.recipe_path, PROJECT)
+    files[RULES_FILE] = File(packet_filter(build.recipe.network).encode())
+    key = content_key(
+        "workload",
+        files=folder_digest({f"{name}{'*' if file.executable else ''}": file.data for name, file in files.items()}),
+        wheels=[one.sha256 for one in build.lock.wheels],
+        epoch=build.lock.epoch,
+        tools=_tools_key(build),
+    )
+    layer = build.store.made(key)
+    if layer is None:
+        fetch_wheels(build.lock.wheels, build.store, online=build.archives is not None, log=build.log)
+        with _step(build, f"workload layer ({len(files)} files)"), build.store.making(key) as folder:
+            files.update(unpack_wheels(build.lock.wheels, build.store))
+            write_tree(files, folder / "tree")
+            compile_python(tools, folder / "tree")
+            make_layer(
+                tools, folder / "tree", folder / "result", name="workload", epoch=build.lock.epoch, all_root=True
+            )
+        layer = build.store.made(key)
+    return _present(layer)
+
+
+def _fetched(build: Build, purpose: Purpose) -> list[LockedPackage]:
+    packages = build.lock.packages(purpose)
+    fetch_packages(packages, build.store, build.archives, folder=build.store.root / "apt" / "fetch", log=build.log)
+    return packages
+
+
+def _check_output(output: Path) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "cmdline").is_file()):
+        raise UnusableRecipe(
+            "the output folder holds something else than an image", where=str(output), do="Name a new folder."
+        )
+
+
+def _present(path: Path | None) -> Path:
+    if path is None:
+        raise BuildFailed("the cache lost what was just put into it", where="cache", do="Build again.")
+    return path
+
+
+@contextlib.contextmanager
+def _step(build: Build, what: str) -> Iterator[None]:
+    """Say what is being made, and how long it took."""
+    start = time.monotonic()
+    build.say(f"{what} …")
+    yield
+    build.say(f"{what}: done after {time.monotonic() - start:.1f} s")

@@ -1,0 +1,142 @@
+"""The recipe: what a person writes about an image, as TOML. What it leaves open, its lock file pins.
+
+A recipe is read strictly: an unknown field is refused, so that a setting that was misspelt never goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from cvm_image.build.errors import UnusableRecipe
+
+MAX_RECIPE = 256 << 10
+HOST = "host"
+"""The value of a mirror or the keyring that means: whatever this host's own apt uses for Debian."""
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]{1,80}$")]
+Module = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Argument = Annotated[str, StringConstraints(pattern=r"^[!#-~]{1,200}$")]
+"""One word of the kernel's command line: printable ASCII without spaces and quotes."""
+RootPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+@/*-]{0,200}$")]
+"""A path (or glob) inside the root file system, relative to it."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Firmware(_Part):
+    """Where the measured firmware comes from: a package of Debian, and the file in it."""
+
+    suite: Name = "forky"
+    package: PackageName = "ovmf-amdsev"
+    file: RootPath = "usr/share/ovmf/OVMF.amdsev.fd"
+
+
+class Kernel(_Part):
+    """The kernel, its driver allow-list, and the command line that is measured with it.
+
+    `modules` are loaded by the initrd, in this order after what each depends on, and after that no module can be loaded
+    for as long as the guest runs. `hardware_modules` and `virtual_modules` join them in that variant alone.
+    """
+
+    package: PackageName = "linux-image-cloud-amd64"
+    modules: tuple[Module, ...] = ()
+    hardware_modules: tuple[Module, ...] = ()
+    virtual_modules: tuple[Module, ...] = ()
+    arguments: tuple[Argument, ...] = ()
+
+
+class Base(_Part):
+    """The layer that changes seldom: Debian packages. `remove` are globs taken out after they were configured."""
+
+    packages: tuple[PackageName, ...] = ()
+    remove: tuple[RootPath, ...] = ()
+
+
+class Workload(_Part):
+    """The layer on top: folders of our own packages, hash-locked wheels, and a folder of files laid over the root.
+
+    `sources` are top-level Python packages of this project; `files` is a folder beside the recipe; `wheels` are
+    distributions pinned by the project's constraints, for the guest's Python.
+    """
+
+    sources: tuple[Name, ...] = ()
+    omit: tuple[RootPath, ...] = ()
+    wheels: tuple[Name, ...] = ()
+    files: RootPath | None = None
+
+
+class Network(_Part):
+    """The ports that the guest's packet filter opens: everything else is dropped, in and out."""
+
+    inbound: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = ()
+    outbound: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = ()
+
+
+class Launch(_Part):
+    """For which launches the manifest holds a measurement, and what the ID block says."""
+
+    vcpu_models: tuple[str, ...] = ("EPYC-v4",)
+    vcpus: tuple[Annotated[int, Field(ge=1, le=512)], ...] = (1,)
+    vmms: tuple[Literal["qemu", "ec2", "gce"], ...] = ("qemu",)
+    guest_features: tuple[int, ...] = (0x1,)
+    svn: Annotated[int, Field(ge=0, le=0xFFFFFFFF)] = 1
+
+
+class Recipe(_Part):
+    """One image. `init` is the first program of the verified root; `python` its interpreter's version, if any."""
+
+    name: Name
+    suite: Name = "trixie"
+    variant: Literal["hardware", "virtual"] = "hardware"
+    mirrors: dict[Name, str] = Field(default_factory=lambda: {"debian": HOST, "debian-security": HOST})
+    keyring: str = HOST
+    init: Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9_./-]{1,120}$")]
+    python: Annotated[str, StringConstraints(pattern=r"^3\.1[1-3]$")] | None = None
+    firmware: Firmware = Firmware()
+    kernel: Kernel = Kernel()
+    base: Base = Base()
+    workload: Workload = Workload()
+    network: Network = Network()
+    launch: Launch = Launch()
+
+    def modules(self) -> tuple[str, ...]:
+        """The drivers of this variant, in the order in which they are asked for."""
+        more = self.kernel.hardware_modules if self.variant == "hardware" else self.kernel.virtual_modules
+        return (*self.kernel.modules, *more)
+
+
+def load_recipe(path: Path, *, variant: str | None = None) -> Recipe:
+    """Read the recipe at `path`; `variant` overrides the one that it names.
+
+    Raises UnusableRecipe, naming each field that is wrong.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UnusableRecipe(
+            f"the recipe cannot be read: {error.strerror}", where=str(path), do="Name a recipe file."
+        ) from None
+    if len(raw) > MAX_RECIPE:
+        raise UnusableRecipe("the recipe is too large", where=str(path), do=f"At most {MAX_RECIPE} bytes.")
+    try:
+        document = tomllib.loads(raw.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UnusableRecipe(f"the recipe is no TOML: {error}", where=str(path), do="Correct it.") from None
+    if variant is not None:
+        document["variant"] = variant
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise UnusableRecipe(f"the recipe is refused: {found}", where=str(path), do="Correct these fields.") from None
+    for globbed in (*recipe.base.remove, *recipe.workload.omit, recipe.workload.files or "files"):
+        if ".." in globbed.split("/"):
+            raise UnusableRecipe(f"{globbed!r} climbs out of its folder", where=str(path), do="Use paths below it.")
+    return recipe

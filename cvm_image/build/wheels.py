@@ -1,0 +1,79 @@
+"""Python distributions for the guest: resolved once with their digests, fetched by pip, never from a source archive."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from cvm_image.build.apt import take_input
+from cvm_image.build.commands import run
+from cvm_image.build.errors import MissingInput
+from cvm_image.build.lock import LockedWheel
+from cvm_image.build.store import Store, digest_file
+
+PLATFORMS = ("manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+
+def lock_wheels(
+    names: Sequence[str], *, python: str, constraints: Path, provided: Sequence[str], store: Store, log: Path
+) -> list[LockedWheel]:
+    """Resolve `names` and all they need for the guest's Python under `constraints`, and put the wheels in the store.
+
+    `provided` names what Debian's packages bring (numpy, torch): those are left out of the result.
+    """
+    if not names:
+        return []
+    with tempfile.TemporaryDirectory(prefix="wheels-", dir=store.root) as landing:
+        folder = Path(landing)
+        _download([*names, "--constraint", str(constraints)], folder, python=python, log=log)
+        locked = []
+        for file in sorted(folder.glob("*.whl")):
+            name, version = file.name.split("-")[:2]
+            name = name.lower().replace("_", "-")
+            if name in provided:
+                continue
+            digest = digest_file(file)
+            size = file.stat().st_size
+            take_input(store, file, digest, file.name)
+            locked.append(LockedWheel(name=name, version=version, file=file.name, size=size, sha256=digest))
+    return locked
+
+
+def fetch_wheels(wheels: Sequence[LockedWheel], store: Store, *, online: bool, log: Path) -> None:
+    """Have every wheel in the store. Raises MissingInput for what cannot be had."""
+    missing = [wheel for wheel in wheels if not store.holds(wheel.sha256)]
+    if not missing:
+        return
+    if not online:
+        raise MissingInput(
+            f"{len(missing)} wheels are not in the cache, {missing[0].file} among them",
+            where=str(store.root),
+            do="Build once without --offline, or give the lock's archive with --archive.",
+        )
+    with tempfile.TemporaryDirectory(prefix="wheels-", dir=store.root) as landing:
+        folder = Path(landing)
+        wanted = folder / "requirements.txt"
+        wanted.write_text("".join(f"{one.name}=={one.version} --hash=sha256:{one.sha256}\n" for one in missing))
+        python = _python_of(missing)
+        _download(["--no-deps", "--require-hashes", "-r", str(wanted)], folder, python=python, log=log)
+        for wheel in missing:
+            take_input(store, folder / wheel.file, wheel.sha256, wheel.file)
+
+
+def _python_of(wheels: Sequence[LockedWheel]) -> str:
+    tags = {wheel.file.split("-")[-3] for wheel in wheels}
+    versions = sorted(tag.removeprefix("cp3") for tag in tags if tag.startswith("cp31"))
+    return f"3.{versions[-1]}" if versions else "3.13"
+
+
+def _download(arguments: Sequence[str], folder: Path, *, python: str, log: Path) -> None:
+    tag = "cp" + python.replace(".", "")
+    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--dest", str(folder)]
+    argv += [f"--platform={platform}" for platform in PLATFORMS]
+    argv += [f"--python-version={python}", "--implementation=cp", f"--abi={tag}", "--abi=abi3", "--abi=none"]
+    env = {name: value for name, value in os.environ.items() if name.upper().startswith(("PIP_", "HTTP", "NO_PROXY"))}
+    env["HOME"] = str(Path.home())
+    run([*argv, *arguments], what="fetching wheels", log=log, timeout=900, env=env)

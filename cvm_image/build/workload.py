@@ -1,0 +1,144 @@
+"""The workload layer: our packages, wheels, and the recipe's own files, as names and bytes before they are a tree."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from cvm_image.build.errors import MissingInput, UnusableRecipe
+from cvm_image.build.lock import LockedWheel
+from cvm_image.build.recipe import Recipe
+from cvm_image.build.store import Store
+from cvm_image.build.tools import Mount, Tools
+
+OURS = "usr/lib/sealwright/packages"
+"""Where our own packages lie in the guest."""
+WHEELS = "usr/lib/sealwright/wheels"
+"""Where the locked wheels lie in the guest."""
+WORLD_FILE = "etc/sealwright/attester"
+"""The one word that says which secure processor this image asks for (read by `attestation.attester.world`)."""
+
+_LEFT_OUT = ("*/__pycache__/*", "*.pyc", "*/.*", ".*")
+_MAX_FILE = 512 << 20
+_MAX_WHEEL = 2 << 30
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the layer."""
+
+    data: bytes
+    executable: bool = False
+
+
+def collect(recipe: Recipe, recipe_path: Path, project: Path) -> dict[str, File]:
+    """Every file of the workload layer but the wheels, by its path in the guest.
+
+    `project` is the folder that holds our packages. Raises UnusableRecipe for a folder that is not there.
+    """
+    files: dict[str, File] = {WORLD_FILE: File(f"{recipe.variant}\n".encode())}
+    for source in recipe.workload.sources:
+        _take(project / source, f"{OURS}/{source}", files, omit=recipe.workload.omit, below=project)
+    if recipe.workload.files is not None:
+        _take(recipe_path.parent / recipe.workload.files, "", files, omit=(), below=recipe_path.parent)
+    return files
+
+
+def _take(folder: Path, prefix: str, files: dict[str, File], *, omit: Sequence[str], below: Path) -> None:
+    if not folder.is_dir():
+        raise UnusableRecipe("the recipe names a folder that is not there", where=str(folder), do="Correct the recipe.")
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder).as_posix()
+        named = path.relative_to(below).as_posix()
+        if any(fnmatchcase(f"/{inside}", pattern) or fnmatchcase(inside, pattern) for pattern in _LEFT_OUT):
+            continue
+        if any(fnmatchcase(named, pattern) for pattern in omit):
+            continue
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise UnusableRecipe("a source is no plain file", where=str(path), do="Only files and folders go in.")
+        if path.is_file():
+            name = f"{prefix}/{inside}" if prefix else inside
+            files[name] = File(path.read_bytes(), executable=bool(path.stat().st_mode & 0o100))
+
+
+def unpack_wheels(wheels: Sequence[LockedWheel], store: Store) -> dict[str, File]:
+    """The files of the locked wheels, below `WHEELS`.
+
+    Raises MissingInput for a wheel whose archive holds what no wheel may: absolute names, `..`, a file twice.
+    """
+    files: dict[str, File] = {}
+    for wheel in wheels:
+        with zipfile.ZipFile(store.input(wheel.sha256)) as archive:
+            if sum(info.file_size for info in archive.infolist()) > _MAX_WHEEL:
+                raise MissingInput(f"{wheel.file} is too large unpacked", where=wheel.name, do="Leave it out.")
+            for info in archive.infolist():
+                if info.is_dir():
+                    continue
+                path = PurePosixPath(info.filename)
+                inside = _place_in_wheel(path)
+                if inside is None:
+                    continue
+                name = f"{WHEELS}/{inside}"
+                if path.is_absolute() or ".." in path.parts or (name in files and not name.endswith("__init__.py")):
+                    raise MissingInput(
+                        f"{wheel.file} holds the name {info.filename!r}", where=wheel.name, do="Lock another version."
+                    )
+                files[name] = File(archive.read(info))
+    return files
+
+
+def _place_in_wheel(path: PurePosixPath) -> str | None:
+    """Where a member of a wheel goes below the site folder; None for scripts, headers and data."""
+    if path.parts and path.parts[0].endswith(".data"):
+        if len(path.parts) > 2 and path.parts[1] in {"purelib", "platlib"}:
+            return "/".join(path.parts[2:])
+        return None
+    return str(path)
+
+
+def write_tree(files: Mapping[str, File], root: Path) -> None:
+    """Write the files below `root`, directories 0755, files 0644 or 0755."""
+    root.mkdir(parents=True, exist_ok=True)
+    root.chmod(0o755)
+    made = {root}
+    for name, file in sorted(files.items()):
+        path = root / name
+        missing = [parent for parent in path.parents if parent not in made and parent.is_relative_to(root)]
+        for parent in reversed(missing):
+            parent.mkdir(exist_ok=True)
+            parent.chmod(0o755)
+            made.add(parent)
+        path.write_bytes(file.data)
+        path.chmod(0o755 if file.executable else 0o644)
+
+
+def compile_python(tools: Tools, root: Path) -> None:
+    """Compile every module below the guest's Python folders, so that the guest need not (it could not keep the result).
+
+    The compiled files carry a digest of their source and no time (PEP 552, unchecked: the root is on dm-verity).
+    """
+    for folder in (OURS, WHEELS):
+        if not (root / folder).is_dir():
+            continue
+        tools.run(
+            [
+                "python3",
+                "-I",
+                "-m",
+                "compileall",
+                "-q",
+                "-f",
+                "-j1",
+                "--invalidation-mode=unchecked-hash",
+                "-s/work/root",
+                "-p/",
+                f"/work/root/{folder}",
+            ],
+            what="compiling Python",
+            mounts=(Mount(root, "/work/root", writable=True),),
+            env={"PYTHONHASHSEED": "0"},
+            timeout=600,
+        )
