@@ -1,0 +1,85 @@
+"""The weighted mean of updates, one at a time: FederatedAveraging's server step (McMahan et al. 2017, Algorithm 1).
+
+w_{t+1} = sum_k (n_k / n) w^k_{t+1}, with n_k the weight of site k's update and n their sum. Only the running sum is
+kept, in float32 for floats of up to 32 bits and in float64 else, so that memory does not grow with the number of sites.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fl.model import ParamsType
+from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, Schema, TensorFile, layout, narrow_bf16, widen_bf16
+from fl.transport.memory import DraftMemory, SealedMemory
+
+
+class WeightedMean:
+    """A running weighted mean over updates of one schema.
+
+    Updates are folded only whole and only after `fl.guard.gate.admit_update`; all have the same `params_type`. With two
+    updates the result does not depend on their order; with more, only in the last bits of rounding.
+    """
+
+    def __init__(self, schema: Schema, params_type: ParamsType) -> None:
+        self._schema = schema
+        self._params_type = params_type
+        self._total = 0.0
+        self._sums: dict[str, npt.NDArray[Any]] = {
+            name: np.zeros(spec.elements, dtype=np.float32 if spec.dtype in {"F32", "F16", "BF16"} else np.float64)
+            for name, spec in schema.items()
+        }
+        self.count = 0
+        """How many updates were folded."""
+
+    def fold(self, update: TensorFile, weight: float) -> None:
+        """Add an admitted update with `weight` > 0."""
+        for name, total in self._sums.items():
+            for start, block in update.blocks(name):
+                part = total[start : start + block.size]
+                part += block.astype(total.dtype, copy=False) * total.dtype.type(weight)
+        self._total += weight
+        self.count += 1
+
+    def result(self, model: TensorFile) -> SealedMemory:
+        """The next global model: the mean itself, or `model` plus the mean of differences.
+
+        Integers are rounded to the nearest; booleans are true where the mean is at least one half.
+        """
+        if not self.count:
+            raise ValueError("no update was folded")
+        header, offsets, size = layout(self._schema)
+        with DraftMemory(size) as draft:
+            draft.view[: len(header)] = header
+            for name, spec in self._schema.items():
+                target = np.frombuffer(draft.view, NUMPY_DTYPE[spec.dtype], spec.elements, offsets[name])
+                total = self._sums[name]
+                for start in range(0, spec.elements, BLOCK):
+                    end = min(start + BLOCK, spec.elements)
+                    mean = total[start:end] / total.dtype.type(self._total)
+                    if self._params_type is ParamsType.DIFF:
+                        mean += _block(model, name, start, end).astype(total.dtype, copy=False)
+                    target[start:end] = _as_dtype(mean, spec.dtype)
+                del target
+            return SealedMemory(*draft.seal())
+
+
+def _block(model: TensorFile, name: str, start: int, end: int) -> npt.NDArray[Any]:
+    flat: npt.NDArray[Any] = model.array(name).reshape(-1)[start:end]
+    return widen_bf16(flat) if model.schema[name].dtype == "BF16" else flat
+
+
+def _as_dtype(mean: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any]
+    if dtype == "BF16":
+        found = narrow_bf16(mean)
+    elif dtype == "BOOL":
+        found = mean >= 0.5
+    elif dtype in FLOATS:
+        found = mean.astype(NUMPY_DTYPE[dtype])
+    else:
+        bounds = np.iinfo(np.dtype(NUMPY_DTYPE[dtype]))
+        found = np.clip(np.rint(mean), bounds.min, bounds.max).astype(NUMPY_DTYPE[dtype])
+    return found

@@ -1,0 +1,193 @@
+"""The client API: what a training script says to its job. Its usual import is `from fl import client as flare`.
+
+    flare.init()
+    while flare.is_running():
+        received = flare.receive()
+        network.load_state_dict(received.params)
+        ...train on flare.data_path("train.safetensors")...
+        flare.send(flare.FLModel(params=network.state_dict(), metrics={"accuracy": accuracy}))
+
+It works the same in a simulation and in a site's sandbox: one inherited socket joins the script to its job, and models
+pass as sealed memory files.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Final
+
+from fl.errors import RecipeUnusable
+from fl.model import FLModel, ParamsType, Scalar, check_metrics, check_weight, params_of, schema_of, tensors_of
+from fl.tensors import encode_into, layout, parse
+from fl.transport.local import Answer, End, Hello, ScriptSocket, Training, Value
+from fl.transport.memory import DraftMemory, SealedMemory
+
+__all__ = [
+    "FLModel", "ParamsType", "data_path", "get_job_id", "get_site_name", "init", "is_running", "log", "receive",
+    "send", "system_info",
+]  # fmt: skip
+
+SOCKET_VARIABLE: Final = "SEAL_CHANNEL"
+"""The environment variable that holds the number of the inherited socket."""
+
+
+class _Session:
+    """The script's side of the conversation: a task waits, or is being worked on, or the job is over."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = ScriptSocket(sock, peer="site")
+        message, _ = self.socket.receive_from_site()
+        if not isinstance(message, Hello):
+            raise RecipeUnusable(
+                "the site did not greet its script", where="flare.init", do="Start the script by a job."
+            )
+        self.hello = message
+        self.over = False
+        self.waiting: FLModel | None = None
+        self.working_on: int | None = None
+
+    def wait(self) -> bool:
+        """Wait for the next task; False when the job is over."""
+        if self.waiting is not None:
+            return True
+        if self.over:
+            return False
+        if self.working_on is not None:
+            raise RecipeUnusable(
+                f"round {self.working_on} was received but not answered",
+                where="client API",
+                do="Call flare.send(...) first.",
+            )
+        message, descriptor = self.socket.receive_from_site()
+        if message is None or isinstance(message, End):
+            self.over = True
+            return False
+        if not isinstance(message, Training) or descriptor is None:
+            raise RecipeUnusable("the site sent no model with its task", where="flare.receive", do="Report this.")
+        memory = SealedMemory.adopt(descriptor, max_size=1 << 48, where="site")
+        tensors = parse(memory.view, max_size=memory.size, where="site")
+        self.waiting = FLModel(
+            params=params_of(tensors, self.hello.framework),
+            current_round=message.round,
+            total_rounds=message.total_rounds,
+        )
+        memory.close()
+        return True
+
+
+_session: _Session | None = None
+
+
+def init() -> None:
+    """Join the job that started this script. Call it once, first."""
+    global _session
+    if _session is not None:
+        return
+    number = os.environ.pop(SOCKET_VARIABLE, "")
+    if not number.isdecimal():
+        raise RecipeUnusable(
+            "this script was not started by a job",
+            where="flare.init",
+            do="Start it through a recipe: recipe.execute(SimEnv(num_clients=2)).",
+        )
+    _session = _Session(socket.socket(fileno=int(number)))
+
+
+def _joined() -> _Session:
+    if _session is None:
+        raise RecipeUnusable("flare.init() was not called", where="client API", do="Call flare.init() first.")
+    return _session
+
+
+def is_running() -> bool:
+    """Whether there is another task; waits for it. False when the job is over."""
+    return _joined().wait()
+
+
+def receive() -> FLModel | None:
+    """The global model of the task, with `current_round` (from 0) and `total_rounds`; None when the job is over."""
+    session = _joined()
+    if not session.wait():
+        return None
+    model, session.waiting = session.waiting, None
+    assert model is not None  # noqa: S101 - wait() said that there is one
+    session.working_on = model.current_round
+    return model
+
+
+def send(model: FLModel) -> None:
+    """Hand over this round's update: parameters of the model's own names, shapes and dtypes, with metrics and meta.
+
+    Raises RecipeUnusable if no received model is unanswered, MalformedTensors for metrics or meta that may not travel.
+    """
+    session = _joined()
+    if session.working_on is None:
+        raise RecipeUnusable(
+            "there is no received model to answer", where="flare.send", do="Send once after each receive."
+        )
+    tensors = tensors_of(model.params)
+    answer = Answer(
+        round=session.working_on,
+        params_type=ParamsType(model.params_type).value,
+        metrics=check_metrics(model.metrics),
+        weight=check_weight(model.meta),
+    )
+    _, _, size = layout(schema_of(tensors))
+    with DraftMemory(size) as draft:
+        encode_into(draft.view, tensors)
+        descriptor, _ = draft.seal()
+    try:
+        session.socket.send(answer, descriptor)
+    finally:
+        os.close(descriptor)
+    session.working_on = None
+
+
+def log(key: str, value: float, step: int = 0) -> None:
+    """Log one number for the job's tracking, for example `flare.log("loss", loss, step=epoch)`."""
+    session = _joined()
+    checked = check_metrics({key: value})
+    session.socket.send(Value(key=key, value=checked[key], step=step))
+
+
+def system_info() -> dict[str, Scalar]:
+    """Where the script runs: `identity` and `site_name`, `job_id`, `job_name`, `total_rounds`."""
+    hello = _joined().hello
+    return {
+        "identity": hello.site,
+        "site_name": hello.site,
+        "job_id": hello.job_id,
+        "job_name": hello.job_name,
+        "total_rounds": hello.total_rounds,
+    }
+
+
+def get_site_name() -> str:
+    """The site's name."""
+    return _joined().hello.site
+
+
+def get_job_id() -> str:
+    """The job's id."""
+    return _joined().hello.job_id
+
+
+def data_path(name: str) -> Path:
+    """The site's own data file `name`: the same call in a simulation and in a site's sandbox.
+
+    Raises RecipeUnusable if the name is a path or there is no such file; the message lists what there is.
+    """
+    folder = _joined().hello.data
+    if folder is None:
+        raise RecipeUnusable(
+            "this job has no data", where="flare.data_path", do="Give SimEnv a folder: SimEnv(data=...)."
+        )
+    if not name or Path(name).name != name:
+        raise RecipeUnusable(f"{name!r} is not a plain file name", where="flare.data_path")
+    path = Path(folder) / name
+    if not path.is_file():
+        there = ", ".join(sorted(entry.name for entry in Path(folder).iterdir() if entry.is_file())) or "nothing"
+        raise RecipeUnusable(f"the site has no file {name!r}", where="flare.data_path", do=f"It has: {there}.")
+    return path

@@ -1,0 +1,133 @@
+"""The processes of simulated clients, from their parent's side."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from fl.errors import ScriptFailed
+from fl.transport.local import ScriptSocket
+
+REPORT_SECONDS: Final = 5.0
+"""How long an exit may take to be reported after the script's socket closed."""
+LOG_TAIL: Final = 4096
+
+
+class ClientProcesses:
+    """A fork server and the clients that it started. Leaving the context ends them all."""
+
+    def __init__(self, preload: Sequence[str], *, threads: int) -> None:
+        """`preload` are modules to import before forking; each client computes with `threads` threads."""
+        self._threads = threads
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        count = str(threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fl.environments.fork_server", str(theirs.fileno()), *preload],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self._logs: dict[str, Path] = {}
+        self._exits: dict[str, int] = {}
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read_exits, name="clients' exits", daemon=True)
+        self._reader.start()
+
+    def start(self, name: str, *, folder: Path, script: str, arguments: Sequence[str], work: Path) -> socket.socket:
+        """Start a client; the site's end of its script socket."""
+        log = work / "log.txt"
+        ours, theirs = ScriptSocket.pair()
+        request = {
+            "name": name,
+            "folder": str(folder),
+            "script": script,
+            "args": list(arguments),
+            "work": str(work),
+            "log": str(log),
+            "threads": self._threads,
+        }
+        try:
+            rights = array.array("i", [theirs.fileno()])
+            self._control.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        except OSError as error:
+            ours.close()
+            raise ScriptFailed(name, "could not be started: the process that forks clients has ended") from error
+        finally:
+            theirs.close()
+        self._logs[name] = log
+        return ours
+
+    def how_it_ended(self, name: str) -> str:
+        """What became of a client whose socket has closed, with its last words."""
+        with self._changed:
+            self._changed.wait_for(lambda: name in self._exits or self._process.poll() is not None, REPORT_SECONDS)
+            status = self._exits.get(name)
+        if status is None:
+            return "closed its connection to the job before the job was over"
+        if status == 0:
+            return "ended before the job was over"
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        log = self._logs[name]
+        last = _last_line(log)
+        return f"{how}: {last} (log: {log})" if last else f"{how} (log: {log})"
+
+    def wait_for_exits(self, seconds: float) -> None:
+        """Wait until every client has ended, and after `seconds` end those that have not."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._logs.keys() <= self._exits.keys() or self._process.poll() is not None,
+                max(0.0, deadline - time.monotonic()),
+            )
+
+    def _read_exits(self) -> None:
+        while True:
+            try:
+                raw = self._control.recv(1 << 16)
+            except OSError:
+                raw = b""
+            with self._changed:
+                if raw:
+                    report = json.loads(raw)
+                    self._exits[report["name"]] = report["status"]
+                self._changed.notify_all()
+            if not raw:
+                return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._control.shutdown(socket.SHUT_RDWR)  # the fork server ends its clients, then itself
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+        self._control.close()
+
+
+def _last_line(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1][:500] if lines else ""

@@ -1,0 +1,73 @@
+"""A job's live progress in a terminal; nothing at all where there is no terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from fl.jobs.progress import JobEvent
+from fl.jobs.settings import JobSettings
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
+
+
+class Display:
+    """Shows rounds, sites and mean metrics while a job runs."""
+
+    def __init__(self, settings: JobSettings, stream: TextIO) -> None:
+        self._settings = settings
+        self._stream = stream
+        self._live: Live | None = None
+        self._round: int | None = None
+        self._sites: dict[str, str] = {}
+        self._metrics: list[tuple[int, dict[str, float]]] = []
+
+    def observe(self, event: JobEvent) -> None:
+        """Take one event into account."""
+        if event.kind == "round":
+            self._round = event.round
+            self._sites = {
+                name: state if state.startswith("[red]") else "training" for name, state in self._sites.items()
+            }
+        elif event.kind == "joined" and event.site:
+            self._sites[event.site] = "joined"
+        elif event.kind == "update" and event.site:
+            self._sites[event.site] = "sent its update"
+        elif event.kind in {"lost", "refused"} and event.site:
+            self._sites[event.site] = f"[red]{event.kind}[/red]: {event.text}"
+        elif event.kind == "aggregated" and event.round is not None:
+            self._metrics.append((event.round, event.values))
+        if self._live is not None and event.kind != "value":
+            self._live.update(self._render())
+
+    def _render(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title=f"{self._settings.name}: {self._settings.recipe}", title_justify="left")
+        table.add_column("round")
+        table.add_column("mean metrics")
+        for round_, values in self._metrics[-8:]:
+            words = ", ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:6])
+            table.add_row(f"{round_ + 1} of {self._settings.num_rounds}", words or "-")
+        if self._round is not None and self._round >= len(self._metrics):
+            sites = "\n".join(f"{name}: {state}" for name, state in list(self._sites.items())[:20])
+            table.add_row(f"{self._round + 1} of {self._settings.num_rounds}", sites)
+        return table
+
+    def __enter__(self) -> Self:
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(self._render(), console=Console(file=self._stream), refresh_per_second=8)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None

@@ -1,0 +1,108 @@
+"""What can go wrong in a federated job, each as one sentence that names the thing, the place and the remedy."""
+
+from __future__ import annotations
+
+from policies.errors import Refused, Unusable
+
+
+class MalformedTensors(Unusable):
+    """Bytes that are not one well-formed safetensors file within its limits."""
+
+    def __init__(self, what: str, *, where: str = "safetensors") -> None:
+        super().__init__(what, where=where, do="Send tensors as written by fl.tensors or the safetensors library.")
+
+
+class MalformedMessage(Unusable):
+    """A frame, chunk or message that breaks its format or its bound."""
+
+    def __init__(self, what: str, *, where: str) -> None:
+        super().__init__(what, where=where, do="The peer is broken or hostile; nothing of the message was used.")
+
+
+class RecipeUnusable(Unusable):
+    """A recipe whose arguments do not make a job."""
+
+    def __init__(
+        self, what: str, *, where: str, do: str = "Correct the recipe; docs/reference/recipes.md has each argument."
+    ) -> None:
+        super().__init__(what, where=where, do=do)
+
+
+class UpdateRefused(Refused):
+    """A site's update that was not folded, with every reason."""
+
+    def __init__(self, site: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(
+            f"the update of {site} is refused: {reasons[0]}",
+            where=site,
+            do="The job goes on without this site while enough others are left.",
+            reasons=reasons,
+        )
+
+
+class ApprovalRefused(Refused):
+    """A job that may not run here: its record, its rights or its bundle failed a check."""
+
+    def __init__(self, job: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(
+            f"job {job} may not run: {reasons[0]}",
+            where="job record",
+            do="Have the bundle approved for these sites, or submit within your rights.",
+            reasons=reasons,
+        )
+
+
+class JobFailed(Refused):
+    """A job that ended without a result, with the reason of each site that was lost."""
+
+    def __init__(self, job: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(
+            f"job {job} failed: {reasons[0]}",
+            where="job",
+            do="Read the site's log; run it in SimEnv first.",
+            reasons=reasons,
+        )
+
+
+class JobAborted(Refused):
+    """A job that someone stopped."""
+
+    def __init__(self, job: str, by: str) -> None:
+        super().__init__(f"job {job} was stopped by {by}", where="job", do="Submit it again to run it again.")
+
+
+class ScriptFailed(Refused):
+    """A training script that ended, or was ended, before its job did."""
+
+    def __init__(self, site: str, why: str) -> None:
+        super().__init__(f"the training script of {site} {why}", where=site, do="Read the site's log.")
+
+
+class SandboxUnusable(Unusable):
+    """A host on which the sandbox cannot be made."""
+
+    def __init__(self, what: str, *, do: str = "Run `seal doctor`.") -> None:
+        super().__init__(what, where="sandbox", do=do)
+
+
+class SandboxFailed(Refused):
+    """A sandbox that could not be started for this job."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, where="sandbox", do="Run `seal doctor`.")
+
+
+class PeerLost(Refused):
+    """A connection that ended, or a wait that came to its bound."""
+
+    def __init__(self, what: str, *, where: str) -> None:
+        super().__init__(what, where=where, do="Check that the peer runs and is reachable.")
+
+
+class SealedDataRefused(Refused):
+    """A sealed file that does not open."""
+
+    def __init__(self, what: str, *, where: str) -> None:
+        super().__init__(
+            what, where=where, do="Use the key and the name with which it was sealed, and the file unchanged."
+        )

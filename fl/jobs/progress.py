@@ -1,0 +1,40 @@
+"""What happens in a job, as events: for the live display, tracking, `seal job watch` and the job's record."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Status(StrEnum):
+    """Where a job is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    ABORTED = "aborted"
+
+    @property
+    def over(self) -> bool:
+        """Whether the job has ended."""
+        return self in {Status.FINISHED, Status.FAILED, Status.ABORTED}
+
+
+class JobEvent(BaseModel):
+    """One thing that happened in a job.
+
+    `joined`, `lost`, `refused` and `update` name a `site`; `round` begins and `aggregated` ends one (from 0); `value`
+    is a number that a script logged; `status` tells the job's new status in `text`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    kind: Literal["status", "joined", "lost", "refused", "round", "update", "aggregated", "value"]
+    site: str | None = None
+    round: int | None = None
+    weight: float | None = None
+    values: Annotated[dict[str, float], Field(max_length=256)] = {}
+    text: str = ""

@@ -1,0 +1,62 @@
+"""A job's settings: what a recipe decides, what a reviewer reads, and what server and sites follow."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from fl.tensors import ITEM_SIZE, MAX_NAME, MAX_RANK, Schema, TensorSpec
+
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+Name: TypeAlias = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Digest: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+MAX_MODEL: Final = 1 << 40
+"""No model of a job is larger, in bytes."""
+
+
+class TensorSettings(BaseModel):
+    """One tensor of the model: safetensors dtype and shape."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    dtype: str
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 48)], ...], Field(max_length=MAX_RANK, strict=False)]
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.dtype not in ITEM_SIZE:
+            raise ValueError(f"dtype {self.dtype!r} may not travel")
+        return self
+
+
+class JobSettings(BaseModel):
+    """Everything about a job but its code, its first model and where it runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: Name
+    recipe: Literal["fedavg"]
+    num_rounds: int = Field(ge=1, le=100_000)
+    min_clients: int = Field(ge=1, le=10_000)
+    train_script: str = Field(min_length=1, max_length=1024)
+    train_args: Annotated[tuple[Annotated[str, Field(max_length=4096)], ...], Field(max_length=256, strict=False)] = ()
+    framework: Literal["numpy", "pytorch"]
+    params_type: Literal["FULL", "DIFF"] = "FULL"
+    model: dict[Annotated[str, Field(min_length=1, max_length=MAX_NAME)], TensorSettings] = Field(max_length=100_000)
+    round_seconds: int = Field(default=3600, ge=1, le=7 * 86400)
+    tracking: Literal["tensorboard"] | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if not self.model:
+            raise ValueError("the model has no tensor")
+        if sum(spec.size for spec in self.schema_of_model.values()) > MAX_MODEL:
+            raise ValueError(f"the model has more than {MAX_MODEL} bytes")
+        return self
+
+    @property
+    def schema_of_model(self) -> Schema:
+        """The model's tensors, as the codec knows them."""
+        return {name: TensorSpec(entry.dtype, entry.shape) for name, entry in self.model.items()}

@@ -1,0 +1,301 @@
+"""A job's sites, as its algorithm sees them: give them a task, take their updates one by one as they come.
+
+Rules, whatever the transport:
+- An update counts once: for the round that is on, from a site that was given its task and has not answered yet.
+- It is checked whole (`fl.guard.gate`) before the algorithm sees it; a site whose update is refused is out of the job.
+- A round ends when every site has answered or is lost, or at its deadline; late sites are out of the job.
+- With fewer than `min_sites` updates possible the job fails at once, and names what became of each lost site.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from fl.errors import JobAborted, JobFailed, MalformedTensors, UpdateRefused
+from fl.guard.gate import admit_update
+from fl.jobs.progress import JobEvent
+from fl.model import MAX_WEIGHT, ParamsType, check_metrics
+from fl.tensors import Schema, TensorFile
+from fl.transport.memory import SealedMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Train the model of one round."""
+
+    round: int
+    total_rounds: int
+    model: SealedMemory
+
+
+@dataclass(slots=True)
+class Update:
+    """A site's admitted update. `close` gives its memory back."""
+
+    site: str
+    tensors: TensorFile
+    memory: SealedMemory
+    params_type: ParamsType
+    weight: float
+    metrics: Mapping[str, float]
+
+    def close(self) -> None:
+        """Give the update's memory back."""
+        self.tensors.raw.release()
+        self.memory.close()
+
+
+class Site(Protocol):
+    """A connected site, as its transport makes it. Its methods return at once."""
+
+    @property
+    def name(self) -> str:
+        """The site's name, unique in the job."""
+
+    def give(self, task: Task) -> None:
+        """Give the site a task; the answer comes through `Federation.submit` or `Federation.lose`."""
+
+    def end(self, why: str) -> None:
+        """Tell the site that it is out of the job, or that the job is over."""
+
+
+class Federation:
+    """The sites of one job.
+
+    Transports call `join`, `submit`, `value` and `lose` from any thread, anyone `abort`, the algorithm the rest.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        schema: Schema,
+        params_type: ParamsType,
+        *,
+        min_sites: int,
+        round_seconds: float,
+        observe: Callable[[JobEvent], None],
+        at_once: int | None = None,
+    ) -> None:
+        """`at_once` bounds how many sites train at the same time (None: all)."""
+        self.job = job
+        self.schema = schema
+        self.params_type = params_type
+        self.observe = observe
+        self._min_sites = min_sites
+        self.round_seconds = round_seconds
+        self._at_once = at_once
+        self._lock = threading.Lock()
+        self._sites: dict[str, Site] = {}
+        self._lost: dict[str, str] = {}
+        self._round: int | None = None
+        self._pending: set[str] = set()  # have the task and have not answered
+        self._checking: set[str] = set()  # have answered; the check is under way
+        self._inbox: SimpleQueue[Update | str | JobAborted] = SimpleQueue()
+
+    # the transport's side
+
+    def join(self, site: Site) -> None:
+        """A site is ready. Raises UpdateRefused if its name is taken or it was lost before."""
+        with self._lock:
+            if site.name in self._sites or site.name in self._lost:
+                raise UpdateRefused(site.name, ("a site of this name has joined this job before",))
+            self._sites[site.name] = site
+        self.observe(JobEvent(kind="joined", site=site.name))
+        self._inbox.put(site.name)
+
+    def lose(self, name: str, reason: str, *, kind: str = "lost") -> None:
+        """A site is out of the job, with the reason that people will read. Later calls change nothing."""
+        with self._lock:
+            if name in self._lost:
+                return
+            self._lost[name] = reason
+            self._pending.discard(name)
+            self._checking.discard(name)
+            site = self._sites.pop(name, None)
+        self.observe(JobEvent(kind="refused" if kind == "refused" else "lost", site=name, text=reason))
+        if site is not None:
+            site.end(reason)
+        self._inbox.put(name)
+
+    def submit(
+        self,
+        name: str,
+        round_: int,
+        memory: SealedMemory,
+        *,
+        params_type: ParamsType,
+        weight: float,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Take a site's update; the memory is this federation's from now on.
+
+        Raises UpdateRefused: for an update out of turn (a second one, another round's), which changes nothing, and for
+        one that fails its checks, which puts the site out of the job.
+        """
+        with self._lock:
+            if name in self._lost:
+                raise self._out_of_turn(name, memory, f"the site is out of the job: {self._lost[name]}")
+            if self._round is None or round_ != self._round:
+                raise self._out_of_turn(name, memory, f"it is of round {round_}; the round that is on is {self._round}")
+            if name not in self._pending:
+                raise self._out_of_turn(
+                    name, memory, f"the site has no open task of round {round_}: an update counts once"
+                )
+            self._pending.discard(name)
+            self._checking.add(name)
+        try:
+            reasons = tuple(self._reasons_about(params_type, weight))
+            if reasons:
+                raise UpdateRefused(name, reasons)
+            checked = check_metrics(metrics)
+            tensors = admit_update(memory.view, self.schema, site=name)
+        except (UpdateRefused, MalformedTensors) as error:
+            memory.close()
+            refusal = error if isinstance(error, UpdateRefused) else UpdateRefused(name, (error.what,))
+            self.lose(name, "; ".join(refusal.reasons), kind="refused")
+            raise refusal from error
+        with self._lock:
+            if name in self._checking:
+                self._checking.discard(name)
+                self._inbox.put(Update(name, tensors, memory, params_type, weight, checked))
+                return
+        raise self._out_of_turn(name, memory, "the site was lost while its update was checked")
+
+    def value(self, name: str, key: str, value: float, step: int) -> None:
+        """A number that a site's script logged."""
+        self.observe(JobEvent(kind="value", site=name, round=step, values={key: value}))
+
+    def abort(self, by: str) -> None:
+        """Stop the job."""
+        self._inbox.put(JobAborted(self.job, by))
+
+    def _out_of_turn(self, name: str, memory: SealedMemory, reason: str) -> UpdateRefused:
+        memory.close()
+        self.observe(JobEvent(kind="refused", site=name, text=reason))
+        return UpdateRefused(name, (reason,))
+
+    def _reasons_about(self, params_type: ParamsType, weight: float) -> Iterator[str]:
+        if params_type is not self.params_type:
+            yield f"its parameters are {params_type}, the job's are {self.params_type}"
+        if not 0 < weight <= MAX_WEIGHT:
+            yield f"its weight {weight} is not above 0 and at most {MAX_WEIGHT:.0f}"
+
+    # the algorithm's side
+
+    def gather(self, expected: Collection[str], seconds: float) -> None:
+        """Wait until every expected site has joined or is lost, at most `seconds`.
+
+        Raises JobFailed if fewer than `min_sites` have joined then.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            with self._lock:
+                missing = [name for name in expected if name not in self._sites and name not in self._lost]
+            if not missing:
+                break
+            event = self._next(deadline)
+            if event is None:
+                for name in missing:
+                    self.lose(name, f"did not join within {seconds:.0f} s")
+                break
+        with self._lock:
+            joined = len(self._sites)
+        self._need(joined, f"{joined} of {len(expected)} sites joined")
+
+    def train(self, task: Task) -> Iterator[Update]:
+        """Give every site the task; yield the admitted updates as they come, each to be closed by the caller.
+
+        Raises JobFailed when fewer than `min_sites` updates are possible, JobAborted when someone stops the job.
+        """
+        with self._lock:
+            self._round = task.round
+            self._pending.clear()
+            self._checking.clear()
+            waiting = deque(sorted(self._sites))
+        self.observe(JobEvent(kind="round", round=task.round))
+        self._need(len(waiting), f"{len(waiting)} sites are left at round {task.round}")
+        deadline = time.monotonic() + self.round_seconds
+        counted = 0
+        self._feed(waiting, task)
+        while True:
+            with self._lock:
+                open_ = len(self._pending) + len(self._checking) + sum(1 for name in waiting if name in self._sites)
+                possible = counted + open_
+                unread = not self._inbox.empty()
+            if not unread and not open_:
+                break
+            if not unread:
+                self._need(possible, f"at most {possible} updates are possible in round {task.round}")
+            event = self._next(deadline)
+            if event is None:
+                self._drop_late(waiting)
+                break
+            if isinstance(event, Update):
+                counted += 1
+                self.observe(
+                    JobEvent(
+                        kind="update",
+                        site=event.site,
+                        round=task.round,
+                        weight=event.weight,
+                        values=dict(event.metrics),
+                    )
+                )
+                yield event
+            self._feed(waiting, task)
+        with self._lock:
+            self._round = None
+        self._need(counted, f"round {task.round} has {counted} updates")
+
+    def finish(self, why: str) -> None:
+        """The job is over: every site is told."""
+        with self._lock:
+            sites = list(self._sites.values())
+            self._sites.clear()
+            self._round = None
+        for site in sites:
+            site.end(why)
+
+    @property
+    def lost(self) -> Mapping[str, str]:
+        """The sites that are out of the job, each with the reason."""
+        with self._lock:
+            return dict(self._lost)
+
+    def _feed(self, waiting: deque[str], task: Task) -> None:
+        while waiting:
+            with self._lock:
+                if self._at_once is not None and len(self._pending) >= self._at_once:
+                    return
+                site = self._sites.get(waiting.popleft())
+                if site is None:
+                    continue
+                self._pending.add(site.name)
+            site.give(task)
+
+    def _drop_late(self, waiting: deque[str]) -> None:
+        with self._lock:
+            late = [*self._pending, *self._checking, *waiting]
+        for name in late:
+            self.lose(name, f"did not answer within {self.round_seconds:.0f} s")
+        waiting.clear()
+
+    def _next(self, deadline: float) -> Update | str | None:
+        try:
+            event = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+        except Empty:
+            return None
+        if isinstance(event, JobAborted):
+            raise event
+        return event
+
+    def _need(self, count: int, fact: str) -> None:
+        if count < self._min_sites:
+            lost = tuple(f"{name}: {reason}" for name, reason in sorted(self.lost.items()))
+            raise JobFailed(self.job, (f"{fact}, {self._min_sites} are needed", *lost))
