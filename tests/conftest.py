@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from virtual_guests import World
 
 from attestation.evidence.report import Product
 from attestation.virtual.chip import Chip, create_chip, load_chip
@@ -55,3 +56,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for index, item in enumerate(items) if index % int(slices) == int(wanted)]
+
+
+@pytest.fixture(scope="session")
+def virtual_world(virtual_chips: Mapping[Product, Chip], shared_folder: Path) -> World:
+    """The folders of the virtual vendor and of a Milan chip, as the platform process takes them."""
+    return World(vendor=shared_folder / "vendor", chip=shared_folder / "chip-Milan")

@@ -94,7 +94,7 @@ async def _serve(machine: Machine, context: LaunchContext, run: Path, guest: Pat
             start_new_session=True,
             preexec_fn=_die_with_parent(),
         )
-        port.guest = child.pid
+        port.admit(child.pid)
         try:
             status = await _end_of(child, asked_to_end)
         finally:

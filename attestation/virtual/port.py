@@ -40,15 +40,22 @@ class Port:
         self._report = report
         self._certificates = certificates
         self._turn = asyncio.Lock()
-        self.guest: int | None = None
-        """Process id of the guest, which leads its session; nobody is answered before it is set."""
+        self._started = asyncio.Event()
+        self._guest = 0
+
+    def admit(self, guest: int) -> None:
+        """Answer from now on the session that the process `guest` leads; until then, everybody waits."""
+        self._guest = guest
+        self._started.set()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one connection: one request, one answer, end."""
         try:
-            if not self._is_guest(writer.get_extra_info("socket")):
-                await self._answer(writer, {"error": "this port belongs to the guest"})
-                return
+            async with asyncio.timeout(REQUEST_SECONDS):
+                await self._started.wait()
+                if not self._is_guest(writer.get_extra_info("socket")):
+                    await self._answer(writer, {"error": "this port belongs to the guest"})
+                    return
             async with self._turn, asyncio.timeout(REQUEST_SECONDS):
                 await self._answer(writer, await self._respond(reader))
         except (ConnectionError, TimeoutError, asyncio.IncompleteReadError):
@@ -82,7 +89,7 @@ class Port:
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         process, user, _ = _PEER.unpack(raw)
         try:
-            return self.guest is not None and user == os.getuid() and os.getsid(process) == self.guest
+            return bool(user == os.getuid() and os.getsid(process) == self._guest)
         except ProcessLookupError:
             return False
 
