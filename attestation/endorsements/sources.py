@@ -74,7 +74,7 @@ def read_bounded(path: Path, limit: int, what: str) -> bytes:
     except FileNotFoundError:
         raise Unusable(f"there is no such {what}", where=str(path), do="Check the path.") from None
     except IsADirectoryError:
-        raise Unusable(f"this is a directory, not a {what}", where=str(path), do="Name the file in it.") from None
+        raise Unusable(f"this is a directory, and no {what}", where=str(path), do="Name the file in it.") from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise Unusable(f"the {what} cannot be read: {reason}", where=str(path), do="Check its permissions.") from error

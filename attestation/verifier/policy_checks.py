@@ -6,7 +6,7 @@ Bits: AMD publication 56860, tables "Guest policy structure" and "PLATFORM_INFO 
 from __future__ import annotations
 
 from attestation.evidence.report import Product
-from attestation.verifier.check import Case, Claim, Verdict, bit_verdict, check
+from attestation.verifier.check import NOT_JUDGED, Case, Claim, Verdict, bit_verdict, check
 
 POLICY_BITS = {
     "smt": 16,
@@ -218,9 +218,11 @@ def platform_alias_check(case: Case) -> Verdict:
     """
     wanted: str = case.profile.platform.alias_check
     if wanted == "where-known":
+        if case.product is None:
+            return NOT_JUDGED
         report = case.report
         firmware = (report.current_major, report.current_minor, report.current_build)
-        wanted = "any" if case.product and firmware < _ALIAS_CHECK_SINCE[case.product] else "set"
+        wanted = "any" if firmware < _ALIAS_CHECK_SINCE[case.product] else "set"
     return _platform(case, "alias-check", wanted)
 
 

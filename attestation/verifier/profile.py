@@ -38,10 +38,13 @@ Unsigned32 = Annotated[int, Field(ge=0, lt=1 << 32)]
 Unsigned64 = Annotated[int, Field(ge=0, lt=1 << 64)]
 AbiVersion = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,2})\.(0|[1-9][0-9]{0,2})$")]
 FirmwareVersion = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,2})(\.(0|[1-9][0-9]{0,2})){2}$")]
+CspId = Annotated[str, Field(pattern=r"^[ -~]{1,256}$")]
 ProductName = Literal["Milan", "Genoa", "Turin"]
 
 
-class _Section(BaseModel):
+class ProfileSection(BaseModel):
+    """A table of a profile: kebab-case names, nothing unknown, frozen."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -51,7 +54,7 @@ class _Section(BaseModel):
     )
 
 
-class Root(_Section):
+class Root(ProfileSection):
     """A root key that chains may end in."""
 
     product: ProductName = Field(description="The product line it vouches for.")
@@ -59,7 +62,7 @@ class Root(_Section):
     virtual: bool = Field(False, description="True for the virtual platform, whose certificates say so.")
 
 
-class Checks(_Section):
+class Checks(ProfileSection):
     """How each check that fails is taken: refuse, warn or allow."""
 
     report_version: Severity = "refuse"
@@ -127,7 +130,7 @@ class Checks(_Section):
     report_id_ma: Severity = "refuse"
 
 
-class ReportRules(_Section):
+class ReportRules(ProfileSection):
     """What the report as a whole may be."""
 
     versions: Annotated[tuple[int, ...], Field(strict=False)] = Field(
@@ -144,7 +147,7 @@ class ReportRules(_Section):
     )
 
 
-class PolicyRules(_Section):
+class PolicyRules(ProfileSection):
     """The guest policy that the firmware enforces over the guest's life: set, clear or any."""
 
     minimum_abi: AbiVersion = Field("0.0", description="The guest must demand at least this firmware ABI.")
@@ -159,7 +162,7 @@ class PolicyRules(_Section):
     page_swap_disable: Bit = Field("any", description="The host may not move or swap pages.")
 
 
-class PlatformRules(_Section):
+class PlatformRules(ProfileSection):
     """What the firmware says of the machine: set, clear or any."""
 
     smt: Bit = Field("any", description="Hyper-threads are on.")
@@ -175,7 +178,7 @@ class PlatformRules(_Section):
     tio: Bit = Field("any", description="Trusted I/O is on.")
 
 
-class TcbFloor(_Section):
+class TcbFloor(ProfileSection):
     """The lowest patch level of each part; parts left out have no floor."""
 
     bootloader: Level = 0
@@ -190,7 +193,7 @@ class TcbFloor(_Section):
         return Tcb(self.bootloader, self.tee, self.snp, self.microcode, self.fmc)
 
 
-class ProductFloors(_Section):
+class ProductFloors(ProfileSection):
     """How old the firmware of one product line may be."""
 
     reported: TcbFloor | None = Field(None, description="What the report's key was derived for.")
@@ -201,7 +204,7 @@ class ProductFloors(_Section):
     committed_firmware: FirmwareVersion | None = Field(None, description="SEV firmware that is committed.")
 
 
-class TcbRules(_Section):
+class TcbRules(ProfileSection):
     """Floors for each product line."""
 
     milan: ProductFloors = Field(ProductFloors(), alias="Milan")
@@ -220,29 +223,29 @@ class TcbRules(_Section):
         return {Product.MILAN: self.milan, Product.GENOA: self.genoa, Product.TURIN: self.turin}[product]
 
 
-class MitigationRules(_Section):
+class MitigationRules(ProfileSection):
     """Bits of the mitigation vectors (report version 5) that must be set; 0 asks for none."""
 
     launch: Unsigned64 = Field(0, description="At launch.")
     current: Unsigned64 = Field(0, description="Now.")
 
 
-class ChipRules(_Section):
+class ChipRules(ProfileSection):
     """Which processors are let in: CHIP_ID, 64 bytes or Turin's 8, in hex."""
 
     allow: Annotated[tuple[ChipId, ...], Field(strict=False)] = Field((), description="Empty lets every chip in.")
     deny: Annotated[tuple[ChipId, ...], Field(strict=False)] = Field((), description="Chips with leaked keys, say.")
 
 
-class ProviderRules(_Section):
+class ProviderRules(ProfileSection):
     """Cloud providers whose VLEK is believed."""
 
-    csp_ids: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+    csp_ids: Annotated[tuple[CspId, ...], Field(strict=False)] = Field(
         (), description='CSP_ID as certified, e.g. "CN=cc-us-east-2.amazonaws.com".'
     )
 
 
-class IdBlockRules(_Section):
+class IdBlockRules(ProfileSection):
     """The ID block: who launched the guest as what. Family, image and SVN are believed only under a pinned ID key."""
 
     id_keys: Annotated[tuple[Hex48, ...], Field(strict=False)] = Field((), description="ID_KEY_DIGEST, one of these.")
@@ -254,7 +257,7 @@ class IdBlockRules(_Section):
     minimum_guest_svn: Unsigned32 | None = Field(None, description="GUEST_SVN, at least.")
 
 
-class ReferenceRules(_Section):
+class ReferenceRules(ProfileSection):
     """Reference values: what this guest must be."""
 
     measurements: Annotated[tuple[Hex48, ...], Field(strict=False)] = Field(
@@ -266,7 +269,7 @@ class ReferenceRules(_Section):
     report_id_ma: Hex32 | None = Field(None, description="REPORT_ID_MA, exactly.")
 
 
-class RevocationRules(_Section):
+class RevocationRules(ProfileSection):
     """How fresh a revocation list must be."""
 
     max_age_days: Annotated[int, Field(ge=0, le=3650)] = Field(
@@ -278,7 +281,7 @@ def _amd_roots() -> tuple[Root, ...]:
     return tuple(Root(product=pin.product.value, spki_sha256=pin.spki_sha256) for pin in AMD_ROOTS)
 
 
-class Profile(_Section):
+class Profile(ProfileSection):
     """All rules of one verifier."""
 
     name: str = Field("show", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="What verdicts call this profile.")

@@ -146,10 +146,10 @@ def allowed_product(case: Case) -> Verdict:
     Attack: a line whose chip secrets can be read out ("One Glitch to Rule Them All", CCS 2021: Zen 1 to 3, so Milan),
     where keys of any firmware level can be derived.
     """
+    if case.product is None:
+        return NOT_JUDGED
     allowed = case.profile.report.products
-    if case.product is not None and case.product.value in allowed:
-        return None
-    return case.product.value if case.product else "unknown", " or ".join(allowed)
+    return None if case.product.value in allowed else (case.product.value, " or ".join(allowed))
 
 
 @check(Claim.INSTANCE_IDENTITY, "o ! ! - ! -")

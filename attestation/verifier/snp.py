@@ -105,19 +105,21 @@ def _appraise(case: Case) -> Appraisal:
         if name in not_judged or severities[name] == "allow":
             failures.append(Failure(name, "not judged", f"a judgement, which profile {case.profile.name!r} demands"))
             worst[CHECKS[name].claim] = _CONTRAINDICATED
+    status = _status(case, failures, worst)
+    vector = dict.fromkeys(VECTOR_NAMES, 0) if status == "none" else _vector(worst, not_judged, severities, authentic)
     return Appraisal(
-        status=_status(case, failures, worst),
+        status=status,
         failures=tuple(failures),
         not_judged=tuple(not_judged),
-        vector=_vector(worst, not_judged, severities, authentic),
+        vector=vector,
         profile=case.profile.name,
         decode=partial(_claims, case),
     )
 
 
 def _status(case: Case, failures: list[Failure], worst: dict[Claim, int]) -> Status:
-    if case.chain.key is None and not case.chain.validities:
-        return "none"
+    if not case.chain.validities:
+        return "none"  # there is no certificate: nothing was said by anybody
     if not failures:
         return "affirming"
     return "contraindicated" if _CONTRAINDICATED in worst.values() else "warning"

@@ -1,0 +1,150 @@
+"""`seal evidence`: show what evidence says, and verify it offline."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from appliance.evidence_files import read_evidence
+from appliance.output import print_json
+from policies.errors import Unusable
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show and verify attestation evidence.")
+
+ReportFile = Annotated[Path, typer.Argument(metavar="REPORT", help="The evidence: 1184 raw bytes, or JSON evidence.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+VekFile = Annotated[Path | None, typer.Option("--vek", metavar="FILE", help="The VCEK or VLEK, DER or PEM.")]
+ChainPath = Annotated[
+    Path | None, typer.Option("--chain", metavar="FILE-OR-FOLDER", help="ASK (or ASVK) and ARK; others do no harm.")
+]
+CrlFiles = Annotated[
+    list[Path] | None, typer.Option("--crl", metavar="FILE", help="A revocation list; give one per --crl.")
+]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", metavar="FILE", help="A profile in TOML (see `seal evidence policy`).")
+]
+NonceHex = Annotated[
+    str | None, typer.Option("--nonce", metavar="HEX", help="REPORT_DATA must begin with this, the rest zero.")
+]
+ReportDataHex = Annotated[
+    str | None, typer.Option("--report-data", metavar="HEX", help="REPORT_DATA must be this, all 64 bytes.")
+]
+AtTime = Annotated[
+    str | None, typer.Option("--at", metavar="RFC3339", help="The time of verification, e.g. 2026-03-01T12:00:00Z.")
+]
+
+
+@app.command(
+    epilog="Example: seal evidence show report.bin --vek vcek.der --chain amd-ca/",
+)
+def show(report: ReportFile, vek: VekFile = None, chain: ChainPath = None, as_json: AsJson = False) -> None:
+    """Print every field of the evidence, decoded. Nothing is verified: for that, `seal evidence verify`."""
+    from appliance.evidence_tables import print_claims
+    from attestation.verifier import SHOW, Expected, verify_snp
+
+    evidence = read_evidence(report, vek=vek, chain=chain, crls=())
+    appraisal = verify_snp(evidence.report, evidence.endorsements, SHOW, Expected(), datetime.now(UTC))
+    if as_json:
+        print_json({"verified": False, "claims": appraisal.claims})
+    else:
+        print_claims(appraisal.claims, str(report))
+
+
+@app.command(
+    epilog="Example: seal evidence verify report.bin --vek vcek.der --chain amd-ca/ --nonce 00112233",
+)
+def verify(
+    report: ReportFile,
+    vek: VekFile = None,
+    chain: ChainPath = None,
+    crl: CrlFiles = None,
+    policy: PolicyFile = None,
+    nonce: NonceHex = None,
+    report_data: ReportDataHex = None,
+    at: AtTime = None,
+    as_json: AsJson = False,
+) -> None:
+    """Verify evidence offline and list every check that fails: exit status 0 if it affirms, else 1."""
+    from appliance.evidence_tables import print_appraisal
+    from attestation.verifier import SHOW, Expected, verify_snp
+
+    profile = SHOW if policy is None else _profile(policy)
+    expected = Expected(report_data=_report_data(nonce, report_data))
+    moment = datetime.now(UTC) if at is None else _moment(at)
+    evidence = read_evidence(report, vek=vek, chain=chain, crls=crl or ())
+    appraisal = verify_snp(evidence.report, evidence.endorsements, profile, expected, moment)
+    if as_json:
+        print_json(appraisal.to_json())
+    else:
+        print_appraisal(appraisal, str(report), moment)
+    raise typer.Exit(0 if appraisal.affirming else 1)
+
+
+@app.command(epilog="Example: seal evidence policy --profile broker > appraisal.toml")
+def policy(
+    profile: Annotated[
+        Literal["show", "broker"], typer.Option(help="`show` judges the hardware; `broker` demands every judgement.")
+    ] = "show",
+    as_json: AsJson = False,
+) -> None:
+    """Print a ready-made profile as commented TOML, to start one of your own from."""
+    from attestation.verifier import BROKER, SHOW
+
+    chosen = {"show": SHOW, "broker": BROKER}[profile]
+    if as_json:
+        print_json(chosen.model_dump(by_alias=True, mode="json"))
+        return
+    from attestation.verifier.profile_toml import profile_to_toml
+
+    typer.echo(profile_to_toml(chosen), nl=False)
+
+
+def _profile(path: Path) -> Any:
+    from attestation.endorsements.sources import read_bounded
+    from attestation.errors import MalformedProfile
+    from attestation.verifier.profile import MAX_PROFILE_SIZE, load_profile
+
+    raw = read_bounded(path, MAX_PROFILE_SIZE, "policy file")
+    try:
+        return load_profile(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise MalformedProfile(
+            "the policy file is no text in UTF-8", where=str(path), do="Write it in TOML."
+        ) from error
+    except MalformedProfile as error:
+        raise MalformedProfile(error.what, where=str(path), do=error.do) from error
+
+
+def _report_data(nonce: str | None, report_data: str | None) -> bytes | None:
+    """The 64 bytes asked for: all of them, or their head with the rest zero."""
+    if nonce is not None and report_data is not None:
+        raise Unusable(
+            "--nonce and --report-data exclude each other", where="command line", do="Give all 64 bytes, or their head."
+        )
+    if report_data is not None:
+        return _hex(report_data, "--report-data", 64, 64)
+    return None if nonce is None else _hex(nonce, "--nonce", 1, 64).ljust(64, b"\0")
+
+
+def _hex(text: str, option: str, least: int, most: int) -> bytes:
+    digits = text.removeprefix("0x")
+    if not re.fullmatch(r"([0-9a-fA-F]{2})*", digits) or not least <= len(digits) // 2 <= most:
+        size = f"{most} bytes" if least == most else f"{least} to {most} bytes"
+        raise Unusable(f"{option} takes {size} in hex", where="command line", do="Two digits a byte, no blanks.")
+    return bytes.fromhex(digits)
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = datetime.min  # noqa: DTZ901  # has no time zone, so it is refused below
+    if moment.tzinfo is None:
+        raise Unusable(
+            f"--at {text} is no time in RFC 3339", where="command line", do="Give it like 2026-03-01T12:00:00Z."
+        )
+    return moment
