@@ -77,7 +77,7 @@ def parse_rim_tree(raw: bytes) -> Any:
     """The manifest's XML tree (an lxml element), hardened and bounded.
 
     Raises:
-        MalformedEndorsement: not UTF-8 XML of at most 256 KiB without document type, entities, comments or instructions.
+        MalformedEndorsement: not UTF-8 XML of at most 256 KiB with elements and text alone.
     """
     if len(raw) > MAX_RIM_SIZE:
         raise _malformed(f"{len(raw)} bytes are more than the {MAX_RIM_SIZE} that are read")
