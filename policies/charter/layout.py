@@ -40,6 +40,7 @@ _SHARED_PATHS: Final = {
 }
 POLICY_FILES: Final = {
     "floor.rego": "sealwright.floor",
+    "appraisal.rego": "sealwright.appraisal",
     "admission.rego": "sealwright.admission",
     "peers.rego": "sealwright.peers",
     "export.rego": "sealwright.export",

@@ -1,0 +1,271 @@
+"""Decisions by Rego rules, in a bounded process.
+
+A package decides by two rules: `allow`, a boolean that is false by default, and `reasons`, the set of sentences why
+not. A request is allowed only if `allow` is true and `reasons` is empty. Whatever else happens (an undefined rule, an
+error, rules that do not compile, a time-out, a process that dies) denies and says so: there is no way to a yes but one.
+
+The evaluator has no time limit and no memory limit of its own, so it lives in a child process that has both and is
+replaced when it exceeds them. The processes are shared by all `Rules` and start when first needed; one set of rules
+occupies at most one of them at a time, so that rules that never end leave the others to their neighbours.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import re
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+TIME_LIMIT: Final = 2.0
+"""Seconds for one decision, compiling included."""
+START_LIMIT: Final = 20.0
+"""Seconds for a fresh process to be ready."""
+MEMORY_LIMIT: Final = 512 * 1024 * 1024
+"""Bytes of resident memory of one process (30 MB with nothing to do)."""
+SAMPLING: Final = 0.02
+"""Seconds between two looks at the memory of a process that has not answered yet; most answer within one."""
+WORKERS: Final = 4
+FRAME_LIMIT: Final = 8 * 1024 * 1024
+"""Bytes of a question (rules, data and input) or of an answer."""
+REASON_LIMIT: Final = 100
+_PACKAGE: Final = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*")
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+_WORKER_FILE: Final = Path(__file__).with_name("rego_worker.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided; `reasons` say why not, and are empty for a yes."""
+
+    allow: bool
+    reasons: tuple[str, ...]
+
+
+def _denied(*reasons: str) -> Decision:
+    return Decision(False, reasons)
+
+
+class WorkerLost(Exception):
+    """The evaluating process did not answer: it was too slow, too large, or died."""
+
+
+class _Worker:
+    """One evaluating process and the pipe to it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", str(_WORKER_FILE), str(seconds + 0.5)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={},
+            start_new_session=True,  # the terminal's interrupt is for the command, which then closes the pipes
+        )
+        try:
+            if self._read(time.monotonic() + START_LIMIT) != {"ready": True}:
+                raise WorkerLost("the evaluator did not start")
+        except WorkerLost:
+            self.close()
+            raise
+
+    def ask(self, question: Mapping[str, Any], deadline: float) -> dict[str, Any]:
+        """Return the answer to `question`. Raises WorkerLost if there is none by `deadline` (monotonic)."""
+        frame = json.dumps(question, ensure_ascii=True, allow_nan=False).encode("ascii")
+        if len(frame) > FRAME_LIMIT:
+            raise ValueError(f"rules and input are larger than {FRAME_LIMIT} bytes")
+        stdin = self.process.stdin
+        if stdin is None:
+            raise WorkerLost("the evaluator has no input")
+        data = memoryview(struct.pack(">I", len(frame)) + frame)
+        descriptor = stdin.fileno()
+        os.set_blocking(descriptor, False)
+        while data:
+            wait = deadline - time.monotonic()
+            if wait <= 0 or not select.select([], [descriptor], [], wait)[1]:
+                raise WorkerLost("the rules took too long")
+            try:
+                data = data[os.write(descriptor, data) :]
+            except OSError as error:
+                raise WorkerLost("the evaluator died") from error
+        return self._read(deadline)
+
+    def _read(self, deadline: float) -> dict[str, Any]:
+        size = struct.unpack(">I", self._exactly(4, deadline))[0]
+        if size > FRAME_LIMIT:
+            raise WorkerLost("the evaluator's answer is too large")
+        reply: dict[str, Any] = json.loads(self._exactly(size, deadline))
+        return reply
+
+    def _exactly(self, size: int, deadline: float) -> bytes:
+        stdout = self.process.stdout
+        if stdout is None:
+            raise WorkerLost("the evaluator has no output")
+        parts = bytearray()
+        while len(parts) < size:
+            wait = deadline - time.monotonic()
+            if wait <= 0:
+                raise WorkerLost("the rules took too long")
+            if not select.select([stdout.fileno()], [], [], min(wait, SAMPLING))[0]:
+                if self._resident_bytes() > MEMORY_LIMIT:
+                    raise WorkerLost(f"the rules took more than {MEMORY_LIMIT} bytes of memory")
+                continue
+            part = os.read(stdout.fileno(), size - len(parts))
+            if not part:
+                raise WorkerLost("the evaluator died")
+            parts += part
+        return bytes(parts)
+
+    def _resident_bytes(self) -> int:
+        try:
+            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text("ascii").split()[1])
+        except (OSError, IndexError):  # it is gone: the next read tells
+            return 0
+        return pages * _PAGE
+
+    def close(self) -> None:
+        """End the process and wait for it (it has no children and cannot refuse)."""
+        self.process.kill()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+        self.process.wait()
+
+
+class _Workers:
+    """The shared processes: at most WORKERS, the last used first."""
+
+    def __init__(self) -> None:
+        self.places = threading.BoundedSemaphore(WORKERS)
+        self.lock = threading.Lock()
+        self.idle: list[_Worker] = []
+
+    def ask(self, question: dict[str, Any], rules: Rules, wait: float) -> dict[str, Any]:
+        """Ask a free process; wait for one at most `wait` seconds. Raises WorkerLost."""
+        if not self.places.acquire(timeout=wait):
+            raise WorkerLost("all evaluators are busy")
+        try:
+            worker = self._take(rules.time_limit)
+            try:
+                deadline = time.monotonic() + rules.time_limit
+                reply = worker.ask(question, deadline)
+                if reply.get("unknown"):
+                    reply = worker.ask({**question, "modules": rules.modules, "data": rules.data}, deadline)
+            except BaseException:
+                worker.close()
+                raise
+            with self.lock:
+                self.idle.append(worker)
+            return reply
+        finally:
+            self.places.release()
+
+    def _take(self, seconds: float) -> _Worker:
+        while True:
+            with self.lock:
+                if not self.idle:
+                    break
+                worker = self.idle.pop()
+            if worker.process.poll() is None and worker.seconds == seconds:
+                return worker
+            worker.close()
+        return _Worker(seconds)
+
+    def close(self) -> None:
+        """End the idle processes."""
+        with self.lock:
+            idle, self.idle = self.idle, []
+        for worker in idle:
+            worker.close()
+
+    def forget(self) -> None:
+        """In a forked child: the processes and their pipes belong to the parent."""
+        self.places = threading.BoundedSemaphore(WORKERS)
+        self.lock = threading.Lock()
+        for worker in self.idle:
+            worker.process.returncode = 0  # not ours to wait for
+            for stream in (worker.process.stdin, worker.process.stdout):
+                if stream is not None:
+                    stream.close()
+        self.idle = []
+
+
+_workers = _Workers()
+atexit.register(_workers.close)
+os.register_at_fork(after_in_child=_workers.forget)
+
+
+class Rules:
+    """Rego modules (file name → text) with the data they read: `data.NAME` for each member of `data`.
+
+    Immutable and safe to use from several threads; evaluations of one `Rules` follow one another.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, str], data: Mapping[str, Any] | None = None, time_limit: float = TIME_LIMIT
+    ) -> None:
+        self.modules = dict(modules)
+        self.data = dict(data or {})
+        self.time_limit = time_limit
+        content = json.dumps([self.modules, self.data], sort_keys=True, ensure_ascii=True, allow_nan=False)
+        self.digest = hashlib.sha256(content.encode("ascii")).hexdigest()
+        self._turn = threading.Lock()
+
+    def decide(self, package: str, document: Mapping[str, Any]) -> Decision:
+        """Decide over `document` (the rules' `input`, JSON-able) by `package`; never raises for what is in either."""
+        if not _PACKAGE.fullmatch(package):
+            return _denied(f"{package[:100]!r} is no name of a package")
+        if not self.modules:
+            return _denied(f"there are no rules of the package {package}")
+        complaint = _input_complaint(document)
+        if complaint is not None:
+            return _denied(complaint)
+        if not self._turn.acquire(timeout=self.time_limit):
+            return _denied(f"the rules of {package} are busy with an earlier question")
+        try:
+            question = {"rules": self.digest, "package": package, "input": document}
+            return _judge(package, _workers.ask(question, self, self.time_limit))
+        except (WorkerLost, OSError, ValueError) as error:
+            return _denied(f"the rules of {package} could not be evaluated: {error}")
+        finally:
+            self._turn.release()
+
+
+def _input_complaint(document: Mapping[str, Any]) -> str | None:
+    """Why `document` cannot be handed over exactly as it is, or None."""
+    try:
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"the input of the rules is not plain JSON: {error}"
+    return "the input of the rules holds a NUL character" if "\\u0000" in text else None
+
+
+def _judge(package: str, reply: Mapping[str, Any]) -> Decision:
+    if "error" in reply:
+        return _denied(f"the rules of {package} failed: {' '.join(str(reply['error']).split())[:500]}")
+    allow, reasons = reply.get("allow"), reply.get("reasons")
+    if allow == [] and reasons == []:
+        return _denied(f"there are no rules of the package {package}, or they are undefined")
+    if not isinstance(reasons, list) or len(reasons) != 1 or not isinstance(allow, list) or len(allow) != 1:
+        return _denied(f"the rules of {package} do not define both `allow` and `reasons`")
+    why = reasons[0]
+    if not isinstance(why, list) or not all(isinstance(item, str) for item in why):
+        return _denied(f"`reasons` of {package} is not a set of sentences")
+    if why:
+        more = (f"and {len(why) - REASON_LIMIT} more",) if len(why) > REASON_LIMIT else ()
+        return _denied(*(item[:500] for item in sorted(why)[:REASON_LIMIT]), *more)
+    if allow[0] is not True:
+        return _denied(f"the rules of {package} do not allow it and give no reason")
+    return Decision(True, ())
