@@ -1,4 +1,4 @@
-"""The virtual platform's port: report requests over a UNIX socket, and the frames that both ends use.
+"""The virtual platform's port: report requests over a UNIX socket or a virtio port, and the frames of both ends.
 
 A frame is its length (four bytes, big-endian) and that many bytes of JSON. A request is
 `{"report_data": <128 hex digits>, "vmpl": 0}`, an answer `{"report": <base64>, "certificates": <base64>}` or
@@ -11,7 +11,9 @@ import base64
 import contextlib
 import json
 import os
+import select
 import socket
+import stat
 import struct
 import time
 from collections.abc import Iterator, Mapping
@@ -30,7 +32,10 @@ HEADER = struct.Struct(">I")
 
 
 class VirtualPort:
-    """An attester that asks the virtual platform at the UNIX socket `path`, waiting `timeout` seconds at most."""
+    """An attester that asks the virtual platform at `path`, waiting `timeout` seconds at most for each answer.
+
+    `path` is a UNIX socket (a guest that is a process) or a character device (a virtual machine's virtio port).
+    """
 
     def __init__(self, path: Path, timeout: float = 10.0) -> None:
         self._path = path
@@ -58,14 +63,12 @@ class VirtualPort:
     def _ask(self, request: bytes) -> Mapping[str, Any]:
         deadline = time.monotonic() + self._timeout
         try:
-            with socket.socket(socket.AF_UNIX) as connection, short_path(self._path) as path:
-                connection.settimeout(self._timeout)
-                connection.connect(path)
-                connection.sendall(HEADER.pack(len(request)) + request)
-                (size,) = HEADER.unpack(_receive(connection, HEADER.size, deadline))
+            with _connected(self._path) as descriptor:
+                _send(descriptor, HEADER.pack(len(request)) + request, deadline)
+                (size,) = HEADER.unpack(_receive(descriptor, HEADER.size, deadline))
                 if size > MAX_FRAME:
                     raise self._unusable(f"an answer of {size} bytes")
-                answer = json.loads(_receive(connection, size, deadline))
+                answer = json.loads(_receive(descriptor, size, deadline))
         except TimeoutError as error:
             raise self._unusable(f"no answer within {self._timeout:g} seconds") from error
         except (OSError, EOFError) as error:
@@ -82,18 +85,62 @@ class VirtualPort:
         )
 
 
-def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
+def find_virtio_port(name: str, ports: Path = Path("/sys/class/virtio-ports")) -> Path:
+    """Return the device of the virtio port that is called `name`, or raise AttesterUnavailable if there is none.
+
+    The kernel's own list is read: the links of /dev/virtio-ports need udev.
+    """
+    for port in sorted(ports.glob("vport*")):
+        with contextlib.suppress(OSError):
+            if (port / "name").read_text("ascii").strip() == name:
+                return Path("/dev") / port.name
+    raise AttesterUnavailable(
+        f"there is no virtio port {name!r}", where=str(ports), do="Start the guest on the virtual platform."
+    )
+
+
+@contextlib.contextmanager
+def _connected(path: Path) -> Iterator[int]:
+    """Yield a descriptor, not blocking, that is connected to the platform."""
+    if stat.S_ISCHR(path.stat().st_mode):
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+        return
+    with socket.socket(socket.AF_UNIX) as connection, short_path(path) as name:
+        connection.setblocking(False)
+        connection.connect(name)
+        yield connection.fileno()
+
+
+def _send(descriptor: int, data: bytes, deadline: float) -> None:
+    view = memoryview(data)
+    while view:
+        _wait(descriptor, deadline, writing=True)
+        view = view[os.write(descriptor, view) :]
+
+
+def _receive(descriptor: int, size: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < size:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError
-        connection.settimeout(remaining)
-        part = connection.recv(size - len(data))
+        _wait(descriptor, deadline, writing=False)
+        part = os.read(descriptor, size - len(data))
         if not part:
             raise EOFError("it was closed in the middle of an answer")
         data += part
     return bytes(data)
+
+
+def _wait(descriptor: int, deadline: float, *, writing: bool) -> None:
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLOUT if writing else select.POLLIN)
+    if not waiting.poll(remaining * 1000):
+        raise TimeoutError
 
 
 @contextlib.contextmanager

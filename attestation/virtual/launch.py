@@ -17,11 +17,10 @@ from typing import Any
 from attestation.errors import MalformedEvidence, PlatformUnusable
 from attestation.evidence.cpio import MAX_ARCHIVE, Entry, read_archive
 from attestation.evidence.id_block import ID_AUTH_SIZE, ID_BLOCK_SIZE, parse_id_block, verify_id_block
-from attestation.evidence.launch import MAX_CMDLINE, MAX_FIRMWARE, command_line, measure_launch
+from attestation.evidence.launch import MAX_CMDLINE, MAX_FIRMWARE, MAX_KERNEL, command_line, measure_launch
 from attestation.virtual.folders import read_bounded
 from attestation.virtual.processor import POLICY, LaunchContext
 
-MAX_VIRTUAL_KERNEL = 1 << 20
 MAX_INIT_DATA = 64 * 1024
 MAX_ID_BLOCKS = 1024
 
@@ -62,7 +61,7 @@ def read_measured(image: Path) -> MeasuredFiles:
     """Read an image folder's measured files, each once. Raises PlatformUnusable if one is missing or too large."""
     return MeasuredFiles(
         firmware=read_bounded(image / "firmware.fd", MAX_FIRMWARE),
-        kernel=read_bounded(image / "kernel", MAX_VIRTUAL_KERNEL),
+        kernel=read_bounded(image / "kernel", MAX_KERNEL),
         initrd=read_bounded(image / "initrd", MAX_ARCHIVE),
         cmdline=read_bounded(image / "cmdline", MAX_CMDLINE),
         id_blocks=_read_id_blocks(image),

@@ -36,13 +36,16 @@ from attestation.virtual.processor import LaunchContext, report_for
 GRACE_SECONDS = 5.0
 """How long a guest may take to end after SIGTERM before it is killed."""
 
+PORT = "port.sock"
+"""The socket in the run folder by which the guest reaches its secure processor."""
+
 _PR_SET_PDEATHSIG = 1
 _STATE_FILE = "platform.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a guest is launched on and with.
+    """What a guest is launched on and with: a chip, the measured files, init-data, and how the host starts it.
 
     `certificates` is the host's certificate table; `disks` maps names to files that the guest is shown.
     """
@@ -55,42 +58,64 @@ class Machine:
     disks: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def run_guest(machine: Machine, run: Path, *, keep: bool = False) -> int:
-    """Launch the guest of `machine` in the folder `run`, serve it until it ends, and return its exit status.
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A process that is, or holds, the guest: what is executed, where, and its whole environment."""
 
-    A guest ended by a signal gives 128 and the signal's number. SIGTERM and SIGINT end the guest. `run` must be new,
-    empty, or left by an earlier run; what was unpacked in it is removed at the end unless `keep`.
+    command: tuple[str, ...]
+    folder: Path
+    environment: Mapping[str, str]
+
+
+def run_guest(machine: Machine, run: Path, *, keep: bool = False) -> int:
+    """Launch the guest of `machine` as a process in the folder `run`, serve it, and return its exit status.
+
+    The measured archive is unpacked and its first program started. A guest ended by a signal gives 128 and the signal's
+    number. SIGTERM and SIGINT end the guest. `run` must be new, empty, or left by an earlier run; what was unpacked in
+    it is removed at the end unless `keep`.
+    """
+    guest = run / "guest"
+
+    def prepare() -> Program:
+        init = unpack_guest(machine.files, guest)
+        _hand_over(machine, run, guest)
+        return Program((sys.executable, "-I", str(init), str(guest)), guest, guest_environment(guest))
+
+    try:
+        return run_program(machine, run, prepare)
+    finally:
+        if not keep:
+            shutil.rmtree(guest, ignore_errors=True)
+
+
+def run_program(machine: Machine, run: Path, prepare: Callable[[], Program]) -> int:
+    """Launch the guest of `machine` in the program that `prepare` names, serve its port, and return its exit status.
+
+    The general form of `run_guest`: an emulator that boots the same image reaches the port at `run`/port.sock as well.
     """
     context = launch(machine.files, machine.settings, machine.init_data, os.urandom(32))
     with _run_folder(run):
-        guest = run / "guest"
         try:
-            init = unpack_guest(machine.files, guest)
-            _hand_over(machine, run, guest)
+            program = prepare()
             _write_state(machine, context, run)
-            return asyncio.run(_serve(machine, context, run, guest, init))
+            return asyncio.run(_serve(machine, context, run, program))
         finally:
-            (run / "port.sock").unlink(missing_ok=True)
-            if not keep:
-                shutil.rmtree(guest, ignore_errors=True)
+            (run / PORT).unlink(missing_ok=True)
 
 
-async def _serve(machine: Machine, context: LaunchContext, run: Path, guest: Path, init: Path) -> int:
+async def _serve(machine: Machine, context: LaunchContext, run: Path, program: Program) -> int:
     port = Port(lambda data, vmpl: report_for(machine.chip, context, data, vmpl), machine.certificates)
-    server = await asyncio.start_unix_server(port.handle, sock=bind_port(run / "port.sock"))
+    server = await asyncio.start_unix_server(port.handle, sock=bind_port(run / PORT))
     loop = asyncio.get_running_loop()
     asked_to_end = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_end.set)
-    async with server:
+    try:
         child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            str(init),
-            str(guest),
+            *program.command,
             stdin=asyncio.subprocess.DEVNULL,
-            cwd=guest,
-            env=guest_environment(guest),
+            cwd=program.folder,
+            env=dict(program.environment),
             start_new_session=True,
             preexec_fn=_die_with_parent(),
         )
@@ -100,6 +125,8 @@ async def _serve(machine: Machine, context: LaunchContext, run: Path, guest: Pat
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
+    finally:
+        server.close()
     return status if status >= 0 else 128 - status
 
 
@@ -152,7 +179,7 @@ def _hand_over(machine: Machine, run: Path, guest: Path) -> None:
     boot = {
         "cmdline": guest_command_line(machine.files),
         "init_data": "run/init-data.toml",
-        "port": str((run / "port.sock").absolute()),
+        "port": str((run / PORT).absolute()),
         "disks": {name: str(path.absolute()) for name, path in machine.disks.items()},
     }
     write_file(inside / "boot.json", json.dumps(boot, indent=2).encode() + b"\n")

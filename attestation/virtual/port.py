@@ -18,7 +18,9 @@ from attestation.attester.virtual_port import HEADER, MAX_FRAME, short_path
 from policies.errors import SealwrightError
 
 REQUEST_SECONDS = 5.0
-"""How long a request may take to arrive, and its answer to be taken."""
+"""How long a request that has begun may take to arrive, and its answer to be taken."""
+
+MAX_CONNECTIONS = 8
 
 _PEER = struct.Struct("3i")
 
@@ -42,6 +44,7 @@ class Port:
         self._turn = asyncio.Lock()
         self._started = asyncio.Event()
         self._guest = 0
+        self._open = 0
 
     def admit(self, guest: int) -> None:
         """Answer from now on the session that the process `guest` leads; until then, everybody waits."""
@@ -49,36 +52,50 @@ class Port:
         self._started.set()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one connection: one request, one answer, end."""
+        """Answer the requests of one connection, one after the other, until it ends.
+
+        A connection may stay open and idle (a virtual machine's port is one for its whole life), but a request that
+        has begun must arrive within REQUEST_SECONDS, and there are at most MAX_CONNECTIONS.
+        """
+        self._open += 1
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
                 await self._started.wait()
                 if not self._is_guest(writer.get_extra_info("socket")):
                     await self._answer(writer, {"error": "this port belongs to the guest"})
                     return
-            async with self._turn, asyncio.timeout(REQUEST_SECONDS):
-                await self._answer(writer, await self._respond(reader))
+                if self._open > MAX_CONNECTIONS:
+                    await self._answer(writer, {"error": f"there are {MAX_CONNECTIONS} connections already"})
+                    return
+            while head := await reader.read(1):
+                async with self._turn, asyncio.timeout(REQUEST_SECONDS):
+                    answer, usable = await self._respond(head, reader)
+                    await self._answer(writer, answer)
+                if not usable:
+                    return
         except (ConnectionError, TimeoutError, asyncio.IncompleteReadError):
             writer.transport.abort()
         finally:
+            self._open -= 1
             writer.close()
 
-    async def _respond(self, reader: asyncio.StreamReader) -> dict[str, str]:
-        (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+    async def _respond(self, head: bytes, reader: asyncio.StreamReader) -> tuple[dict[str, str], bool]:
+        """Return the answer to a request whose first byte is `head`, and whether the next can be found behind it."""
+        (size,) = HEADER.unpack(head + await reader.readexactly(HEADER.size - 1))
         if size > MAX_FRAME:
-            return {"error": f"a request of {size} bytes is larger than {MAX_FRAME}"}
+            return {"error": f"a request of {size} bytes is larger than {MAX_FRAME}"}, False
         try:
             request = _Request.model_validate_json(await reader.readexactly(size))
         except ValidationError:
-            return {"error": "the request is not a JSON object of report_data (128 hex digits) and vmpl (0 to 3)"}
+            return {"error": "the request is not a JSON object of report_data (128 hex digits) and vmpl (0 to 3)"}, True
         try:
             report = self._report(bytes.fromhex(request.report_data), request.vmpl)
         except SealwrightError as error:
-            return {"error": error.what}
+            return {"error": error.what}, True
         return {
             "report": base64.b64encode(report).decode("ascii"),
             "certificates": base64.b64encode(self._certificates).decode("ascii"),
-        }
+        }, True
 
     async def _answer(self, writer: asyncio.StreamWriter, answer: dict[str, str]) -> None:
         body = json.dumps(answer).encode()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import socket
+import threading
+import tty
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from attestation.attester.virtual_port import HEADER, MAX_FRAME, VirtualPort, short_path
+from attestation.attester.virtual_port import HEADER, MAX_FRAME, VirtualPort, find_virtio_port, short_path
 from attestation.errors import AttesterUnavailable, PlatformUnusable
 from attestation.evidence.report import Product, parse_report
 from attestation.virtual import port as port_module
@@ -34,8 +37,6 @@ def port_of(virtual_chips: dict[Product, Chip], tmp_path: Path) -> Callable[...,
         chip = virtual_chips[Product.MILAN]
         port = Port(lambda data, vmpl: report_for(chip, CONTEXT, data, vmpl), b"table")
         if admitted:
-            import os
-
             port.admit(os.getsid(0))
         path = tmp_path / "port.sock"
         server = await asyncio.start_unix_server(port.handle, sock=bind_port(path))
@@ -208,3 +209,76 @@ def test_a_missing_port_is_named(tmp_path: Path) -> None:
 def test_report_data_of_another_size_is_the_callers_mistake(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="64 bytes"):
         VirtualPort(tmp_path / "port.sock").evidence(bytes(63))
+
+
+def test_one_connection_carries_many_requests(port_of: Callable[..., Any]) -> None:
+    def client(path: Path) -> list[int]:
+        sizes = []
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(5)
+            connection.connect(str(path))
+            for document in ({"report_data": "00" * 64, "vmpl": 0}, {}, {"report_data": "11" * 64, "vmpl": 0}):
+                connection.sendall(frame(document))
+                size = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
+                sizes.append(len(connection.recv(size, socket.MSG_WAITALL)))
+        return sizes
+
+    first, refused, second = port_of(client)
+    assert first == second > refused
+
+
+def test_connections_are_bounded(port_of: Callable[..., Any]) -> None:
+    def client(path: Path) -> bytes:
+        idle = [socket.socket(socket.AF_UNIX) for _ in range(port_module.MAX_CONNECTIONS)]
+        try:
+            for one in idle:
+                one.connect(str(path))
+            with socket.socket(socket.AF_UNIX) as more:
+                more.settimeout(5)
+                more.connect(str(path))
+                return more.recv(4096)
+        finally:
+            for one in idle:
+                one.close()
+
+    assert b"connections already" in port_of(client)
+
+
+def test_a_virtio_port_is_a_character_device_with_the_same_frames(virtual_chips: dict[Product, Chip]) -> None:
+    """A pseudo-terminal in raw mode stands for the device: bytes both ways, and no end of file between requests."""
+    report = report_for(virtual_chips[Product.MILAN], CONTEXT, b"d" * 64, 0)
+    outer, inner = os.openpty()
+    try:
+        tty.setraw(inner)
+
+        def platform() -> None:
+            for _ in range(2):
+                size = int.from_bytes(os.read(outer, 4), "big")
+                request = b""
+                while len(request) < size:
+                    request += os.read(outer, size - len(request))
+                assert json.loads(request)["report_data"] == "64" * 64
+                answer = {"report": base64.b64encode(report).decode(), "certificates": ""}
+                os.write(outer, frame(answer))
+
+        thread = threading.Thread(target=platform)
+        thread.start()
+        port = VirtualPort(Path(os.ttyname(inner)), timeout=5)
+        for _ in range(2):
+            assert port.evidence(b"d" * 64).report == report
+        thread.join(5)
+        with pytest.raises(AttesterUnavailable, match="no answer within"):
+            VirtualPort(Path(os.ttyname(inner)), timeout=0.1).evidence(bytes(64))
+    finally:
+        os.close(outer)
+        os.close(inner)
+
+
+def test_the_virtio_port_is_found_by_its_name(tmp_path: Path) -> None:
+    for number, name in enumerate(("org.qemu.guest_agent.0", "sealwright.port")):
+        (tmp_path / f"vport0p{number}").mkdir()
+        (tmp_path / f"vport0p{number}/name").write_text(f"{name}\n")
+    (tmp_path / "vport9p9").mkdir()
+    assert find_virtio_port("sealwright.port", tmp_path) == Path("/dev/vport0p1")
+    with pytest.raises(AttesterUnavailable, match="no virtio port"):
+        find_virtio_port("sealwright.other", tmp_path)
