@@ -33,20 +33,21 @@ class Root:
     length: int
 
     def argument(self) -> str:
-        """The word of the command line from which the initrd makes the device tables (offset, length in sectors)."""
-        return f"sealwright.root={self.blocks}:{self.root_hash}:{SALT}:{self.offset}:{self.length}"
+        """The words of the command line from which the initrd makes the device tables (offset, length in sectors)."""
+        layers = f"{self.blocks}:{self.offset}:{self.length}"
+        return f"roothash={self.root_hash} sealwright.salt={SALT} sealwright.layers={layers}"
 
 
 _ARGUMENT = re.compile(
-    r"^sealwright\.root=(?P<blocks>[1-9]\d{0,11}):(?P<hash>[0-9a-f]{64}):(?P<salt>[0-9a-f]{64})"
-    r":(?P<offset>[1-9]\d{0,14}):(?P<length>[1-9]\d{0,14})$"
+    r"(?:^| )roothash=(?P<hash>[0-9a-f]{64}) sealwright\.salt=(?P<salt>[0-9a-f]{64})"
+    r" sealwright\.layers=(?P<blocks>[1-9]\d{0,11}):(?P<offset>[1-9]\d{0,14}):(?P<length>[1-9]\d{0,14})(?= |$)"
 )
 
 
 def read_argument(cmdline: str) -> Root | None:
     """The root that a command line names, or None if it does not name exactly one in this form."""
-    found = [match for word in cmdline.split(" ") if (match := _ARGUMENT.match(word))]
-    if len(found) != 1 or found[0]["salt"] != SALT:
+    found = list(_ARGUMENT.finditer(cmdline))
+    if len(found) != 1 or found[0]["salt"] != SALT or cmdline.count("roothash=") != 1:
         return None
     one = found[0]
     return Root(int(one["blocks"]), one["hash"], int(one["offset"]), int(one["length"]))

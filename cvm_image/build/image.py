@@ -10,20 +10,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from cvm_image.build.apt import Archives, fetch_packages, find_archives
+from cvm_image.build.bill import bill_of_materials
 from cvm_image.build.disk import Root, join_layers, make_layer
 from cvm_image.build.errors import BuildFailed, UnusableRecipe
 from cvm_image.build.initrd import ROOT_MODULES, make_initrd, modules_folder, pick_modules
 from cvm_image.build.lock import Lock, LockedPackage, Purpose, load_lock
 from cvm_image.build.netfilter import RULES_FILE, packet_filter
 from cvm_image.build.recipe import Recipe, load_recipe
+from cvm_image.build.signed import sign_image
 from cvm_image.build.store import Store, content_key, folder_digest
 from cvm_image.build.tools import Mount, Tools
 from cvm_image.build.trees import extract_packages, lay_out_tree, settle
 from cvm_image.build.wheels import fetch_wheels
 from cvm_image.build.workload import File, collect, compile_python, unpack_wheels, write_tree
+from cvm_image.manifest import ImageManifest
+from cvm_image.signing import SigningKeys
 
 PROJECT = Path(__file__).resolve().parents[2]
 """The folder that holds our packages, from which the workload layer takes them."""
@@ -68,31 +73,35 @@ def build_image(
     output: Path,
     *,
     store: Store,
+    keys: SigningKeys,
     say: Callable[[str], None],
     variant: str | None = None,
     offline: bool = False,
-) -> Build:
+) -> ImageManifest:
     """Build the image of the recipe at `recipe_path` into the folder `output`, which is replaced as a whole.
 
-    Offline, only the cache is used. Raises what the modules of the build raise; `output` is then as it was.
+    Offline, only the cache is used. The same recipe, lock, sources and keys give the same bytes. Raises what the
+    modules of the build raise; `output` is then as it was.
     """
+    _check_output(output)
     recipe = load_recipe(recipe_path, variant=variant)
     lock = load_lock(recipe_path, recipe.name, recipe.suite)
     log = new_log(store, recipe.name)
     archives = None if offline else find_archives(recipe.mirrors, recipe.keyring, log=log)
     build = Build(recipe, recipe_path, lock, store, archives, log, say)
     output.parent.mkdir(parents=True, exist_ok=True)
-    _check_output(output)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         folder.chmod(0o755)
-        make_parts(build, folder)
+        with store.alone(say):
+            root = make_parts(build, folder)
+        manifest = sign_image(folder, recipe, lock, root, keys)
         if output.exists():
             shutil.rmtree(output)
         folder.rename(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return build
+    return manifest
 
 
 def new_log(store: Store, name: str) -> Path:
@@ -101,17 +110,20 @@ def new_log(store: Store, name: str) -> Path:
 
 
 def make_parts(build: Build, folder: Path) -> Root:
-    """Write kernel, initrd, command line, firmware, root and verity tree into `folder`."""
+    """Write kernel, initrd, command line, firmware, root, verity tree and bill of materials into `folder`."""
     tools = make_tools(build)
     shutil.copyfile(_firmware(build, tools), folder / "firmware.fd")
     kernel = _kernel(build, tools)
     shutil.copyfile(_kernel_file(kernel), folder / "kernel")
     shutil.copyfile(_initrd(build, tools, kernel), folder / "initrd")
     base = _base_layer(build, tools)
-    workload = _workload_layer(build, tools)
+    files = collect(build.recipe, build.recipe_path)
+    files[RULES_FILE] = File(packet_filter(build.recipe.network).encode())
+    workload = _workload_layer(build, tools, files)
     with _step(build, "root file system and its verity tree"):
         root = join_layers(tools, base, workload, folder)
     (folder / "cmdline").write_text(command_line(build.recipe, root))
+    (folder / "sbom.cdx.json").write_bytes(bill_of_materials(build.lock, files, version=metadata.version("sealwright")))
     for name in PARTS:
         (folder / name).chmod(0o644)
     return root
@@ -151,12 +163,14 @@ def make_tools(build: Build) -> Tools:
 
 
 def _tools_key(build: Build) -> str:
-    return content_key("tools", packages=[one.sha256 for one in build.lock.tools], epoch=build.lock.epoch)
+    return content_key(
+        "tools", rules=("trees",), packages=[one.sha256 for one in build.lock.tools], epoch=build.lock.epoch
+    )
 
 
 def _firmware(build: Build, tools: Tools) -> Path:
     wanted = build.recipe.firmware.file
-    key = content_key("firmware", packages=[one.sha256 for one in build.lock.firmware], file=wanted)
+    key = content_key("firmware", rules=(), packages=[one.sha256 for one in build.lock.firmware], file=wanted)
     made = build.store.made(key)
     if made is None:
         packages = _fetched(build, "firmware")
@@ -171,7 +185,7 @@ def _firmware(build: Build, tools: Tools) -> Path:
 
 
 def _kernel_key(build: Build) -> str:
-    return content_key("kernel", packages=[one.sha256 for one in build.lock.kernel], tools=_tools_key(build))
+    return content_key("kernel", rules=(), packages=[one.sha256 for one in build.lock.kernel], tools=_tools_key(build))
 
 
 def _kernel(build: Build, tools: Tools) -> Path:
@@ -208,6 +222,7 @@ def _initrd(build: Build, tools: Tools, kernel: Path) -> Path:
     script = (Path(__file__).parent / "guest" / "initrd-init").read_bytes()
     key = content_key(
         "initrd",
+        rules=("initrd",),
         kernel=_kernel_key(build),
         tools=_tools_key(build),
         modules=list(wanted),
@@ -225,6 +240,7 @@ def _initrd(build: Build, tools: Tools, kernel: Path) -> Path:
 def _base_key(build: Build) -> str:
     return content_key(
         "base",
+        rules=("trees", "disk"),
         packages=[one.sha256 for one in build.lock.base],
         remove=list(build.recipe.base.remove),
         suite=build.lock.suite,
@@ -255,11 +271,10 @@ def _base_layer(build: Build, tools: Tools) -> Path:
     return _present(layer)
 
 
-def _workload_layer(build: Build, tools: Tools) -> Path:
-    files = collect(build.recipe, build.recipe_path, PROJECT)
-    files[RULES_FILE] = File(packet_filter(build.recipe.network).encode())
+def _workload_layer(build: Build, tools: Tools, files: dict[str, File]) -> Path:
     key = content_key(
         "workload",
+        rules=("workload", "disk"),
         files=folder_digest({f"{name}{'*' if file.executable else ''}": file.data for name, file in files.items()}),
         wheels=[one.sha256 for one in build.lock.wheels],
         epoch=build.lock.epoch,
@@ -269,8 +284,7 @@ def _workload_layer(build: Build, tools: Tools) -> Path:
     if layer is None:
         fetch_wheels(build.lock.wheels, build.store, online=build.archives is not None, log=build.log)
         with _step(build, f"workload layer ({len(files)} files)"), build.store.making(key) as folder:
-            files.update(unpack_wheels(build.lock.wheels, build.store))
-            write_tree(files, folder / "tree")
+            write_tree({**unpack_wheels(build.lock.wheels, build.store), **files}, folder / "tree")
             compile_python(tools, folder / "tree")
             make_layer(
                 tools, folder / "tree", folder / "result", name="workload", epoch=build.lock.epoch, all_root=True

@@ -59,6 +59,11 @@ class Lock(_Part):
     base: list[LockedPackage]
     wheels: list[LockedWheel]
 
+    def digests(self) -> list[str]:
+        """The SHA-256 of every input."""
+        groups = (self.tools, self.firmware, self.kernel, self.base)
+        return [one.sha256 for group in groups for one in group] + [one.sha256 for one in self.wheels]
+
     def packages(self, purpose: Purpose) -> list[LockedPackage]:
         """The packages of one tree, in the lock's order."""
         chosen: list[LockedPackage] = getattr(self, purpose)

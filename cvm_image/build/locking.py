@@ -23,6 +23,11 @@ def lock_recipe(recipe_path: Path, *, store: Store, say: Callable[[str], None]) 
 
     Times are not the clock's: the lock's epoch is the date of the newest release file of the suite.
     """
+    with store.alone(say):
+        return _lock_recipe(recipe_path, store=store, say=say)
+
+
+def _lock_recipe(recipe_path: Path, *, store: Store, say: Callable[[str], None]) -> Lock:
     recipe = load_recipe(recipe_path)
     log = new_log(store, f"{recipe.name}-lock")
     archives = find_archives(recipe.mirrors, recipe.keyring, log=log)

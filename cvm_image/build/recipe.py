@@ -62,12 +62,11 @@ class Base(_Part):
 class Workload(_Part):
     """The layer on top: folders of our own packages, hash-locked wheels, and a folder of files laid over the root.
 
-    `sources` are top-level Python packages of this project; `files` is a folder beside the recipe; `wheels` are
-    distributions pinned by the project's constraints, for the guest's Python.
+    `packages` puts our own Python packages in, as a guest of the recipe's variant has them; `files` is a folder beside
+    the recipe; `wheels` are distributions pinned by the project's constraints, for the guest's Python.
     """
 
-    sources: tuple[Name, ...] = ()
-    omit: tuple[RootPath, ...] = ()
+    packages: bool = False
     wheels: tuple[Name, ...] = ()
     files: RootPath | None = None
 
@@ -136,7 +135,7 @@ def load_recipe(path: Path, *, variant: str | None = None) -> Recipe:
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
         raise UnusableRecipe(f"the recipe is refused: {found}", where=str(path), do="Correct these fields.") from None
-    for globbed in (*recipe.base.remove, *recipe.workload.omit, recipe.workload.files or "files"):
+    for globbed in (*recipe.base.remove, recipe.workload.files or "files"):
         if ".." in globbed.split("/"):
             raise UnusableRecipe(f"{globbed!r} climbs out of its folder", where=str(path), do="Use paths below it.")
     return recipe

@@ -7,18 +7,23 @@ name whenever it is used; an entry of the second appears by one rename, so that 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import rfc8785
 
-RULES = "1"
-"""Changes when the build's own rules change in a way that changes its results: what older rules made is not used."""
+from cvm_image.build.errors import UnusableHost
+
+
+WAIT_SECONDS = 1800.0
+"""How long a build waits for another one in the same cache."""
 
 
 def default_cache() -> Path:
@@ -34,27 +39,42 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def content_key(step: str, **inputs: Any) -> str:
-    """The name of what `step` makes from `inputs` (JSON values): a digest over both and the build's rules."""
-    return hashlib.sha256(rfc8785.dumps({"rules": RULES, "step": step, "inputs": inputs})).hexdigest()
+def content_key(step: str, *, rules: Sequence[str], **inputs: Any) -> str:
+    """The name of what `step` makes from `inputs` (JSON values): a digest over both and over the rules it is made by.
+
+    `rules` are the modules of this package that make it: what an older version of them made is not used.
+    """
+    here = Path(__file__).parent
+    code = {name: digest_file(here / f"{name}.py") for name in rules}
+    return hashlib.sha256(rfc8785.dumps({"rules": code, "step": step, "inputs": inputs})).hexdigest()
 
 
 class Store:
-    """A cache folder. `inputs/` holds files by digest, `made/` files and trees by content key."""
+    """A cache folder. `inputs/` holds files by digest, `made/` files and trees by content key.
 
-    def __init__(self, root: Path) -> None:
+    `archive`, if given, is a folder of inputs by digest (from `export_inputs`) that is asked before any mirror;
+    `inputs` is another store's folder of inputs to use instead of an own one.
+    """
+
+    def __init__(self, root: Path, *, archive: Path | None = None, inputs: Path | None = None) -> None:
         self.root = root
         self.logs = root / "logs"
-        for folder in (root / "inputs", root / "made", self.logs):
+        self.inputs = root / "inputs" if inputs is None else inputs
+        self._archive = archive
+        for folder in (self.inputs, root / "made", self.logs):
             folder.mkdir(parents=True, exist_ok=True)
 
     def input(self, sha256: str) -> Path:
         """Where the input with this digest lies, or would."""
-        return self.root / "inputs" / sha256
+        return self.inputs / sha256
 
     def holds(self, sha256: str) -> bool:
         """Whether that input is here and intact; a damaged one is removed."""
         path = self.input(sha256)
+        if not path.is_file() and self._archive is not None and (self._archive / sha256).is_file():
+            partial = path.with_name(f"{sha256}.partial")
+            shutil.copyfile(self._archive / sha256, partial)
+            partial.rename(path)
         if not path.is_file():
             return False
         if digest_file(path) == sha256:
@@ -62,10 +82,48 @@ class Store:
         path.unlink()
         return False
 
+    def export_inputs(self, digests: Iterable[str], archive: Path) -> int:
+        """Copy those inputs into the folder `archive`, by digest, and return how many it then has of them."""
+        archive.mkdir(parents=True, exist_ok=True)
+        count = 0
+        for sha256 in sorted(set(digests)):
+            if not (archive / sha256).is_file():
+                partial = archive / f"{sha256}.partial"
+                shutil.copyfile(self.input(sha256), partial)
+                partial.rename(archive / sha256)
+            count += 1
+        return count
+
     def made(self, key: str) -> Path | None:
         """The file or tree that was made under this key, or None."""
         path = self.root / "made" / key
         return path if path.exists() else None
+
+    @contextlib.contextmanager
+    def alone(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Hold the cache for one build; another waits, at most `WAIT_SECONDS`. Raises UnusableHost after that."""
+        descriptor = os.open(self.root / "in-use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            deadline = time.monotonic() + WAIT_SECONDS
+            told = False
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise UnusableHost(
+                            f"another build has held this cache for {WAIT_SECONDS:.0f} s",
+                            where=str(self.root),
+                            do="End it, or name another cache.",
+                        ) from None
+                if not told:
+                    say("waiting for another build that uses this cache")
+                    told = True
+                time.sleep(0.5)
+            yield
+        finally:
+            os.close(descriptor)
 
     @contextlib.contextmanager
     def making(self, key: str) -> Iterator[Path]:
@@ -78,9 +136,8 @@ class Store:
             folder.chmod(0o755)
             yield folder
             target = self.root / "made" / key
-            if target.is_dir():
-                shutil.rmtree(target)
-            (folder / "result").rename(target)
+            if not target.exists():
+                (folder / "result").rename(target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -152,6 +152,14 @@ def settle(root: Path, *, remove: Sequence[str]) -> None:
                     path.unlink()
     for name in ("dev", "proc", "sys", "run", "tmp"):
         (root / name).mkdir(exist_ok=True)
+    each_file(root, _drop_set_id)
+
+
+def _drop_set_id(_: str, path: Path) -> None:
+    """No program of a guest gains rights by being started."""
+    mode = path.stat().st_mode
+    if mode & 0o6000:
+        path.chmod(mode & 0o777)
 
 
 def extract_packages(packages: Sequence[LockedPackage], store: Store, target: Path, *, tools: Tools) -> None:

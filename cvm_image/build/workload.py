@@ -13,6 +13,8 @@ from cvm_image.build.lock import LockedWheel
 from cvm_image.build.recipe import Recipe
 from cvm_image.build.store import Store
 from cvm_image.build.tools import Mount, Tools
+from cvm_image.packages import collect as collect_packages
+from cvm_image.packages import guest_packages
 
 OURS = "usr/lib/sealwright/packages"
 """Where our own packages lie in the guest."""
@@ -34,34 +36,31 @@ class File:
     executable: bool = False
 
 
-def collect(recipe: Recipe, recipe_path: Path, project: Path) -> dict[str, File]:
+def collect(recipe: Recipe, recipe_path: Path) -> dict[str, File]:
     """Every file of the workload layer but the wheels, by its path in the guest.
 
-    `project` is the folder that holds our packages. Raises UnusableRecipe for a folder that is not there.
+    Raises UnusableRecipe for a folder that is not there.
     """
     files: dict[str, File] = {WORLD_FILE: File(f"{recipe.variant}\n".encode())}
-    for source in recipe.workload.sources:
-        _take(project / source, f"{OURS}/{source}", files, omit=recipe.workload.omit, below=project)
+    if recipe.workload.packages:
+        for name, data in collect_packages(guest_packages(recipe.variant)).items():
+            files[f"{OURS}/{name}"] = File(data)
     if recipe.workload.files is not None:
-        _take(recipe_path.parent / recipe.workload.files, "", files, omit=(), below=recipe_path.parent)
+        _take(recipe_path.parent / recipe.workload.files, files)
     return files
 
 
-def _take(folder: Path, prefix: str, files: dict[str, File], *, omit: Sequence[str], below: Path) -> None:
+def _take(folder: Path, files: dict[str, File]) -> None:
     if not folder.is_dir():
         raise UnusableRecipe("the recipe names a folder that is not there", where=str(folder), do="Correct the recipe.")
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder).as_posix()
-        named = path.relative_to(below).as_posix()
         if any(fnmatchcase(f"/{inside}", pattern) or fnmatchcase(inside, pattern) for pattern in _LEFT_OUT):
-            continue
-        if any(fnmatchcase(named, pattern) for pattern in omit):
             continue
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             raise UnusableRecipe("a source is no plain file", where=str(path), do="Only files and folders go in.")
         if path.is_file():
-            name = f"{prefix}/{inside}" if prefix else inside
-            files[name] = File(path.read_bytes(), executable=bool(path.stat().st_mode & 0o100))
+            files[inside] = File(path.read_bytes(), executable=bool(path.stat().st_mode & 0o100))
 
 
 def unpack_wheels(wheels: Sequence[LockedWheel], store: Store) -> dict[str, File]:

@@ -1,0 +1,162 @@
+"""A minimal image is built twice, bit for bit the same; it boots, and boots no more once one measured byte is changed.
+
+These need root, mmdebstrap and bubblewrap, and packages from the mirror that the host's apt has (or from the cache).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from attestation.evidence.launch import measure_launch
+from cvm_image.build.disk import SECTOR, read_argument
+from cvm_image.build.errors import BootFailed, BuildFailed, MissingInput, UnusableHost
+from cvm_image.build.image import build_image
+from cvm_image.build.launching import booted, find_tools
+from cvm_image.build.locking import lock_recipe
+from cvm_image.build.store import Store, default_cache
+from cvm_image.build.tools import Tools
+from cvm_image.manifest import MANIFEST, verify_manifest
+from cvm_image.qemu import Guest
+from cvm_image.signing import SigningKeys, create_signing_keys
+
+pytestmark = pytest.mark.long
+
+RECIPES = Path(__file__).resolve().parents[3] / "cvm_image" / "recipes"
+MARKER = "sealwright: minimal guest on virtual reached its verified root"
+KERNEL_SPEAKS = "EFI stub"
+BOOT_SECONDS = 120.0
+SILENT_SECONDS = 15.0
+_MEASURED = {"firmware": "firmware.fd", "kernel": "kernel", "initrd": "initrd", "cmdline": "cmdline"}
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> SigningKeys:
+    return create_signing_keys(tmp_path_factory.mktemp("keys") / "keys")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    shutil.copytree(RECIPES / "minimal", folder / "minimal")
+    for name in ("minimal.toml", "minimal.lock.json"):
+        shutil.copyfile(RECIPES / name, folder / name)
+    return folder / "minimal.toml"
+
+
+def say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory, recipe: Path, keys: SigningKeys) -> Path:
+    if os.geteuid() != 0:
+        pytest.skip("building an image needs root")
+    for program in ("mmdebstrap", "bwrap"):
+        if shutil.which(program) is None:
+            pytest.skip(f"building an image needs {program}: appliance/setup.sh mmdebstrap bubblewrap")
+    store = Store(default_cache())
+    output = tmp_path_factory.mktemp("image") / "first"
+    try:
+        build_image(recipe, output, store=store, keys=keys, say=say)
+    except (MissingInput, BuildFailed, UnusableHost) as gone:
+        say(f"the locked packages are not to be had ({gone.what}); locking anew")
+        try:
+            lock_recipe(recipe, store=store, say=say)
+        except (BuildFailed, UnusableHost, MissingInput) as error:
+            pytest.skip(f"no packages can be had here: {error.what}")
+        build_image(recipe, output, store=store, keys=keys, say=say)
+    return output
+
+
+@pytest.fixture(scope="module")
+def tools(image: Path) -> Tools:
+    store = Store(default_cache())
+    return find_tools(store, log=store.logs / "tests.log")
+
+
+@pytest.fixture
+def changed(image: Path, tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
+    """A copy of the image in which one byte of one file is another."""
+
+    def change(name: str, position: int) -> Path:
+        copy = tmp_path / "changed"
+        shutil.copytree(image, copy)
+        with (copy / name).open("r+b") as file:
+            file.seek(position if position >= 0 else file.seek(0, 2) + position)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+        return copy
+
+    yield change
+    shutil.rmtree(tmp_path / "changed", ignore_errors=True)
+
+
+def assert_silent(guest: Guest) -> None:
+    """The guest hangs in its firmware: the kernel never says a word, in several times the time that a boot takes."""
+    with pytest.raises(BootFailed):
+        guest.wait(within=SILENT_SECONDS, until=lambda console: KERNEL_SPEAKS in console, what="starting nothing")
+    assert KERNEL_SPEAKS not in guest.console()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_two_builds_are_the_same_bit_for_bit(image: Path, recipe: Path, keys: SigningKeys, tmp_path: Path) -> None:
+    fresh = Store(tmp_path / "cache", inputs=Store(default_cache()).inputs)
+    output = tmp_path / "elsewhere" / "second"
+    build_image(recipe, output, store=fresh, keys=keys, say=say, offline=True)
+    first, second = files_of(image), files_of(output)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_the_manifest_is_signed_and_names_what_was_built(image: Path, keys: SigningKeys) -> None:
+    manifest = verify_manifest((image / MANIFEST).read_bytes(), keys.builder.public_key())
+    root = read_argument((image / "cmdline").read_text())
+    assert root is not None
+    assert manifest.platform == "virtual"
+    assert manifest.root_hash == root.root_hash
+    measured = {name: (image / file).read_bytes() for name, file in _MEASURED.items()}
+    assert manifest.measurements[0].measurement == measure_launch(**measured, vcpus=1).hex()
+
+
+def test_the_image_boots_to_its_verified_root(image: Path, tools: Tools, tmp_path: Path) -> None:
+    with booted(tools, image, tmp_path / "run") as guest:
+        console = guest.wait(within=BOOT_SECONDS, what="booting")
+    assert MARKER in console
+    assert "Power down" in console
+
+
+@pytest.mark.parametrize(("name", "position"), [("kernel", -4096), ("initrd", -100), ("cmdline", 14)])
+def test_the_firmware_starts_nothing_that_the_hash_table_does_not_name(
+    image: Path, tools: Tools, changed: Callable[[str, int], Path], tmp_path: Path, name: str, position: int
+) -> None:
+    with booted(tools, changed(name, position), tmp_path / "run", table_of=image) as guest:
+        assert_silent(guest)
+
+
+def test_without_a_hash_table_nothing_starts(image: Path, tools: Tools, tmp_path: Path) -> None:
+    with booted(tools, image, tmp_path / "run", table=False) as guest:
+        assert_silent(guest)
+
+
+@pytest.mark.parametrize("name", ["rootfs.erofs", "rootfs.verity"])
+def test_a_changed_byte_of_the_root_stops_the_guest_before_its_init(
+    image: Path, tools: Tools, changed: Callable[[str, int], Path], tmp_path: Path, name: str
+) -> None:
+    root = read_argument((image / "cmdline").read_text())
+    assert root is not None
+    position = root.offset * SECTOR + 1100 if name == "rootfs.erofs" else 4096 + 100
+    with booted(tools, changed(name, position), tmp_path / "run") as guest:
+        console = guest.wait(within=BOOT_SECONDS, what="refusing its root")
+    assert MARKER not in console
+    assert "corrupted" in console
+    assert "verity" in console
