@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -13,8 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from securesystemslib.signer import Signature
+from tuf.api.metadata import Metadata, Signed
 
 from policies.charter import Changes, Lifetimes, amend, files_of, found
+from policies.charter.layout import tuf_key
+from policies.charter.trust import metadata_bytes
 from policies.documents import (
     RESULTS_KEY_SIZE,
     BrokerEntry,
@@ -174,3 +180,23 @@ class World:
 def changed(store: Mapping[str, bytes], name: str, raw: bytes) -> dict[str, bytes]:
     """The store with one file replaced."""
     return {**store, name: raw}
+
+
+def parsed(store: dict[str, bytes], name: str) -> Metadata[Any]:
+    return Metadata.from_bytes(store[f"metadata/{name}.json"])
+
+
+def signed_by(signed: Signed, *keys: Ed25519PrivateKey) -> bytes:
+    metadata: Metadata[Any] = Metadata(signed)  # type: ignore[type-var]  # one of TUF's four
+    for key in keys:
+        keyid = tuf_key(public_pem(key)).keyid
+        metadata.signatures[keyid] = Signature(keyid, key.sign(metadata.signed_bytes).hex())
+    return metadata_bytes(metadata)
+
+
+def both(world: World) -> list[Ed25519PrivateKey]:
+    return [world.keys[name] for name in MEMBERS[:2]]
+
+
+def compact(document: Any) -> bytes:
+    return json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
