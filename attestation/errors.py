@@ -116,3 +116,22 @@ class DepositRefused(Refused):
             do="Sign the deposit with the owner's member key, for this broker, now.",
             reasons=reasons,
         )
+
+
+class BrokerRefused(Refused):
+    """A broker's signed refusal, or a broker that is not what the charter says, with every reason."""
+
+    def __init__(self, reasons: tuple[str, ...], *, where: str) -> None:
+        super().__init__(
+            reasons[0] if reasons else "refused",
+            where=where,
+            do="The reasons say what to correct; the broker's ledger has them too.",
+            reasons=reasons,
+        )
+
+
+class CharterMoved(Refused):
+    """A broker that follows a newer charter than the one at hand: fetch it and try again."""
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__(reasons[0], where="charter", do="Fetch the charter again.", reasons=reasons)

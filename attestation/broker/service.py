@@ -1,29 +1,28 @@
 """The broker: what it does for guests and owners, whatever protocol they speak.
 
 Every decision is one transaction: session, counters, decision and ledger entry together, durable before its answer
-leaves. Policies and signatures are checked outside of it, on what was read before; if a counter or the charter has moved
-meanwhile, the decision is made again.
+leaves. Policies and signatures are checked outside of it, on what was read before; if a counter or the charter has
+moved meanwhile, the decision is made again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from attestation.broker import journal
 from attestation.broker.appraisal import Question as AppraisalQuestion
 from attestation.broker.appraisal import appraise_guest, build_ear
 from attestation.broker.charters import CharterFolder, LoadedCharter
+from attestation.broker.checks import check_csr, check_deposit
 from attestation.broker.journal import Note
 from attestation.broker.keys import Issuer, KeyEncryption, open_resource, seal_resource
 from attestation.broker.release import KBS_MODULE, Counters, decide_release
@@ -39,7 +38,6 @@ from attestation.broker.sessions import (
     take_nonce,
 )
 from attestation.broker.storage import Storage, Transaction
-from attestation.canonical import parse_time
 from attestation.ear import Ear, sign_ear, verify_ear
 from attestation.errors import (
     AppraisalRefused,
@@ -50,15 +48,13 @@ from attestation.errors import (
 )
 from attestation.evidence.composite import SnpEvidence
 from attestation.identity import enrolment_reasons
-from attestation.jws import ed25519_public_key, read_jws, read_jws_header
 from attestation.ledger.entry import BROKER_KINDS
 from attestation.ledger.receipt import Receipt
-from attestation.messages import DEPOSIT_TYPE, MAX_SECRET, Deposit, check_message, value_commitment
+from attestation.messages import Deposit
 from policies.charter import Charter
 from policies.decisions import Rules
 from policies.errors import Refused, SealwrightError, Unusable
 
-DEPOSIT_SKEW: Final = timedelta(minutes=5)
 TRIES: Final = 8
 """How often a release is decided anew because its counters moved."""
 
@@ -75,6 +71,7 @@ class Attested:
     session: Session
     ear: str
     receipt: Receipt
+    entry: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +81,15 @@ class Released:
     sealed: Any
     serial: int
     session: Session
+    receipt: Receipt
+    entry: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """Something written down: a credential (the certificate in DER), or a guest's own record."""
+
+    certificate: bytes
     receipt: Receipt
     entry: bytes
 
@@ -159,14 +165,15 @@ class Broker:
     # --- sessions ---------------------------------------------------------------------------------------------------
 
     async def open(self, protocol: Protocol, guest_nonce: str) -> tuple[Session, LoadedCharter]:
-        """Open a session with a fresh nonce."""
+        """Open a session with a fresh nonce. A protocol in which the guest brings no nonce has the session's own id."""
         at = self.clock()
+        identifier = uuid.UUID(bytes=self._randomness(16), version=4).hex
         loaded = await self.charter(at)
         session = open_session(
             protocol,
-            identifier=self._randomness(16).hex(),
+            identifier=identifier,
             nonce=self._randomness(NONCE_SIZE),
-            guest_nonce=guest_nonce,
+            guest_nonce=guest_nonce or identifier,
             at=at,
             seconds=self._session_seconds,
             charter_version=loaded.charter.version,
@@ -232,29 +239,30 @@ class Broker:
             )
             token = sign_ear(document, self.signing_key)
 
-        def work(step: Transaction) -> tuple[Session | None, tuple[str, ...]]:
+        def work(step: Transaction) -> tuple[Session | None, tuple[str, ...], bytes]:
             found = step.session(identifier)
             try:
                 spent = take_nonce(found, protocol, at)
             except SessionRefused as error:
                 _append(step, journal.call_denial("attest", session, error.reasons, charter, at))
-                return None, error.reasons
+                return None, error.reasons, b""
             moved = () if self._still_followed(charter) else ("the charter moved on meanwhile",)
             if reasons or moved or document is None:
                 step.update_session(spent)
                 denial = journal.appraisal_denial(question, verdict, spent, bound, (*reasons, *moved), charter, at)
                 _append(step, denial)
-                return None, (*reasons, *moved)
+                return None, (*reasons, *moved), b""
             expires = datetime.fromtimestamp(document.exp, UTC)
             done = attested(spent, ear=token, expires=expires, keys=keys, tee_pubkey=tee_pubkey, at=at)
             step.update_session(done)
-            _append(step, journal.appraisal(question, verdict, done, bound, token, charter, at))
-            return done, ()
+            note = journal.appraisal(question, verdict, done, bound, token, charter, at)
+            _append(step, note)
+            return done, (), note.entry.to_bytes()
 
-        (done, refused), receipts = await self.storage.transact(work)
+        (done, refused, entry), receipts = await self.storage.transact(work)
         if done is None:
             raise AppraisalRefused(refused, who=verdict.who)
-        return Attested(done, token, receipts[0])
+        return Attested(done, token, receipts[0], entry)
 
     # --- release ----------------------------------------------------------------------------------------------------
 
@@ -344,7 +352,7 @@ class Broker:
 
     # --- what guests have written down and issued ----------------------------------------------------------------
 
-    async def credential(self, identifier: str, csr: bytes, authorise: Authorise) -> tuple[bytes, Session, Receipt]:
+    async def credential(self, identifier: str, csr: bytes, authorise: Authorise) -> Issued:
         """Issue a credential over the TLS key of the attested guest, whose possession `csr` (DER) proves."""
         at = self.clock()
         charter = (await self.charter(at)).charter
@@ -360,12 +368,10 @@ class Broker:
             at=at,
             seconds=charter.consortium.credential_seconds,
         )
-        receipt = await self._note(identifier, authorise, journal.credential(ear, session, certificate, charter, at))
-        return certificate, session, receipt
+        note = journal.credential(ear, session, certificate, charter, at)
+        return Issued(certificate, await self._note(identifier, authorise, note), note.entry.to_bytes())
 
-    async def record(
-        self, identifier: str, kind: str, document: Mapping[str, Any], authorise: Authorise
-    ) -> tuple[Session, Receipt, bytes]:
+    async def record(self, identifier: str, kind: str, document: Mapping[str, Any], authorise: Authorise) -> Issued:
         """Write down what an attested guest says."""
         at = self.clock()
         charter = (await self.charter(at)).charter
@@ -373,8 +379,7 @@ class Broker:
         if kind in BROKER_KINDS:
             raise Refused(f"entries of kind {kind} are the broker's own", where="record", do="Use a kind of your own.")
         note = journal.record(self._ear(session, charter, at), session, kind, document, charter, at)
-        receipt = await self._note(identifier, authorise, note)
-        return session, receipt, note.entry.to_bytes()
+        return Issued(b"", await self._note(identifier, authorise, note), note.entry.to_bytes())
 
     # --- deposits ---------------------------------------------------------------------------------------------------
 
@@ -438,51 +443,6 @@ class Broker:
         if gone:
             raise AppraisalRefused(gone, who=journal.place(ear.subject))
         return ear
-
-
-def check_deposit(
-    token: str, resource: str, salt: bytes, value: bytes, broker: str, charter: Charter, at: datetime
-) -> tuple[Deposit | None, tuple[str, ...]]:
-    """What a deposit says, and every reason against it. Raises Unusable for what is no deposit."""
-    member_name = read_jws_header(token, typ=DEPOSIT_TYPE)
-    owner = resource.partition("/")[0]
-    member = charter.consortium.member(owner)
-    if member is None or member_name != owner:
-        return None, (f"{resource} belongs to {owner}; the deposit is signed by {member_name}",)
-    try:
-        content = check_message(Deposit, read_jws(token, ed25519_public_key(member.public_key), typ=DEPOSIT_TYPE))
-    except Refused:
-        return None, (f"the deposit's signature is not {owner}'s",)
-    reasons = []
-    if content.resource != resource:
-        reasons.append(f"the deposit is of {content.resource}, not {resource}")
-    if content.broker != broker:
-        reasons.append(f"the deposit is for the broker {content.broker}, not {broker}")
-    if content.charter != charter.id:
-        reasons.append("the deposit is under another charter")
-    if abs(parse_time(content.time, where="deposit") - at) > DEPOSIT_SKEW:
-        reasons.append(f"the deposit was signed at {content.time}, not within {DEPOSIT_SKEW} of now")
-    if len(value) > MAX_SECRET:
-        reasons.append(f"the value has {len(value)} bytes, more than {MAX_SECRET}")
-    if value_commitment(salt, value) != content.commitment:
-        reasons.append("the value is not the one that was signed")
-    return content, tuple(reasons)
-
-
-def check_csr(csr: bytes, ear: Ear) -> EllipticCurvePublicKey:
-    """The TLS key of a PKCS#10 request, if the request is signed by it and the EAR is about it. Raises Refused."""
-    do = "Sign the request with the TLS key that was attested."
-    try:
-        request = x509.load_der_x509_csr(csr)
-        key = request.public_key()
-        valid = request.is_signature_valid
-    except ValueError as error:
-        raise Unusable("this is no PKCS#10 request", where="csr", do=do) from error
-    if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP256R1) or not valid:
-        raise Refused("the request is not signed by a key on P-256", where="csr", do=do)
-    if ear.keys.get("tls") != journal.digest(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)):
-        raise Refused("the request is for another key than the attested one", where="csr", do=do)
-    return key
 
 
 @lru_cache(maxsize=8)

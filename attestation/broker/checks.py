@@ -1,0 +1,65 @@
+"""Checks of what guests and owners send, apart from any session: deposits and certificate requests."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from attestation.broker.journal import digest
+from attestation.canonical import parse_time
+from attestation.ear import Ear
+from attestation.jws import ed25519_public_key, read_jws, read_jws_header
+from attestation.messages import DEPOSIT_TYPE, MAX_SECRET, Deposit, check_message, value_commitment
+from policies.charter import Charter
+from policies.errors import Refused, Unusable
+
+DEPOSIT_SKEW: Final = timedelta(minutes=5)
+
+
+def check_deposit(
+    token: str, resource: str, salt: bytes, value: bytes, broker: str, charter: Charter, at: datetime
+) -> tuple[Deposit | None, tuple[str, ...]]:
+    """What a deposit says, and every reason against it. Raises Unusable for what is no deposit."""
+    member_name = read_jws_header(token, typ=DEPOSIT_TYPE)
+    owner = resource.partition("/")[0]
+    member = charter.consortium.member(owner)
+    if member is None or member_name != owner:
+        return None, (f"{resource} belongs to {owner}; the deposit is signed by {member_name}",)
+    try:
+        content = check_message(Deposit, read_jws(token, ed25519_public_key(member.public_key), typ=DEPOSIT_TYPE))
+    except Refused:
+        return None, (f"the deposit's signature is not {owner}'s",)
+    reasons = []
+    if content.resource != resource:
+        reasons.append(f"the deposit is of {content.resource}, not {resource}")
+    if content.broker != broker:
+        reasons.append(f"the deposit is for the broker {content.broker}, not {broker}")
+    if content.charter != charter.id:
+        reasons.append("the deposit is under another charter")
+    if abs(parse_time(content.time, where="deposit") - at) > DEPOSIT_SKEW:
+        reasons.append(f"the deposit was signed at {content.time}, not within {DEPOSIT_SKEW} of now")
+    if len(value) > MAX_SECRET:
+        reasons.append(f"the value has {len(value)} bytes, more than {MAX_SECRET}")
+    if value_commitment(salt, value) != content.commitment:
+        reasons.append("the value is not the one that was signed")
+    return content, tuple(reasons)
+
+
+def check_csr(csr: bytes, ear: Ear) -> EllipticCurvePublicKey:
+    """The TLS key of a PKCS#10 request, if the request is signed by it and the EAR is about it. Raises Refused."""
+    do = "Sign the request with the TLS key that was attested."
+    try:
+        request = x509.load_der_x509_csr(csr)
+        key = request.public_key()
+        valid = request.is_signature_valid
+    except ValueError as error:
+        raise Unusable("this is no PKCS#10 request", where="csr", do=do) from error
+    if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP256R1) or not valid:
+        raise Refused("the request is not signed by a key on P-256", where="csr", do=do)
+    if ear.keys.get("tls") != digest(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)):
+        raise Refused("the request is for another key than the attested one", where="csr", do=do)
+    return key

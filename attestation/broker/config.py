@@ -1,0 +1,88 @@
+"""A broker's settings and its folder: one TOML file, and the files it names relative to itself.
+
+broker.toml  root.json  charter/  keys/{signing.pem,issuer.pem,kek}  state/broker.sqlite
+"""
+
+from __future__ import annotations
+
+import tomllib
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from attestation.broker.keys import create_issuer, create_kek
+from policies.documents import BrokerEntry, Name
+from policies.errors import Unusable
+from policies.keys import generate_ed25519, public_pem, write_secret
+
+CONFIG_LIMIT: Final = 64 * 1024
+CONFIG_NAME: Final = "broker.toml"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Limits(_Section):
+    """What bounds the broker."""
+
+    session_seconds: Annotated[int, Field(ge=10, le=3600)] = 300
+    sessions: Annotated[int, Field(ge=1, le=10_000_000)] = 100_000
+    client_rate: Annotated[float, Field(gt=0, strict=False)] = 200.0
+    client_burst: Annotated[int, Field(ge=1)] = 1000
+
+
+class BrokerConfig(_Section):
+    """`broker.toml`. Paths are relative to the file's folder."""
+
+    name: Name
+    listen: Annotated[str, StringConstraints(pattern=r"^(\[[0-9a-f:.]+\]|[A-Za-z0-9.-]{1,253}):[0-9]{1,5}$")]
+    root: str = "root.json"
+    charter: str = "charter"
+    signing_key: str = "keys/signing.pem"
+    issuer_key: str = "keys/issuer.pem"
+    kek: str = "keys/kek"
+    database: str = "state/broker.sqlite"
+    timestamp_hours: Annotated[int, Field(ge=1, le=24 * 30)] = 24
+    limits: Limits = Limits()
+
+
+def load_config(path: Path) -> BrokerConfig:
+    """Read a broker's settings. Raises Unusable, naming what is wrong."""
+    do = "See docs/how-to/run-a-broker.md."
+    try:
+        with path.open("rb") as file:
+            raw = file.read(CONFIG_LIMIT + 1)
+        if len(raw) > CONFIG_LIMIT:
+            raise Unusable("this is too large for a broker's settings", where=str(path), do=do)
+        return BrokerConfig.model_validate(tomllib.loads(raw.decode("utf-8")))
+    except OSError as error:
+        raise Unusable(f"the settings cannot be read: {error.strerror}", where=str(path), do=do) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Unusable(f"the settings are no TOML: {error}", where=str(path), do=do) from error
+    except ValidationError as error:
+        words = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:10])
+        raise Unusable(f"the settings are not valid: {words}", where=str(path), do=do) from error
+
+
+def create_broker(folder: Path, *, name: str, member: str, url: str, listen: str, at: datetime) -> BrokerEntry:
+    """Make a new broker's folder (0700) with its keys and settings, and return its entry for the charter.
+
+    The charter's root and store are still to be put in: `root.json` and `charter/`. Raises Unusable if the folder has
+    a broker already.
+    """
+    config = folder / CONFIG_NAME
+    if config.exists():
+        raise Unusable("there is a broker here already", where=str(folder), do="Choose another folder.")
+    BrokerConfig(name=name, listen=listen)
+    for part in (folder, folder / "keys", folder / "state"):
+        part.mkdir(mode=0o700, parents=True, exist_ok=True)
+    signing = generate_ed25519(folder / "keys/signing.pem")
+    issuer = create_issuer(folder / "keys/issuer.pem", name, at)
+    create_kek(folder / "keys/kek")
+    entry = BrokerEntry(name=name, member=member, url=url, signing_key=public_pem(signing), issuer_certificate=issuer)
+    (folder / "entry.json").write_bytes(entry.to_bytes())
+    write_secret(config, f'name = "{name}"\nlisten = "{listen}"\n'.encode())
+    return entry

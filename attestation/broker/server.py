@@ -1,0 +1,228 @@
+"""The broker's process: settings to sockets. TLS 1.3 only; one line on standard error says when it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import uvloop
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509 import load_der_x509_certificate
+
+from attestation.broker.app import make_app
+from attestation.broker.charters import CharterFolder, charter_from_ledger
+from attestation.broker.config import BrokerConfig, load_config
+from attestation.broker.exchange import log
+from attestation.broker.keys import Issuer, load_issuer, load_kek
+from attestation.broker.service import Broker, now
+from attestation.broker.storage import open_storage
+from attestation.ledger.checkpoint import ledger_origin
+from policies.charter import read_store
+from policies.charter.signing import current_charter
+from policies.errors import SealwrightError, Unusable
+from policies.keys import load_private_key, public_pem
+
+HANDSHAKE_SECONDS: Final = 10.0
+IDLE_SECONDS: Final = 20.0
+"""How long a connection may take to send a request's head, the first or the next."""
+SHUTDOWN_SECONDS: Final = 5.0
+CERTIFICATE_RENEWAL: Final = timedelta(days=1)
+OPEN_FILES: Final = 65_536
+UPKEEP_SECONDS: Final = 30.0
+
+
+def open_broker(folder: Path, config: BrokerConfig) -> Broker:
+    """Open everything that the settings name. Raises Unusable or Refused, naming what does not fit."""
+    root = _read(folder / config.root)
+    signing_key = load_private_key(folder / config.signing_key)
+    store = read_store(folder / config.charter)
+    consortium = current_charter(store, root).consortium
+    entry = consortium.broker(config.name)
+    if entry is None or entry.signing_key != public_pem(signing_key):
+        raise Unusable(
+            f"the charter has no broker {config.name} with this signing key",
+            where=str(folder / config.signing_key),
+            do="Put this broker's entry.json into the charter, or its own keys here.",
+        )
+    issuer = load_issuer(folder / config.issuer_key, entry.issuer_certificate)
+    kek = load_kek(folder / config.kek)
+    origin = ledger_origin(consortium.trust_domain, config.name)
+    storage = open_storage(f"sqlite:///{(folder / config.database).absolute()}", origin, signing_key)
+    try:
+        known = storage.read(lambda step: charter_from_ledger(step, root))
+    except BaseException:
+        storage.close()
+        raise
+    lifetime = timedelta(hours=config.timestamp_hours)
+    return Broker(
+        config.name,
+        storage=storage,
+        charters=CharterFolder(folder / config.charter, root, signing_key, lifetime, known=known),
+        signing_key=signing_key,
+        issuer=issuer,
+        kek=kek,
+        session_seconds=config.limits.session_seconds,
+        max_sessions=config.limits.sessions,
+    )
+
+
+class ServerTls:
+    """The server's TLS context, with a certificate under the broker's issuer that is renewed while it runs."""
+
+    def __init__(self, issuer: Issuer, broker: str) -> None:
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_3
+        self.context.set_alpn_protocols(["http/1.1"])
+        self._issuer = issuer
+        self._broker = broker
+        self._renewed: datetime | None = None
+
+    def renew(self, at: datetime) -> None:
+        """Take a fresh key and certificate for new connections, if the last is older than CERTIFICATE_RENEWAL."""
+        if self._renewed is not None and at - self._renewed < CERTIFICATE_RENEWAL:
+            return
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._issuer.server_certificate(key.public_key(), self._broker, at)
+        pem = (
+            load_der_x509_certificate(certificate).public_bytes(Encoding.PEM)
+            + self._issuer.certificate_pem.encode("ascii")
+            + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        )
+        descriptor = os.memfd_create("tls", os.MFD_CLOEXEC)  # OpenSSL wants a file: this one is never on a disk
+        try:
+            os.write(descriptor, pem)
+            self.context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+        self._renewed = at
+
+
+@asynccontextmanager
+async def serving(broker: Broker, config: BrokerConfig) -> AsyncIterator[str]:
+    """Serve `broker` until the block ends; gives `host:port` as it is bound."""
+    tls = ServerTls(broker.issuer, broker.name)
+    tls.renew(broker.clock())
+    await broker.charter(broker.clock())
+    runner = web.AppRunner(
+        make_app(broker, client_rate=config.limits.client_rate, client_burst=config.limits.client_burst),
+        access_log=None,
+        keepalive_timeout=IDLE_SECONDS,
+        max_line_size=4096,
+        max_field_size=16384,
+        auto_decompress=False,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+    )
+    await runner.setup()
+    if runner.server is None:
+        raise Unusable("the server did not start", where=config.listen, do="Look at the log.")
+    host, _, port = config.listen.rpartition(":")
+    try:
+        server = await asyncio.get_running_loop().create_server(
+            runner.server,
+            host.strip("[]"),
+            int(port),
+            ssl=tls.context,
+            backlog=1024,
+            ssl_handshake_timeout=HANDSHAKE_SECONDS,
+            reuse_address=True,
+        )
+    except OSError as error:
+        await runner.cleanup()
+        raise Unusable(
+            f"the address cannot be listened on: {error.strerror}",
+            where=config.listen,
+            do="Choose another in `listen`.",
+        ) from error
+    upkeep = asyncio.create_task(_upkeep(broker, tls))
+    try:
+        bound = server.sockets[0].getsockname()
+        yield f"{host}:{bound[1]}"
+    finally:
+        upkeep.cancel()
+        with suppress(asyncio.CancelledError):
+            await upkeep
+        server.close()
+        await runner.cleanup()
+
+
+async def _upkeep(broker: Broker, tls: ServerTls) -> None:
+    """Keep the timestamp and the certificate fresh while nobody asks."""
+    while True:
+        await asyncio.sleep(UPKEEP_SECONDS)
+        at = broker.clock()
+        tls.renew(at)
+        await look_at_charter(broker, at)
+
+
+async def look_at_charter(broker: Broker, at: datetime) -> None:
+    """Follow what lies in the charter's folder, and say what happened."""
+    try:
+        if broker.charters.stale(at):
+            await broker.charter(at)
+    except SealwrightError as error:
+        log("charter", problem=error.what)
+        return
+    if broker.charters.problem:
+        log("charter", problem=broker.charters.problem)
+
+
+async def _run(folder: Path, config: BrokerConfig) -> None:
+    loop = asyncio.get_running_loop()
+    broker = open_broker(folder, config)
+    try:
+        async with serving(broker, config) as address:
+            ended = asyncio.Event()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, ended.set)
+            tasks: set[asyncio.Task[None]] = set()
+
+            def look() -> None:
+                task = asyncio.ensure_future(look_at_charter(broker, now()))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+
+            loop.add_signal_handler(signal.SIGHUP, look)
+            charter = (await broker.charter(broker.clock())).charter
+            log(
+                "ready",
+                broker=broker.name,
+                address=address,
+                charter=charter.id,
+                version=charter.version,
+                platform=charter.consortium.platform,
+            )
+            await ended.wait()
+            log("ending", broker=broker.name)
+    finally:
+        broker.storage.close()
+
+
+def run_broker(path: Path) -> None:
+    """Run the broker whose settings are at `path` until SIGTERM or SIGINT. Raises Unusable or Refused."""
+    config = load_config(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    os.umask(0o077)
+    uvloop.run(_run(path.parent, config))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(1024 * 1024 + 1)
+    except OSError as error:
+        do = "Put the charter's first root there, as you were given it."
+        raise Unusable(f"the trusted root cannot be read: {error.strerror}", where=str(path), do=do) from error
+    return raw
