@@ -69,10 +69,10 @@ def print_appraisal(appraisal: Appraisal, source: str, at: datetime, *, console:
     """Print a verdict: what failed and why, what was not judged, and the few claims that tell the machine apart."""
     out = console or Console(highlight=False)
     style = _STYLES[appraisal.status]
-    verdict = Text.assemble((f"{_MARKS[appraisal.status]} {appraisal.status}", style), f"  {source}")
+    verdict = Text(f"{_MARKS[appraisal.status]} {appraisal.status}", style=style)
     if appraisal.claims.get("platform") == "virtual":
-        verdict.append("  virtual platform: no hardware vouches for this", style="bold magenta")
-    out.print(verdict)
+        verdict.append(" (virtual platform)", style="bold magenta")
+    out.print(verdict.append(f"  {source}", style="not bold default"))
     if appraisal.failures:
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("check", style="red" if appraisal.status != "warning" else "yellow", no_wrap=True)
