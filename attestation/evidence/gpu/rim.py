@@ -42,6 +42,9 @@ _INDEX = re.compile(r"0|[1-9][0-9]{0,2}")
 _DIGEST = re.compile(r"(?:[0-9a-fA-F]{2}){1,64}")
 _VBIOS = re.compile(r"[0-9A-F]{2}(\.[0-9A-F]{2}){4}")
 _DRIVER = re.compile(r"[0-9]{1,5}(\.[0-9]{1,5}){1,3}")
+_DECLARATION = re.compile(
+    r"""\A<\?xml version=["']1\.0["']( encoding=["'](?i:utf-8)["'])?( standalone=["']no["'])?\s*\?>"""
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}")
 
 
@@ -85,8 +88,9 @@ def parse_rim_tree(raw: bytes) -> Any:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _malformed("this is not UTF-8") from error
-    if "<!" in text or re.search(r"<\?(?!xml[ ])", text) or text.count("<") > 2 * MAX_ELEMENTS:
-        raise _malformed("a document type, a comment, an instruction, or too many elements")
+    body = _DECLARATION.sub("", text, count=1)
+    if "<!" in body or "<?" in body or body.count("<") > 2 * MAX_ELEMENTS:
+        raise _malformed("a document type, a comment, an instruction, another encoding, or too many elements")
     parser = etree.XMLParser(
         resolve_entities=False,
         no_network=True,
