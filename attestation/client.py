@@ -155,8 +155,12 @@ class GuestSession:
 
     def record(self, kind: str, document: Mapping[str, Any]) -> Receipt:
         """Have something written down in the ledger. Raises BrokerRefused with every reason."""
+        return self.recorded(kind, document)[1]
+
+    def recorded(self, kind: str, document: Mapping[str, Any]) -> tuple[str, Receipt]:
+        """As `record`; returns the entry as it stands in the ledger too, for those who show it to others."""
         answer, _ = self._prove("POST", "/v1/records", json.dumps({"document": dict(document), "kind": kind}).encode())
-        return self._logged(answer, kind)
+        return str(answer.result.get("entry")), self._logged(answer, kind)
 
     # --- within -----------------------------------------------------------------------------------------------------
 
