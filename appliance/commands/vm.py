@@ -1,0 +1,137 @@
+"""`seal vm`: start guests; make the virtual vendor and chips that virtual guests run on."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from appliance.output import print_json
+from attestation.evidence.report import Product
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Start a measured virtual machine.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command(
+    epilog="Example: seal vm launch build/image --role site --init-data site.toml --vendor vendor/ --chip chips/site"
+)
+def launch(
+    image: Annotated[Path, typer.Argument(metavar="DIR", help="The image folder.")],
+    init_data: Annotated[Path, typer.Option("--init-data", metavar="FILE", help="Bound by HOST_DATA.")],
+    vendor: Annotated[Path, typer.Option(metavar="DIR", help="The virtual vendor (`seal vm vendor`).")],
+    chip: Annotated[Path, typer.Option(metavar="DIR", help="The virtual chip (`seal vm chip`).")],
+    run: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the guest runs (default: beside the chip, `<chip>.run`).")
+    ] = None,
+    role: Annotated[str | None, typer.Option(help="Refuse to start if the init-data name another role.")] = None,
+    disk: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="A file that the guest is shown as a disk.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="The guest policy.")] = "0x30000",
+    vcpu_model: Annotated[str, typer.Option("--vcpu-model", help="Measured; as the image was signed for.")] = "EPYC-v4",
+    vcpus: Annotated[int, typer.Option(min=1, help="Measured; as the image was signed for.")] = 2,
+    id_block: Annotated[
+        bool, typer.Option("--id-block/--no-id-block", help="Start with the image's ID block, as signed.")
+    ] = True,
+) -> None:
+    """Start a guest on a virtual chip, show what it prints, and end with its exit status."""
+    from attestation.virtual.__main__ import image_disks, parse_disks
+    from attestation.virtual.chip import load_chip
+    from attestation.virtual.launch import LaunchSettings, read_init_data, read_measured
+    from attestation.virtual.platform import Machine, run_guest
+    from attestation.virtual.vendor import load_vendor
+
+    made_by, processor, raw = load_vendor(vendor), load_chip(chip), read_init_data(init_data)
+    if role is not None:
+        _check_role(raw, role, init_data)
+    _refuse_hardware_image(image)
+    machine = Machine(
+        chip=processor,
+        certificates=processor.certificate_table(made_by),
+        files=read_measured(image),
+        init_data=raw,
+        settings=LaunchSettings(vcpu_model, vcpus, policy=_number(policy, "--policy"), id_block=id_block),
+        disks=image_disks(image) | parse_disks(disk or []),
+    )
+    sys.stderr.write(f"seal: virtual platform, {processor.product.value} chip {processor.chip_id.hex()[:16]}\n")
+    raise typer.Exit(run_guest(machine, run or chip.with_name(f"{chip.name}.run")))
+
+
+@app.command(epilog="Example: seal vm vendor vendor/ --product Milan")
+def vendor(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The vendor's folder; products are added to it.")],
+    product: Annotated[list[Product] | None, typer.Option(help="A product line (default: Milan).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a virtual vendor: the root keys that stand in AMD's place for virtual chips, and for nothing else."""
+    from attestation.virtual.vendor import create_vendor
+
+    made = create_vendor(folder, product or [Product.MILAN], at=datetime.now(UTC))
+    roots = [{"product": it.product.value, "ark_spki_sha256": it.ark_spki_sha256} for it in made.authorities.values()]
+    if as_json:
+        print_json({"platform": "virtual", "roots": roots})
+    else:
+        for root in roots:
+            typer.echo(f"virtual root for {root['product']}: {root['ark_spki_sha256']}")
+
+
+@app.command(epilog="Example: seal vm chip chips/site --vendor vendor/ --product Genoa")
+def chip(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the chip.")],
+    vendor: Annotated[Path, typer.Option(metavar="DIR", help="The virtual vendor (`seal vm vendor`).")],
+    product: Annotated[Product, typer.Option(help="The product line.")] = Product.MILAN,
+    as_json: AsJson = False,
+) -> None:
+    """Make a virtual chip: an identity, a TCB, and a key that the virtual vendor certifies."""
+    from attestation.errors import PlatformUnusable
+    from attestation.virtual.chip import create_chip
+    from attestation.virtual.vendor import load_vendor
+
+    if folder.exists():
+        raise PlatformUnusable("there is something already", where=str(folder), do="Name a new folder for the chip.")
+    made = create_chip(load_vendor(vendor), folder, product, at=datetime.now(UTC))
+    facts = {"platform": "virtual", "product": product.value, "chip_id": made.chip_id.hex(), "tcb": made.tcb.as_dict()}
+    if as_json:
+        print_json(facts)
+    else:
+        typer.echo(f"virtual {product.value} chip {made.chip_id.hex()}: {made.tcb}")
+
+
+def _check_role(raw: bytes, role: str, path: Path) -> None:
+    """Stop a mistake before it costs a refusal by the broker: this is no protection, the enrolment is."""
+    from policies.documents import parse_init_data
+    from policies.errors import Refused
+
+    found = parse_init_data(raw).role
+    if found != role:
+        raise Refused(
+            f"the init-data are for the role {found!r}, not {role!r}", where=str(path), do="Give the right file."
+        )
+
+
+def _refuse_hardware_image(image: Path) -> None:
+    """A hardware image would start here and then find no processor: say so at once, where there is a manifest."""
+    from attestation.errors import PlatformUnusable
+    from cvm_image.manifest import MANIFEST
+    from cvm_image.verify import load_image
+
+    if (image / MANIFEST).is_file() and load_image(image).platform != "virtual":
+        raise PlatformUnusable(
+            "this image was built for hardware and holds no code for the virtual platform",
+            where=str(image),
+            do="Start it on SEV-SNP hardware, or generate a virtual image.",
+        )
+
+
+def _number(text: str, option: str) -> int:
+    from policies.errors import Unusable
+
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise Unusable(f"{text!r} is no number", where=option, do="Write it like 0x30000.") from None
