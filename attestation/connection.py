@@ -46,6 +46,18 @@ _NO_CHECK_TIME: Final = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME: a guest's clock is its host's; freshness comes from signed answers."""
 
 
+class _UnpinnedConnection(urllib3.connection.HTTPSConnection):
+    """TLS to whoever answers: what is fetched over it verifies itself, so urllib3's warning would mislead."""
+
+    def connect(self) -> None:
+        super().connect()
+        self.is_verified = True
+
+
+class _UnpinnedPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _UnpinnedConnection
+
+
 class Connection:
     """HTTPS to one broker. With `issuer` (PEM), only a server under that certificate and with the broker's name is it.
 
@@ -68,7 +80,8 @@ class Connection:
         self.url = url
         self._path = parts.path.rstrip("/")
         host_name = dns_name("broker", name)
-        self._pool = urllib3.HTTPSConnectionPool(
+        pool = _UnpinnedPool if issuer is None else urllib3.HTTPSConnectionPool
+        self._pool = pool(
             parts.hostname,
             parts.port or 443,
             maxsize=4,
