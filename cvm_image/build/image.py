@@ -133,11 +133,16 @@ def command_line(recipe: Recipe, root: Root) -> str:
     """The kernel's command line, which is measured: what every image has, the recipe's own words, root and init."""
     for word in recipe.kernel.arguments:
         name = word.partition("=")[0]
-        if name in {"init", "rdinit", "root"} or name in {one.partition("=")[0] for one in ARGUMENTS}:
+        if (
+            name.startswith("sealwright.")
+            or name in {"init", "rdinit", "root", "roothash"}
+            or name in {one.partition("=")[0] for one in ARGUMENTS}
+        ):
             raise UnusableRecipe(
                 f"the recipe may not set {name}", where="kernel.arguments", do="Leave it to the build."
             )
-    return " ".join((*ARGUMENTS, *recipe.kernel.arguments, root.argument(), f"init={recipe.init}"))
+    entry = () if recipe.entry is None else (f"sealwright.entry={recipe.entry}",)
+    return " ".join((*ARGUMENTS, *recipe.kernel.arguments, *entry, root.argument(), f"init={recipe.init}"))
 
 
 def make_tools(build: Build) -> Tools:
@@ -243,6 +248,7 @@ def _base_key(build: Build) -> str:
         rules=("trees", "disk"),
         packages=[one.sha256 for one in build.lock.base],
         remove=list(build.recipe.base.remove),
+        programs=list(build.recipe.base.programs),
         suite=build.lock.suite,
         epoch=build.lock.epoch,
         tools=_tools_key(build),
@@ -264,7 +270,7 @@ def _base_layer(build: Build, tools: Tools) -> Path:
                 log=build.log,
                 tools=tools,
             )
-            settle(tree, remove=build.recipe.base.remove)
+            settle(tree, remove=build.recipe.base.remove, programs=build.recipe.base.programs)
             tree.rename(folder / "tree")
             make_layer(tools, folder / "tree", folder / "result", name="base", epoch=build.lock.epoch, all_root=False)
         layer = build.store.made(f"{key}.erofs")

@@ -53,10 +53,14 @@ class Kernel(_Part):
 
 
 class Base(_Part):
-    """The layer that changes seldom: Debian packages. `remove` are globs taken out after they were configured."""
+    """The layer that changes seldom: Debian packages.
+
+    After they were configured, `remove` (globs) is taken out, and if `programs` names any, every other program too.
+    """
 
     packages: tuple[PackageName, ...] = ()
     remove: tuple[RootPath, ...] = ()
+    programs: tuple[Name, ...] = ()
 
 
 class Workload(_Part):
@@ -89,7 +93,11 @@ class Launch(_Part):
 
 
 class Recipe(_Part):
-    """One image. `init` is the first program of the verified root; `python` its interpreter's version, if any."""
+    """One image.
+
+    `init` is the first program of the verified root, `entry` the module of ours whose `main(guest)` it runs (None: the
+    recipe brings an init of its own), `python` the version of the root's interpreter, if it has one.
+    """
 
     name: Name
     suite: Name = "trixie"
@@ -97,6 +105,7 @@ class Recipe(_Part):
     mirrors: dict[Name, str] = Field(default_factory=lambda: {"debian": HOST, "debian-security": HOST})
     keyring: str = HOST
     init: Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9_./-]{1,120}$")]
+    entry: Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_.]{0,80}$")] | None = None
     python: Annotated[str, StringConstraints(pattern=r"^3\.1[1-3]$")] | None = None
     firmware: Firmware = Firmware()
     kernel: Kernel = Kernel()

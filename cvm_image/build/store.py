@@ -21,7 +21,6 @@ import rfc8785
 
 from cvm_image.build.errors import UnusableHost
 
-
 WAIT_SECONDS = 1800.0
 """How long a build waits for another one in the same cache."""
 

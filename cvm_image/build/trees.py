@@ -134,8 +134,15 @@ def installed_packages(root: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-def settle(root: Path, *, remove: Sequence[str]) -> None:
-    """Take out what differs from run to run, what belongs to a running system, and `remove` (globs)."""
+def settle(root: Path, *, remove: Sequence[str], programs: Sequence[str] = ()) -> None:
+    """Take out what differs from run to run, what belongs to a running system, and `remove` (globs).
+
+    If `programs` names any, every other file of the folders of programs goes too.
+    """
+    if programs:
+        for path in sorted([*root.glob("usr/bin/*"), *root.glob("usr/sbin/*")]):
+            if path.name not in programs:
+                path.unlink()
     for pattern in (*_VARYING, *remove):
         for path in sorted(root.glob(pattern), reverse=True):
             if path.is_dir() and not path.is_symlink():

@@ -20,6 +20,9 @@ OURS = "usr/lib/sealwright/packages"
 """Where our own packages lie in the guest."""
 WHEELS = "usr/lib/sealwright/wheels"
 """Where the locked wheels lie in the guest."""
+GUEST = "usr/lib/sealwright/guest"
+"""Where the modules of the guest's first program lie."""
+INIT = "usr/lib/sealwright/init"
 WORLD_FILE = "etc/sealwright/attester"
 """The one word that says which secure processor this image asks for (read by `attestation.attester.world`)."""
 
@@ -45,9 +48,19 @@ def collect(recipe: Recipe, recipe_path: Path) -> dict[str, File]:
     if recipe.workload.packages:
         for name, data in collect_packages(guest_packages(recipe.variant)).items():
             files[f"{OURS}/{name}"] = File(data)
+        _take_guest(recipe, files)
     if recipe.workload.files is not None:
         _take(recipe_path.parent / recipe.workload.files, files)
     return files
+
+
+def _take_guest(recipe: Recipe, files: dict[str, File]) -> None:
+    """The first program of the verified root and its modules; a hardware image has no relay to the virtual platform."""
+    for path in sorted((Path(__file__).parent / "guest").glob("*.py")):
+        if path.name == "relay.py" and recipe.variant == "hardware":
+            continue
+        files[f"{GUEST}/{path.name}"] = File(path.read_bytes())
+    files[INIT] = File((Path(__file__).parent / "guest" / "init").read_bytes(), executable=True)
 
 
 def _take(folder: Path, files: dict[str, File]) -> None:
@@ -119,7 +132,7 @@ def compile_python(tools: Tools, root: Path) -> None:
 
     The compiled files carry a digest of their source and no time (PEP 552, unchecked: the root is on dm-verity).
     """
-    for folder in (OURS, WHEELS):
+    for folder in (OURS, WHEELS, GUEST):
         if not (root / folder).is_dir():
             continue
         tools.run(
