@@ -56,11 +56,6 @@ class NrasBundle:
     devices: Mapping[str, NrasToken]
 
 
-def looks_like_nras_bundle(raw: bytes) -> bool:
-    """Whether these bytes begin as such a bundle (and no other evidence does)."""
-    return raw.lstrip()[:1] == b"["
-
-
 def parse_nras_bundle(raw: bytes) -> NrasBundle:
     """Take a bundle apart.
 

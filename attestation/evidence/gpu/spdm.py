@@ -79,11 +79,6 @@ class GpuReport:
         return next((field.value for field in self.opaque if field.kind == kind), None)
 
 
-def looks_like_gpu_report(raw: bytes) -> bool:
-    """Whether these bytes begin as a report of this kind (and no SNP report does)."""
-    return raw[:2] == bytes([_VERSION, _GET_MEASUREMENTS])
-
-
 def parse_gpu_report(raw: bytes) -> GpuReport:
     """Read one report to its last byte. `encode_gpu_report` gives back the same bytes.
 

@@ -16,9 +16,10 @@ from attestation.endorsements.nvidia_revocation import MAX_LISTS, MAX_RESPONSES,
 from attestation.endorsements.sources import read_bounded
 from attestation.errors import MalformedEndorsement
 from attestation.evidence.gpu.document import MAX_DOCUMENT_SIZE, GpuEvidence, read_gpu_document
-from attestation.evidence.gpu.nras import MAX_JWKS_SIZE, looks_like_nras_bundle
+from attestation.evidence.gpu.kinds import looks_like_gpu_report, looks_like_nras_bundle
+from attestation.evidence.gpu.nras import MAX_JWKS_SIZE
 from attestation.evidence.gpu.rim import MAX_RIM_SIZE
-from attestation.evidence.gpu.spdm import NONCE_SIZE, looks_like_gpu_report, parse_gpu_report
+from attestation.evidence.gpu.spdm import NONCE_SIZE, parse_gpu_report
 from attestation.verifier.appraisal import Appraisal
 from attestation.verifier.gpu.check import GpuExpected
 from attestation.verifier.gpu.nras import verify_nras
@@ -47,15 +48,6 @@ class GpuFiles:
     revocation: tuple[Path, ...] = ()
     rims: tuple[Path, ...] = ()
     jwks: Path | None = None
-
-
-def is_gpu_evidence(raw: bytes) -> bool:
-    """Whether these bytes are taken for GPU evidence: a report, an evidence document, or an NRAS bundle."""
-    if looks_like_gpu_report(raw) or looks_like_nras_bundle(raw):
-        return True
-    head = raw[:MAX_DOCUMENT_SIZE]
-    names = (b'"certificate"', b'"evidences"', b'"device_evidence_list"')
-    return raw.lstrip()[:1] == b"{" and any(name in head for name in names)
 
 
 def appraise_gpu_file(

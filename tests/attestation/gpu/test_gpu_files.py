@@ -11,8 +11,9 @@ import pytest
 
 from attestation.errors import MalformedEndorsement, MalformedEvidence, MalformedProfile
 from attestation.evidence.gpu.document import write_gpu_document
+from attestation.evidence.gpu.kinds import is_gpu_evidence
 from attestation.verifier.appraisal import Appraisal
-from attestation.verifier.gpu.files import GpuFiles, appraise_gpu_file, is_gpu_evidence, read_revocation, spdm_nonce
+from attestation.verifier.gpu.files import GpuFiles, appraise_gpu_file, read_revocation, spdm_nonce
 from attestation.verifier.gpu.profile import BROKER_GPU, SHOW_GPU, load_gpu_profile
 from policies.errors import Unusable
 
