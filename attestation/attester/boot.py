@@ -59,6 +59,7 @@ def read_boot(guest: Path) -> Boot:
     try:
         document = BootDocument.model_validate_json(_read(guest / BOOT_FILE, MAX_BOOT))
         init_data = _read(guest / document.init_data, MAX_INIT_DATA)
+        parameters = parse_cmdline(document.cmdline)
     except (OSError, ValidationError, ValueError) as error:
         raise AttesterUnavailable(
             "the guest's boot parameters cannot be read", where=BOOT_FILE, do="Start the guest by `seal vm launch`."
@@ -66,7 +67,7 @@ def read_boot(guest: Path) -> Boot:
     world = read_world(guest)
     return Boot(
         guest=guest,
-        parameters=parse_cmdline(document.cmdline),
+        parameters=parameters,
         init_data=init_data,
         world=world,
         port=Path(document.port) if world == "virtual" else None,

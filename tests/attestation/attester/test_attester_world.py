@@ -61,6 +61,7 @@ def test_a_virtual_guest_without_a_port_is_refused() -> None:
     [
         {"cmdline": 7},
         {"cmdline": "a" * 5000},
+        {"cmdline": "roothash=a roothash=b"},
         {"init_data": "../../etc/passwd"},
         {"init_data": "/etc/passwd"},
         {"port": None},

@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-from virtual_guests import ATTEST, World, command, flip, launch, make_image
+from virtual_guests import ATTEST, KEYS, World, command, flip, launch, make_image
 
 from attestation.attester.virtual_port import VirtualPort
 from attestation.errors import AttesterUnavailable
 from attestation.evidence.cpio import Entry, read_archive, write_archive
 from attestation.evidence.report import Report, parse_report
+from cvm_image.generate import generate_image
+from cvm_image.packages import Platform, guest_packages
 
 WAIT = """
 import sys, time
@@ -283,6 +285,33 @@ def main(guest):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['HOME', 'LANG', 'PATH', 'TMPDIR']  True True\n"
+
+
+@pytest.mark.parametrize("platform", ["virtual", "hardware"])
+def test_the_archive_holds_all_that_its_modules_import(
+    virtual_world: World, tmp_path: Path, platform: Platform
+) -> None:
+    code = """
+import importlib, pkgutil, sys
+import appliance.node, attestation, policies
+def main(guest):
+    for package in (policies, attestation):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    lib = str(guest / "lib")
+    names = ("appliance", "attestation", "policies")
+    ours = [module for name, module in sys.modules.items() if name.partition(".")[0] in names]
+    print(len(ours) > 20, all((module.__file__ or lib).startswith(lib) for module in ours))
+    return 0
+"""
+    package = tmp_path / "source/probe"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "entry.py").write_text(code)
+    packages = [*guest_packages(platform), package]
+    generate_image(tmp_path / "image", name="all", keys=KEYS, platform=platform, packages=packages, entry="probe.entry")
+    done = launch(virtual_world, tmp_path / "image")
+    assert (done.returncode, done.stdout) == (0, "True True\n"), done.stderr
 
 
 def test_the_guest_is_shown_its_disks(virtual_world: World, tmp_path: Path) -> None:
