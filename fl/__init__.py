@@ -9,14 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from fl.environments.prod import ProdEnv
     from fl.environments.sim import SimEnv
     from fl.recipes.fedavg import FedAvgRecipe
     from fl.tracking import add_experiment_tracking
 
-__all__ = ["FedAvgRecipe", "SimEnv", "add_experiment_tracking"]
+__all__ = ["FedAvgRecipe", "ProdEnv", "SimEnv", "add_experiment_tracking"]
 
 _HOMES: Final = {
     "FedAvgRecipe": "fl.recipes.fedavg",
+    "ProdEnv": "fl.environments.prod",
     "SimEnv": "fl.environments.sim",
     "add_experiment_tracking": "fl.tracking",
 }

@@ -106,3 +106,22 @@ class SealedDataRefused(Refused):
         super().__init__(
             what, where=where, do="Use the key and the name with which it was sealed, and the file unchanged."
         )
+
+
+class StatementRefused(Refused):
+    """A result whose statement does not hold: it may not be the job's."""
+
+    def __init__(self, job: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(
+            f"the result of {job} is refused: {reasons[0]}",
+            where="statement",
+            do="Do not use it; ask the server's operator and look into the ledger.",
+            reasons=reasons,
+        )
+
+
+class KitUnusable(Unusable):
+    """A user's kit that cannot be used."""
+
+    def __init__(self, what: str, *, where: str) -> None:
+        super().__init__(what, where=where, do="Ask your member's administrator for your kit's folder.")

@@ -1,8 +1,9 @@
 """A process that has the heavy imports done and forks one child per simulated client.
 
-`python -m fl.environments.fork_server NUMBER MODULE...` does nothing else, so that forking it is safe: one thread, no computation, no state of the author's script. It speaks
-over the socket whose number is its argument: requests in, each with the client's end of its script socket as a
-descriptor; the children's exits out. When the other end goes, it ends its children and itself.
+`python -m fl.environments.fork_server NUMBER MODULE...` does nothing else, so that forking it is safe: one thread, no
+computation, no state of the author's script. It speaks over the socket of that number: requests in, each with the
+client's end of its script socket as a descriptor; the children's exits out. When the other end goes, it ends its
+children and itself.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def _reasons(update: TensorFile, schema: Schema) -> Iterator[str]:
         wanted, got = schema[name], update.schema[name]
         if wanted != got:
             yield (
-                f"tensor {name!r} is {got.dtype} {list(got.shape)}, not {wanted.dtype} {list(wanted.shape)} as in the model"
+                f"tensor {name!r} is {got.dtype} {list(got.shape)}, not the model's {wanted.dtype} {list(wanted.shape)}"
             )
         elif got.dtype in FLOATS:
             largest = _largest(update, name)

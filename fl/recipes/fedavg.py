@@ -1,4 +1,4 @@
-"""FederatedAveraging: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", 2017.
+"""FedAvg: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data".
 
 Each round, every site trains the global model on its own data, and the server takes the mean of what they send,
 weighted by the number of steps that each says it took.

@@ -1,0 +1,121 @@
+"""A user's kit: the folder with which a data scientist reaches the consortium's brokers and FL server.
+
+    root.json     the charter's first root: the one thing that is trusted beforehand
+    kit.toml      member, user, charter, [[brokers]] name and url, [server] name and address
+    tls.key, tls.pem   the user's TLS key and self-signed certificate (the charter names it)
+    signing.key   Ed25519 key with which job records are signed
+    results.key   the 96 secret bytes of the hybrid key to which results are sealed
+    model.key     the 32 bytes under which first models are sealed (only submitters have it)
+
+Files with keys are readable by their owner alone, or they are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+from pydantic import Field
+
+from attestation.client import fetch_charter
+from attestation.hybrid import HybridPrivateKey
+from fl.errors import KitUnusable
+from policies.documents import BrokerAddress, Digest, Document, Name, ServerAddress, parse_toml
+from policies.keys import load_private_key, read_secret
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from attestation.client import BrokerClient
+    from policies.charter import Charter
+
+MAX_ROOT: Final = 4 << 20
+MODEL_KEY_SIZE: Final = 32
+
+
+class KitFile(Document):
+    """`kit.toml`."""
+
+    member: Name
+    user: Name
+    charter: Digest
+    brokers: Annotated[tuple[BrokerAddress, ...], Field(min_length=1, max_length=16)]
+    server: ServerAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """An opened kit. It never prints its keys."""
+
+    file: KitFile
+    root: bytes = field(repr=False)
+    tls_key: str = field(repr=False)
+    tls_certificate: str
+    signing_key: Ed25519PrivateKey = field(repr=False)
+    results_key: HybridPrivateKey = field(repr=False)
+    model_key: bytes | None = field(repr=False)
+
+    @property
+    def user(self) -> str:
+        """`MEMBER/USER`."""
+        return f"{self.file.member}/{self.file.user}"
+
+
+@dataclass(frozen=True, slots=True)
+class CurrentCharter:
+    """The charter as a broker serves it now, verified from the kit's root, with that broker's signed time."""
+
+    charter: Charter
+    at: datetime
+    broker: BrokerClient
+
+
+def open_kit(folder: Path) -> Kit:
+    """Read a kit. Raises KitUnusable, or UnusableKey for a key file that others may read."""
+    if not folder.is_dir():
+        raise KitUnusable("there is no such folder", where=str(folder))
+    try:
+        file = parse_toml(KitFile, _read(folder / "kit.toml", 64 << 10), str(folder / "kit.toml"))
+        root = _read(folder / "root.json", MAX_ROOT)
+        results = HybridPrivateKey.from_bytes(read_secret(folder / "results.key"))
+        model = read_secret(folder / "model.key") if (folder / "model.key").exists() else None
+        kit = Kit(
+            file,
+            root,
+            read_secret(folder / "tls.key").decode("ascii"),
+            _read(folder / "tls.pem", 64 << 10).decode("ascii"),
+            load_private_key(folder / "signing.key"),
+            results,
+            model,
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise KitUnusable(f"a file of the kit cannot be read: {error}", where=str(folder)) from error
+    if hashlib.sha256(root).hexdigest() != file.charter:
+        raise KitUnusable("root.json is not the root of the charter that kit.toml names", where=str(folder))
+    if model is not None and len(model) != MODEL_KEY_SIZE:
+        raise KitUnusable(f"model.key has {len(model)} bytes, not {MODEL_KEY_SIZE}", where=str(folder))
+    return kit
+
+
+@contextmanager
+def current_charter(kit: Kit, timeout: float) -> Iterator[CurrentCharter]:
+    """Fetch the charter from the first of the kit's brokers that has it. Raises Refused, BrokerUnavailable."""
+    brokers = [(broker.name, broker.url) for broker in kit.file.brokers]
+    fetched = fetch_charter(brokers, root=kit.root, timeout=timeout)
+    try:
+        yield CurrentCharter(fetched.charter, fetched.at, fetched.client)
+    finally:
+        fetched.client.close()
+
+
+def _read(path: Path, limit: int) -> bytes:
+    with path.open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise KitUnusable(f"{path.name} has more than {limit} bytes", where=str(path))
+    return raw

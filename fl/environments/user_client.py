@@ -1,0 +1,244 @@
+"""What a user says to the FL server, over one connection to the server as the charter and its EAR prove it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
+
+import grpc
+from pydantic import Field, TypeAdapter
+
+from attestation.canonical import unb64
+from attestation.errors import LedgerRefused
+from attestation.ledger.entry import parse_entry
+from attestation.ledger.receipt import check_receipt, parse_receipt
+from fl.environments.kit import Kit
+from fl.errors import ApprovalRefused, KitUnusable, MalformedMessage, StatementRefused
+from fl.guard.approval import read_record
+from fl.jobs.bundle import Bundle
+from fl.jobs.progress import JobEvent
+from fl.jobs.record import JobRecord, record_digest, sign_record
+from fl.jobs.results import JOB_FILE, MODEL_FILE, rfc3339, write_file
+from fl.jobs.sealing import open_result, seal_first_model
+from fl.jobs.statement import verify_statement
+from fl.transport.channel import ServerConnection, connect, peer_error
+from fl.transport.chunks import assemble, serve_chunks
+from fl.transport.frames import (
+    About,
+    Frame,
+    Happened,
+    JobReport,
+    List,
+    Pull,
+    Reports,
+    Result,
+    Submit,
+    Verdict,
+    adapter_of,
+    pack,
+    unpack,
+)
+from fl.transport.memory import SealedMemory
+from policies.errors import SealwrightError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    from policies.charter import Charter
+
+T = TypeVar("T")
+
+CALL_SECONDS: Final = 60.0
+TRANSFER_SECONDS: Final = 3600.0
+MAX_EVENTS_FILES: Final = 1 << 30
+_PULL_OR_VERDICT: Final = TypeAdapter[Pull | Verdict](Annotated[Pull | Verdict, Field(discriminator="kind")])
+
+
+class UserClient:
+    """A user's connection to the FL server. `connected` makes one."""
+
+    def __init__(self, kit: Kit, charter: Charter, at: datetime, connection: ServerConnection) -> None:
+        self._kit = kit
+        self._charter = charter
+        self._at = at
+        self._connection = connection
+        self._where = f"server {kit.file.server.name}"
+
+    @classmethod
+    @contextmanager
+    def connected(cls, kit: Kit, charter: Charter, at: datetime) -> Iterator[UserClient]:
+        """Connect to the kit's server and appraise it by `charter` at `at`. Raises PeerRefused, PeerLost."""
+        server = kit.file.server
+        with connect(
+            server.address,
+            server=server.name,
+            tls_key=kit.tls_key,
+            certificate_pem=kit.tls_certificate,
+            charter=charter,
+            at=at,
+        ) as connection:
+            yield cls(kit, charter, at, connection)
+
+    def submit(
+        self, bundle: Bundle, model: SealedMemory, *, roster: Sequence[str] | None, recipients: Sequence[str]
+    ) -> str:
+        """Submit a job; its id.
+
+        `roster` None: all sites for which the bundle is approved. Raises ApprovalRefused if the bundle is not approved
+        (before anything is sent), the server's own refusal with every reason, PeerLost.
+        """
+        approval = self._charter.bundle(bundle.digest)
+        settings = bundle.settings
+        created = max(self._at, datetime.fromtimestamp(0, UTC))
+        job = f"{settings.name[:60]}-{created:%Y%m%d-%H%M%S}-{os.urandom(4).hex()}"
+        if approval is None:
+            raise ApprovalRefused(job, (f"the bundle {bundle.digest} is not approved in the charter",))
+        if self._kit.model_key is None:
+            raise KitUnusable("the kit has no model.key: this user cannot seal first models", where="model.key")
+        record = JobRecord(
+            charter=self._charter.id,
+            job=job,
+            name=settings.name,
+            bundle=bundle.digest,
+            server=self._kit.file.server.name,
+            roster=tuple(roster if roster is not None else approval.sites),
+            recipients=tuple(recipients),
+            rounds=settings.num_rounds,
+            min_sites=settings.min_clients,
+            model_sha256=model.digest,
+            model_size=model.size,
+            created=rfc3339(created),
+            submitter=self._kit.user,
+        )
+        sealed = seal_first_model(bytes(model.view), self._kit.model_key, job, random=os.urandom)
+        head = Submit(
+            record=sign_record(record, self._kit.signing_key), bundle_size=len(bundle.raw), model_size=len(sealed)
+        )
+        self._send(head, bundle.raw, sealed)
+        return job
+
+    def _send(self, head: Submit, *parts: bytes) -> None:
+        pulled: SimpleQueue[bool] = SimpleQueue()
+
+        def outgoing() -> Iterator[bytes]:
+            yield pack(head)
+            if pulled.get():
+                for part in parts:
+                    yield from serve_chunks(part)
+
+        call = self._connection.call("Submit", outgoing(), timeout=TRANSFER_SECONDS)
+        try:
+            for raw in call:
+                frame, _ = unpack(_PULL_OR_VERDICT, raw, where=self._where)
+                if isinstance(frame, Verdict):
+                    if not frame.accepted:
+                        raise ApprovalRefused("(new)", frame.reasons or ("the server gave no reason",))
+                    return
+                pulled.put(True)
+        except grpc.RpcError as error:
+            raise peer_error(error, where=self._where) from error
+        finally:
+            pulled.put(False)
+            call.cancel()
+        raise MalformedMessage("the server gave no verdict", where=self._where)
+
+    def reports(self) -> Reports:
+        """All jobs that the server knows, and the connected sites."""
+        return self._ask_one("Jobs", List(), Reports)
+
+    def report(self, job: str) -> JobReport:
+        """A job's state."""
+        return self._ask_one("Report", About(job=job), JobReport)
+
+    def abort(self, job: str) -> None:
+        """Stop a job."""
+        self._ask_one("Abort", About(job=job), Verdict)
+
+    def watch(self, job: str, *, timeout: float | None = None) -> Iterator[JobEvent]:
+        """A job's events from its beginning until it is over. Raises PeerLost when the time is up."""
+        call = self._connection.ask("Watch", About(job=job), timeout=timeout)
+        try:
+            for raw in call:
+                frame, _ = unpack(adapter_of(Happened), raw, where=self._where)
+                yield frame.event
+        except grpc.RpcError as error:
+            raise peer_error(error, where=self._where) from error
+        finally:
+            call.cancel()
+
+    def download(self, job: str, folder: Path, *, ledger: tuple[str, Ed25519PublicKey] | None) -> Path:
+        """Download, verify and open a job's result into `folder`, which is made.
+
+        `ledger` is the origin and key of the broker's ledger in which the statement has to be (None: not asked for).
+        Nothing is written unless everything holds: the record's signature, the statement by an attested server, its
+        place in the ledger, every digest. Raises StatementRefused, ApprovalRefused, LedgerRefused.
+        """
+        call = iter(self._connection.ask("Download", About(job=job), timeout=TRANSFER_SECONDS))
+        try:
+            head, _ = unpack(adapter_of(Result), next(call), where=self._where)
+            signed = read_record(head.record, self._charter)
+            if signed.record.job != job or self._kit.user not in signed.record.recipients:
+                raise StatementRefused(job, ("its record is of another job, or names other recipients",))
+            limit = signed.record.model_size + MAX_EVENTS_FILES
+            if not 0 < head.size <= limit:
+                raise MalformedMessage(f"the result has {head.size} bytes, more than {limit}", where=self._where)
+            statement = verify_statement(head.statement, signed.record, self._charter, self._at)
+            if statement.record_sha256 != record_digest(head.record):
+                raise StatementRefused(job, ("its record is not the one that the server ran",))
+            with assemble(call, size=head.size, sha256=statement.result_sha256, where="result") as memory:
+                payload = bytes(memory.view)
+        except StopIteration as error:
+            raise MalformedMessage("the server sent no result", where=self._where) from error
+        except grpc.RpcError as error:
+            raise peer_error(error, where=self._where) from error
+        if ledger is not None:
+            check_logged(head, *ledger)
+        sealed_key = unb64(head.sealed_key, where="result")
+        files = open_result(payload, sealed_key, self._kit.results_key, job, self._kit.user, max_bytes=limit)
+        if hashlib.sha256(files.get(MODEL_FILE, b"")).hexdigest() != statement.model_sha256:
+            raise StatementRefused(job, ("its model is not the one that the statement names",))
+        for name, data in files.items():
+            target = folder / name if name in {MODEL_FILE, JOB_FILE} else folder / "events" / name
+            write_file(target, data)
+        folder.chmod(0o700)
+        proof = {"record": head.record, **head.statement.model_dump(mode="json")}
+        write_file(folder / "statement.json", json.dumps(proof, indent=2).encode())
+        if head.receipt:
+            write_file(folder / "receipt.json", head.receipt.encode())
+        return folder
+
+    def _ask_one(self, method: str, frame: Frame, kind: type[T]) -> T:
+        call = self._connection.ask(method, frame, timeout=CALL_SECONDS)
+        try:
+            answer, _ = unpack(adapter_of(kind), next(iter(call)), where=self._where)
+        except StopIteration as error:
+            raise MalformedMessage("the server gave no answer", where=self._where) from error
+        except grpc.RpcError as error:
+            raise peer_error(error, where=self._where) from error
+        finally:
+            call.cancel()
+        return answer
+
+
+def check_logged(head: Result, origin: str, key: Ed25519PublicKey) -> None:
+    """Check that the result's statement is in the ledger `origin`. Raises LedgerRefused."""
+    where = "receipt"
+    try:
+        document = json.loads(head.receipt)
+        entry = document["entry"].encode()
+        check_receipt(parse_receipt(document["receipt"]), entry, origin, key)
+        found = parse_entry(entry)
+        logged = found.body["document"]["statement"]
+    except SealwrightError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LedgerRefused(("the server shows no ledger entry for the result",), where=where) from error
+    if found.kind != "result" or logged != head.statement.statement:
+        raise LedgerRefused(("the ledger entry is about another result",), where=where)

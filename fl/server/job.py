@@ -1,0 +1,339 @@
+"""One job at the server, from its submission to its sealed result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from attestation.canonical import unb64
+from fl.errors import ApprovalRefused, JobAborted, UpdateRefused
+from fl.guard.approval import SignedRecord, approve
+from fl.guard.gate import admit_update
+from fl.jobs.bundle import Bundle
+from fl.jobs.progress import JobEvent, Status
+from fl.jobs.record import record_digest
+from fl.jobs.results import JOB_FILE, MODEL_FILE, JobHistory, rfc3339
+from fl.jobs.sealing import SealedResult, open_first_model, seal_result
+from fl.jobs.statement import SignedStatement, Statement, sign_statement
+from fl.model import ParamsType
+from fl.party import Party
+from fl.server.federation import Federation, Task
+from fl.server.workflows import WORKFLOWS
+from fl.transport.frames import Deliver, Finish, JobReport, Prepare, Train
+from fl.transport.memory import SealedMemory
+from policies.errors import Refused, SealwrightError
+
+if TYPE_CHECKING:
+    from fl.server.attendance import Attendance
+
+JOIN_SECONDS: Final = 60.0
+"""How long a starting job waits for the sites of its roster."""
+MAX_EVENTS: Final = 200_000
+"""A job keeps so many events for those who watch it; of logged values beyond, only the tracking knows."""
+
+
+class RemoteSite:
+    """A site of a running job, as the algorithm knows it."""
+
+    def __init__(self, attendance: Attendance, job: ServerJob) -> None:
+        self.attendance = attendance
+        self._job = job
+
+    @property
+    def name(self) -> str:
+        return self.attendance.name
+
+    def give(self, task: Task) -> None:
+        self._job.serve_model(task.model)
+        self.attendance.send(
+            Train(
+                job=self._job.id,
+                round=task.round,
+                total_rounds=task.total_rounds,
+                model_sha256=task.model.digest,
+                model_size=task.model.size,
+            )
+        )
+
+    def end(self, why: str) -> None:
+        self.attendance.send(Finish(job=self._job.id, why=why[:2000]))
+
+
+class ServerJob:
+    """A submitted job. `run` is called once, by the thread that runs it; the rest from any thread."""
+
+    def __init__(
+        self,
+        party: Party,
+        server: str,
+        signed: SignedRecord,
+        bundle: Bundle,
+        *,
+        sealed_model: bytes,
+        model_key: bytes,
+    ) -> None:
+        self.id = signed.record.job
+        self.signed = signed
+        self.bundle = bundle
+        self._sealed_model = sealed_model
+        self._model_key = model_key
+        self._party = party
+        self._server = server
+        self._received = party.clock()
+        self._history = JobHistory(self.id, bundle.settings, self._received)
+        self._history.status = Status.QUEUED
+        self._events: list[JobEvent] = []
+        self._changed = threading.Condition()
+        self._served: SealedMemory | None = None
+        self._tracking: Callable[[JobEvent], None] | None = None
+        self._stopped_by: str | None = None
+        self.result: tuple[SealedResult, SignedStatement, str] | None = None
+        settings = bundle.settings
+        self._federation = Federation(
+            self.id,
+            settings.schema_of_model,
+            ParamsType(settings.params_type),
+            min_sites=settings.min_clients,
+            round_seconds=settings.round_seconds,
+            observe=self._observe,
+        )
+
+    # what the service calls
+
+    @property
+    def status(self) -> Status:
+        """Where the job is in its life."""
+        return self._history.status
+
+    def connected(self, attendance: Attendance) -> None:
+        """A site is connected: if the job waits for it, it is asked to prepare."""
+        if self.status is Status.RUNNING and attendance.name in self.signed.record.roster:
+            attendance.send(Prepare(job=self.id, record=self.signed.token, bundle_size=len(self.bundle.raw)))
+
+    def ready(self, attendance: Attendance) -> None:
+        """A site's script has started."""
+        if self.status is Status.RUNNING and attendance.name in self.signed.record.roster:
+            try:
+                self._federation.join(RemoteSite(attendance, self))
+            except UpdateRefused as refusal:
+                attendance.send(Finish(job=self.id, why=refusal.what[:2000]))
+
+    def left(self, name: str, reason: str) -> None:
+        """A site is out of the job."""
+        if self.status is Status.RUNNING and name in self.signed.record.roster:
+            self._federation.lose(name, reason)
+
+    def logged(self, name: str, key: str, value: float, step: int) -> None:
+        """A site's script logged a number."""
+        self._federation.value(name, key, value, step)
+
+    def serve_model(self, model: SealedMemory) -> None:
+        """From now on the sites fetch this model."""
+        self._served = model
+
+    def model(self, sha256: str) -> SealedMemory | None:
+        """The model that is served, if it is the one that is asked for."""
+        served = self._served
+        return served if served is not None and served.digest == sha256 else None
+
+    def deliver(self, name: str, head: Deliver, memory: SealedMemory) -> None:
+        """A site's whole update. Raises UpdateRefused."""
+        self._federation.submit(
+            name,
+            head.round,
+            memory,
+            params_type=ParamsType(head.params_type),
+            weight=head.weight,
+            metrics=head.metrics,
+        )
+
+    def abort(self, by: str) -> None:
+        """Stop the job."""
+        self._stopped_by = by
+        self._federation.abort(by)
+
+    def report(self) -> JobReport:
+        """The job's state, for its users."""
+        history = self._history
+        with self._changed:
+            sites = {name: state[:2000] for name, state in history.sites.items()}
+        return JobReport(
+            job=self.id,
+            name=history.settings.name,
+            status=history.status,
+            submitter=self.signed.record.submitter,
+            created=self.signed.record.created,
+            round=history.rounds[-1]["round"] if history.rounds else None,
+            num_rounds=history.settings.num_rounds,
+            sites=sites,
+            reasons=tuple(reason[:2000] for reason in history.reasons[:64]),
+        )
+
+    def watch(self, *, alive: Callable[[], bool]) -> Iterator[JobEvent]:
+        """The job's events from its beginning, as they come, until it is over or the watcher is gone."""
+        at = 0
+        while True:
+            with self._changed:
+                while at >= len(self._events) and not self.status.over and alive():
+                    self._changed.wait(5.0)
+                fresh = self._events[at:]
+                over = self.status.over and at + len(fresh) >= len(self._events)
+            yield from fresh
+            at += len(fresh)
+            if over or not alive():
+                return
+
+    def wake(self) -> None:
+        """Let watchers look whether they are still alive."""
+        with self._changed:
+            self._changed.notify_all()
+
+    # the job's own thread
+
+    def run(self, attending: Callable[[], list[Attendance]]) -> None:
+        """Run the job to its end, whatever that is; afterwards `status` is over."""
+        try:
+            if self._stopped_by is not None:
+                raise JobAborted(self.id, self._stopped_by)
+            self._check()
+            self._party.record("job", self._entry("started"))
+            self._history.started = self._party.clock()
+            self._set_status(Status.RUNNING)
+            with tempfile.TemporaryDirectory(prefix="sealwright-", dir=memory_folder()) as folder:
+                self._run_rounds(attending, Path(folder))
+        except JobAborted as stop:
+            self._end(Status.ABORTED, stop.reasons)
+        except SealwrightError as error:
+            self._end(Status.FAILED, error.reasons if isinstance(error, Refused) else (error.what,))
+        except Exception as error:  # a fault of ours: the job has to end in any case, and the fault has to be seen
+            self._end(Status.FAILED, (f"the server failed: {type(error).__name__}",))
+            raise
+        finally:
+            self._federation.finish("the job is over")
+            self._served = None
+            self._sealed_model = b""
+
+    def _run_rounds(self, attending: Callable[[], list[Attendance]], folder: Path) -> None:
+        settings = self.bundle.settings
+        record = self.signed.record
+        tracking = None
+        if settings.tracking == "tensorboard":
+            from fl.tracking.tensorboard import TensorBoardTracking
+
+            tracking = TensorBoardTracking(folder / "events")
+            self._tracking = tracking.observe
+        try:
+            with self._first_model() as first:
+                for attendance in attending():
+                    self.connected(attendance)
+                self._federation.gather(record.roster, JOIN_SECONDS)
+                model = WORKFLOWS[settings.recipe](self._federation, settings, first)
+        finally:
+            self._tracking = None
+            if tracking is not None:
+                tracking.close()
+        with model:
+            self._seal(model, {path.name: path.read_bytes() for path in sorted(folder.glob("events/events.*"))})
+
+    def _check(self) -> None:
+        party = self._party
+        approve(
+            self.signed,
+            self.bundle,
+            party.charter(),
+            party.clock(),
+            server=self._server,
+            site=None,
+            received=self._received,
+        )
+
+    def _first_model(self) -> SealedMemory:
+        """The first model, opened in memory, if it is what the record says and what the bundle declares."""
+        record = self.signed.record
+        raw = open_first_model(self._sealed_model, self._model_key, self.id, max_bytes=record.model_size)
+        memory = SealedMemory.of(raw)
+        if memory.size != record.model_size or memory.digest != record.model_sha256:
+            raise ApprovalRefused(self.id, ("the first model is not the one that the record names",))
+        admit_update(memory.view, self.bundle.settings.schema_of_model, site=record.submitter)
+        return memory
+
+    def _seal(self, model: SealedMemory, events: dict[str, bytes]) -> None:
+        record = self.signed.record
+        charter = self._party.charter()
+        self._history.end(Status.FINISHED, self._party.clock(), model=model.digest)
+        document = json.dumps(self._history.document(), indent=2, ensure_ascii=False).encode()
+        recipients = {}
+        for recipient in record.recipients:
+            user = charter.user(*recipient.split("/"))
+            if user is None or not user.may("download"):
+                raise ApprovalRefused(self.id, (f"the recipient {recipient} may not download results any more",))
+            recipients[recipient] = unb64(user.results_key, where=recipient)
+        files = {MODEL_FILE: bytes(model.view), JOB_FILE: document, **events}
+        sealed = seal_result(files, recipients, self.id, random=os.urandom)
+        identity = self._party.identity()
+        statement = Statement(
+            charter=record.charter,
+            job=self.id,
+            name=record.name,
+            record_sha256=record_digest(self.signed.token),
+            bundle=record.bundle,
+            server=self._server,
+            roster=record.roster,
+            contributors=tuple(sorted(self._history.rounds[-1]["updates"])),
+            rounds=record.rounds,
+            first_model_sha256=record.model_sha256,
+            model_sha256=model.digest,
+            result_sha256=hashlib.sha256(sealed.payload).hexdigest(),
+            recipients=record.recipients,
+            started=rfc3339(self._history.started),
+            finished=rfc3339(self._party.clock()),
+        )
+        signed = sign_statement(statement, identity.sign_key, identity.ear)
+        receipt = self._party.record("result", {"job": self.id, **signed.model_dump(mode="json", exclude={"ear"})})
+        self.result = (sealed, signed, receipt)
+        self._set_status(Status.FINISHED)
+
+    def _entry(self, event: str, **more: object) -> dict[str, object]:
+        record = self.signed.record
+        return {"event": event, "job": self.id, "name": record.name, "record": self.signed.token, **more}
+
+    def _end(self, status: Status, reasons: tuple[str, ...]) -> None:
+        self._history.end(status, self._party.clock(), reasons=reasons)
+        self._party.tell(f"job {self.id} {status.value}: {reasons[0] if reasons else ''}")
+        try:
+            self._party.record("job", self._entry(status.value, reasons=list(reasons[:64])))
+        except SealwrightError as error:
+            self._party.tell(f"job {self.id}: its end is not in the ledger: {error.what}")
+        self._set_status(status)
+
+    def _set_status(self, status: Status) -> None:
+        with self._changed:
+            self._history.status = status
+            self._events.append(JobEvent(kind="status", text=status.value))
+            self._changed.notify_all()
+        self._party.tell(f"job {self.id} is {status.value}")
+
+    def _observe(self, event: JobEvent) -> None:
+        if event.kind == "round":
+            self._check()  # a bundle that was revoked, or a submitter without rights, ends here
+        with self._changed:
+            self._history.observe(event)
+            if event.kind != "value" or len(self._events) < MAX_EVENTS:
+                self._events.append(event)
+            tracking = self._tracking
+            if tracking is not None:
+                tracking(event)
+            self._changed.notify_all()
+        if event.kind in {"joined", "lost", "refused"}:
+            self._party.tell(f"job {self.id}: {event.site} {event.kind}{': ' if event.text else ''}{event.text}")
+
+
+def memory_folder() -> str | None:
+    """A folder in memory for what must not lie on a disk; None (the system's default) where there is none."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - a private folder is made in it

@@ -1,0 +1,186 @@
+"""One job at a site: approved here, sandboxed here, checked here before anything leaves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Final, Protocol
+
+from fl.errors import ApprovalRefused, MalformedMessage, ScriptFailed, UpdateRefused
+from fl.guard.approval import SignedRecord, approve, read_record
+from fl.guard.gate import admit_update, max_update_size
+from fl.guard.limits import Limits
+from fl.guard.sandbox import Sandbox
+from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
+from fl.jobs.settings import JobSettings
+from fl.party import Party
+from fl.site.script import END_SECONDS, ScriptSession
+from fl.transport.frames import Deliver, Fetch, Finish, Left, Logged, Prepare, Ready, Train, Verdict
+from fl.transport.local import Answer, ScriptSocket
+from fl.transport.memory import SealedMemory
+from policies.errors import Refused, SealwrightError
+
+if TYPE_CHECKING:
+    from fl.guard.sandbox import SandboxedProcess
+
+REPORT_SECONDS: Final = 5.0
+"""How long the sandbox may take to tell what became of a script whose socket has closed."""
+DATA_FOLDER: Final = "/data"
+"""Where a sandboxed script finds its site's data."""
+
+
+class ServerLink(Protocol):
+    """What a job needs from the site's connection to the server."""
+
+    def send(self, frame: Ready | Left | Logged) -> None:
+        """Send a frame on the attendance."""
+
+    def fetch(self, what: Fetch, *, size: int, digest: str | None, seconds: float) -> SealedMemory:
+        """Pull a transfer. Raises PeerLost, MalformedMessage."""
+
+    def deliver(self, head: Deliver, memory: SealedMemory, *, seconds: float) -> Verdict:
+        """Deliver an update. Raises PeerLost, MalformedMessage."""
+
+
+class SiteJob:
+    """A job that the server asked this site to take part in. It has a thread of its own."""
+
+    def __init__(
+        self,
+        party: Party,
+        site: str,
+        server: str,
+        link: ServerLink,
+        data: Mapping[str, bytes],
+        limits: Limits,
+        prepare: Prepare,
+    ) -> None:
+        self.id = prepare.job
+        self._party = party
+        self._site = site
+        self._server = server
+        self._link = link
+        self._data = data
+        self._limits = limits
+        self._prepare = prepare
+        self._tasks: SimpleQueue[Train | None] = SimpleQueue()
+        self._stopped = threading.Event()
+        self._process: SandboxedProcess | None = None
+        self.thread = threading.Thread(target=self._run, name=f"job {self.id}", daemon=True)
+
+    def train(self, task: Train) -> None:
+        """The server gave a task."""
+        self._tasks.put(task)
+
+    def finish(self, _frame: Finish | None = None) -> None:
+        """The job is over for this site."""
+        self._tasks.put(None)
+
+    def stop(self) -> None:
+        """End the job at once, whatever its script does."""
+        self._stopped.set()
+        self._tasks.put(None)
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def _run(self) -> None:
+        received = self._party.clock()
+        try:
+            signed, bundle = self._approved()
+            self._party.record("job", {"event": "taken", "job": self.id, "bundle": bundle.digest, "site": self._site})
+            self._party.tell(f"job {self.id} is approved here: {signed.record.name} by {signed.record.submitter}")
+            self._run_script(bundle, lambda: self._approve(signed, bundle, received))
+        except SealwrightError as error:
+            reasons = error.reasons if isinstance(error, Refused) else (error.what,)
+            self._party.tell(f"job {self.id}: {reasons[0]}")
+            self._link.send(Left(job=self.id, reasons=tuple(reason[:2000] for reason in reasons[:64])))
+        else:
+            self._party.tell(f"job {self.id} is over here")
+
+    def _approved(self) -> tuple[SignedRecord, Bundle]:
+        """The record and the bundle, both checked here. Raises ApprovalRefused, MalformedMessage, PeerLost."""
+        prepare = self._prepare
+        signed = read_record(prepare.record, self._party.charter())
+        if signed.record.job != self.id:
+            raise ApprovalRefused(self.id, (f"its record is that of job {signed.record.job}",))
+        if not 0 < prepare.bundle_size <= MAX_BUNDLE:
+            raise MalformedMessage(f"the bundle has {prepare.bundle_size} bytes", where="bundle")
+        request = Fetch(job=self.id, what="bundle", sha256=signed.record.bundle, offset=0)
+        with self._link.fetch(request, size=prepare.bundle_size, digest=None, seconds=60) as memory:
+            bundle = parse_bundle(bytes(memory.view))
+        self._approve(signed, bundle, self._party.clock())
+        return signed, bundle
+
+    def _approve(self, signed: SignedRecord, bundle: Bundle, received: datetime) -> None:
+        party = self._party
+        approve(
+            signed,
+            bundle,
+            party.charter(),
+            party.clock(),
+            server=self._server,
+            site=self._site,
+            received=received,
+        )
+
+    def _run_script(self, bundle: Bundle, check: Callable[[], None]) -> None:
+        settings = bundle.settings
+        sandbox = Sandbox(bundle.files, settings.train_script, settings.train_args, self._data, limits=self._limits)
+        ours, theirs = ScriptSocket.pair()
+        with theirs:
+            process = sandbox.start(theirs)
+        self._process = process
+        with process:
+            session = ScriptSession(ours, site=self._site, how_it_ended=lambda: _how_it_ended(process))
+            try:
+                limit = max_update_size(settings.schema_of_model)
+                session.greet(self.id, settings, data=DATA_FOLDER if self._data else None, max_update=limit)
+                self._link.send(Ready(job=self.id))
+                while (task := self._tasks.get()) is not None:
+                    check()
+                    self._train(session, settings, task, limit)
+                if self._stopped.is_set():
+                    raise ScriptFailed(self._site, "was stopped")
+                session.end()
+                process.wait(END_SECONDS)
+            finally:
+                session.close()
+                self._process = None
+
+    def _train(self, session: ScriptSession, settings: JobSettings, task: Train, limit: int) -> None:
+        if not 0 < task.model_size <= limit:
+            raise MalformedMessage(f"the model has {task.model_size} bytes, more than {limit}", where="task")
+        seconds = float(settings.round_seconds)
+        request = Fetch(job=self.id, what="model", sha256=task.model_sha256, offset=0)
+        with self._link.fetch(request, size=task.model_size, digest=task.model_sha256, seconds=seconds) as model:
+            answer, memory = session.train(
+                task.round,
+                task.total_rounds,
+                model,
+                seconds=seconds,
+                value=lambda key, value, step: self._link.send(Logged(job=self.id, key=key, value=value, step=step)),
+            )
+        with memory:
+            admit_update(memory.view, settings.schema_of_model, site=self._site)
+            verdict = self._link.deliver(self._head(task, answer, memory), memory, seconds=seconds)
+        if not verdict.accepted:
+            raise UpdateRefused(self._site, verdict.reasons or ("the server gave no reason",))
+
+    def _head(self, task: Train, answer: Answer, memory: SealedMemory) -> Deliver:
+        return Deliver(
+            job=self.id,
+            round=task.round,
+            params_type=answer.params_type,
+            weight=answer.weight,
+            metrics=answer.metrics,
+            sha256=memory.digest,
+            size=memory.size,
+        )
+
+
+def _how_it_ended(process: SandboxedProcess) -> str:
+    outcome = process.wait(REPORT_SECONDS)
+    return "closed its connection to the job before the job was over" if outcome is None else outcome.sentence

@@ -1,0 +1,153 @@
+"""A connection to an attested server: its credential is fetched and appraised before anything is said to it.
+
+gRPC gives a client no way to see the server's certificate. So it is fetched by a handshake of its own and is then the
+only certificate with which the gRPC connection can come about. The server's current EAR is asked for, and it is
+appraised by the charter over that certificate's key before anything else is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import ssl
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import grpc
+
+from attestation.errors import PeerRefused
+from attestation.identity import appraise_peer, dns_name
+from fl.errors import PeerLost
+from fl.transport.frames import MAX_FRAME, METHOD_PREFIX, Frame, Lease, adapter_of, pack, unpack
+from policies.errors import Refused, SealwrightError, Unusable
+
+if TYPE_CHECKING:
+    from attestation.identity import Peer
+    from policies.charter import Charter
+
+CONNECT_SECONDS: Final = 10.0
+_LEASE: Final = adapter_of(Lease)
+
+TRANSPORT_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_FRAME),
+    ("grpc.max_send_message_length", MAX_FRAME),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.lookahead_bytes", 16 << 20),
+    ("grpc.so_reuseport", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+"""The one liveness rule: a peer that answers no ping for ten seconds is gone."""
+
+
+def fetch_certificate(address: str) -> bytes:
+    """The certificate (DER) that the server at `address` (host:port) shows. It is not checked. Raises PeerLost."""
+    host, _, port = address.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # appraised by the charter, right after
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as plain,
+            context.wrap_socket(plain) as secure,
+        ):
+            certificate = secure.getpeercert(binary_form=True)
+    except (OSError, ValueError) as error:
+        raise PeerLost(f"the server at {address} cannot be reached: {error}", where=address) from error
+    if not certificate:
+        raise PeerLost(f"the server at {address} shows no certificate", where=address)
+    return certificate
+
+
+class FrameCall(Protocol):
+    """A call under way: the frames that come, and a way to end it."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The frames that come. Raises grpc.RpcError when the call fails."""
+
+    def cancel(self) -> bool:
+        """End the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConnection:
+    """A channel to an appraised server."""
+
+    channel: Any  # grpc.Channel; its stubs know no methods without serializers
+    certificate: bytes
+    peer: Peer
+
+    def call(self, method: str, frames: Iterable[bytes], *, timeout: float | None) -> FrameCall:
+        """Call a method that takes a stream of frames."""
+        call: FrameCall = self.channel.stream_stream(METHOD_PREFIX + method)(iter(frames), timeout=timeout)
+        return call
+
+    def ask(self, method: str, frame: Frame, *, timeout: float | None) -> FrameCall:
+        """Call a method that takes one frame."""
+        call: FrameCall = self.channel.unary_stream(METHOD_PREFIX + method)(pack(frame), timeout=timeout)
+        return call
+
+    def appraise(self, ear: str, charter: Charter, at: datetime) -> Peer:
+        """Appraise the server again by a newer EAR. Raises PeerRefused."""
+        return appraise_peer(self.certificate, charter, at, role="server", ear=ear)
+
+
+@contextlib.contextmanager
+def connect(
+    address: str, *, server: str, tls_key: str, certificate_pem: str, charter: Charter, at: datetime
+) -> Iterator[ServerConnection]:
+    """A connection to the attested server named `server` at `address` (host:port).
+
+    The server's current EAR is the first and only thing asked for before it is appraised. Raises PeerRefused if what is
+    there is not that server, PeerLost if nothing is there.
+    """
+    certificate = fetch_certificate(address)
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=ssl.DER_cert_to_PEM_cert(certificate).encode(),
+        private_key=tls_key.encode(),
+        certificate_chain=certificate_pem.encode(),
+    )
+    options = (*TRANSPORT_OPTIONS, ("grpc.ssl_target_name_override", dns_name("server", server)))
+    channel = grpc.secure_channel(address, credentials, options)
+    try:
+        lease, _ = unpack(_LEASE, _one(channel, "Appraise", address), where=address)
+        peer = appraise_peer(certificate, charter, at, role="server", ear=lease.ear)
+        if peer.name != server:
+            raise PeerRefused((f"it is the server {peer.name}, not {server}",), who=address)
+        yield ServerConnection(channel, certificate, peer)
+    finally:
+        channel.close()
+
+
+def _one(channel: Any, method: str, where: str) -> bytes:
+    try:
+        answer: bytes = channel.unary_unary(METHOD_PREFIX + method)(b"", timeout=CONNECT_SECONDS)
+    except grpc.RpcError as error:
+        raise peer_error(error, where=where) from error
+    return answer
+
+
+def peer_error(error: grpc.RpcError, *, where: str) -> SealwrightError:
+    """What a failed call says: the peer's own refusal with its reasons, or that the connection ended."""
+    code: grpc.StatusCode = getattr(error, "code", lambda: grpc.StatusCode.UNKNOWN)()
+    details: str = getattr(error, "details", lambda: "")() or ""
+    if code in {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT}:
+        try:
+            body = json.loads(details)
+            words = {key: str(body[key]) for key in ("what", "where", "do")}
+            reasons = tuple(str(reason) for reason in body["reasons"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return PeerLost(f"the peer refused: {details[:200]!r}", where=where)
+        if code is grpc.StatusCode.PERMISSION_DENIED:
+            return Refused(words["what"], where=words["where"], do=words["do"], reasons=reasons)
+        return Unusable(words["what"], where=words["where"], do=words["do"])
+    return PeerLost(f"the connection ended ({code.name.lower()}: {details[:200]})", where=where)

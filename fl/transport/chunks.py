@@ -1,0 +1,62 @@
+"""Transfers in chunks: served from memory as they are pulled, assembled within bounds, checked before they are used.
+
+Each chunk carries its offset and the CRC-32 of its bytes, which finds damage early and cheaply (TLS has authenticated
+them already); the whole has to have the promised size and SHA-256 before its receiver gets to see it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from fl.errors import MalformedMessage
+from fl.tensors import Buffer
+from fl.transport.frames import CHUNK, Chunk, adapter_of, pack, unpack
+from fl.transport.memory import DraftMemory, SealedMemory
+
+_CHUNK: Final = adapter_of(Chunk)
+
+
+def serve_chunks(data: Buffer, offset: int = 0) -> Iterator[bytes]:
+    """The frames of `data` from `offset` on, made as they are taken."""
+    view = memoryview(data)
+    for start in range(offset, len(view), CHUNK):
+        piece = view[start : start + CHUNK]
+        yield pack(Chunk(offset=start, crc32=zlib.crc32(piece)), piece)
+
+
+def assemble(frames: Iterable[bytes], *, size: int, sha256: str | None, where: str) -> SealedMemory:
+    """The transfer of exactly `size` bytes in `frames`, whole and sealed, with the digest `sha256` (None: any).
+
+    Memory is taken for `size`, which the caller has bounded; frames after the last chunk are left unread. Raises
+    MalformedMessage for a chunk out of place, too long, damaged or missing, and for another digest.
+    """
+    if size < 1:
+        raise MalformedMessage("the transfer is empty", where=where)
+    hasher = hashlib.sha256()
+    at = 0
+    with DraftMemory(size) as draft:
+        for raw in frames:
+            head, piece = unpack(_CHUNK, raw, where=where)
+            if head.offset != at or len(piece) != min(CHUNK, size - at):
+                raise MalformedMessage(
+                    f"a chunk of {len(piece)} bytes for {head.offset} came at {at} of {size}", where=where
+                )
+            if zlib.crc32(piece) != head.crc32:
+                raise MalformedMessage(f"the chunk at {at} is damaged", where=where)
+            draft.view[at : at + len(piece)] = piece
+            hasher.update(piece)
+            at += len(piece)
+            if at == size:
+                break
+        if at != size:
+            raise MalformedMessage(f"the transfer ended after {at} of {size} bytes", where=where)
+        digest = hasher.hexdigest()
+        if sha256 is not None and not hmac.compare_digest(digest, sha256):
+            raise MalformedMessage(f"the transfer's SHA-256 is {digest}, not {sha256}", where=where)
+        memory = SealedMemory(*draft.seal())
+        memory.know_digest(digest)
+        return memory

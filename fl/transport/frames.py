@@ -1,0 +1,245 @@
+"""Frames: what passes over gRPC. A frame is its header's length (u32, big-endian), the header (JSON), then a payload.
+
+Headers are Pydantic models that refuse unknown fields; both parts are bounded. Each method of the service takes and
+gives frames of the models named here, and nothing else.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Final, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from fl.errors import MalformedMessage
+from fl.jobs.progress import JobEvent, Status
+from fl.jobs.record import JobId, Time, UserName
+from fl.jobs.settings import MAX_MODEL, Digest, Name
+from fl.jobs.statement import SignedStatement
+from fl.tensors import Buffer
+
+MAX_HEADER: Final = 256 << 10
+CHUNK: Final = 1 << 20
+"""Bytes of payload in a chunk frame; the last of a transfer has fewer."""
+MAX_FRAME: Final = MAX_HEADER + CHUNK + 4
+METHOD_PREFIX: Final = "/sealwright.fl.v1.Federation/"
+
+Token: TypeAlias = Annotated[str, Field(max_length=128 << 10)]
+Reason: TypeAlias = Annotated[str, Field(max_length=2000)]
+Size: TypeAlias = Annotated[int, Field(ge=0, le=MAX_MODEL)]
+
+
+class Frame(BaseModel):
+    """A header."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Lease(Frame):
+    """First frame of both sides of an attendance, and again after each fresh attestation: the sender's current EAR."""
+
+    kind: Literal["lease"] = "lease"
+    ear: Token
+
+
+class Prepare(Frame):
+    """Server to site: there is a job for you."""
+
+    kind: Literal["prepare"] = "prepare"
+    job: JobId
+    record: Token
+    bundle_size: Size
+
+
+class Ready(Frame):
+    """Site to server: the job's script has started."""
+
+    kind: Literal["ready"] = "ready"
+    job: JobId
+
+
+class Train(Frame):
+    """Server to site: train this model."""
+
+    kind: Literal["train"] = "train"
+    job: JobId
+    round: Annotated[int, Field(ge=0)]
+    total_rounds: int
+    model_sha256: Digest
+    model_size: Size
+
+
+class Left(Frame):
+    """Site to server: the site is out of the job, and why."""
+
+    kind: Literal["left"] = "left"
+    job: JobId
+    reasons: Annotated[tuple[Reason, ...], Field(min_length=1, max_length=64, strict=False)]
+
+
+class Logged(Frame):
+    """Site to server: a number that the script logged."""
+
+    kind: Literal["logged"] = "logged"
+    job: JobId
+    key: Annotated[str, Field(min_length=1, max_length=128)]
+    value: float
+    step: Annotated[int, Field(ge=0, lt=1 << 48)]
+
+
+class Finish(Frame):
+    """Server to site: the job is over for you."""
+
+    kind: Literal["finish"] = "finish"
+    job: JobId
+    why: Reason
+
+
+class Fetch(Frame):
+    """Site to server: send this, from `offset` on."""
+
+    kind: Literal["fetch"] = "fetch"
+    job: JobId
+    what: Literal["bundle", "model"]
+    sha256: Digest
+    offset: Size
+
+
+class Chunk(Frame):
+    """A piece of a transfer, with the CRC-32 of its payload; the whole is checked by its SHA-256."""
+
+    kind: Literal["chunk"] = "chunk"
+    offset: Size
+    crc32: Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+class Deliver(Frame):
+    """Site to server: here is my update."""
+
+    kind: Literal["deliver"] = "deliver"
+    job: JobId
+    round: Annotated[int, Field(ge=0)]
+    params_type: Literal["FULL", "DIFF"]
+    weight: float
+    metrics: Annotated[dict[str, float], Field(max_length=64)]
+    sha256: Digest
+    size: Size
+
+
+class Pull(Frame):
+    """Receiver of a delivery to its sender: send from `offset` on."""
+
+    kind: Literal["pull"] = "pull"
+    offset: Size
+
+
+class Verdict(Frame):
+    """What became of a delivery or of a submission: accepted, or every reason why not."""
+
+    kind: Literal["verdict"] = "verdict"
+    accepted: bool
+    reasons: Annotated[tuple[Reason, ...], Field(max_length=64, strict=False)] = ()
+
+
+class Submit(Frame):
+    """User to server: run this job. The bundle and the sealed first model follow, in this order, as chunks."""
+
+    kind: Literal["submit"] = "submit"
+    record: Token
+    bundle_size: Size
+    model_size: Size
+
+
+class About(Frame):
+    """User to server: the job that a call is about."""
+
+    kind: Literal["about"] = "about"
+    job: JobId
+
+
+class List(Frame):
+    """User to server: tell me of all jobs."""
+
+    kind: Literal["list"] = "list"
+
+
+class JobReport(Frame):
+    """Server to user: a job's state."""
+
+    kind: Literal["report"] = "report"
+    job: JobId
+    name: Name
+    status: Status
+    submitter: UserName
+    created: Time
+    round: int | None
+    num_rounds: int
+    sites: Annotated[dict[str, Reason], Field(max_length=4096)]
+    reasons: Annotated[tuple[Reason, ...], Field(max_length=64, strict=False)] = ()
+
+
+class Reports(Frame):
+    """Server to user: all jobs."""
+
+    kind: Literal["reports"] = "reports"
+    jobs: Annotated[tuple[JobReport, ...], Field(max_length=1000, strict=False)]
+    sites: Annotated[tuple[Name, ...], Field(max_length=4096, strict=False)]
+    """The sites that are connected."""
+
+
+class Happened(Frame):
+    """Server to user: an event of a job that is watched."""
+
+    kind: Literal["happened"] = "happened"
+    event: JobEvent
+
+
+class Result(Frame):
+    """Server to user: a result's head; its sealed payload follows as chunks."""
+
+    kind: Literal["result"] = "result"
+    record: Token
+    statement: SignedStatement
+    sealed_key: Annotated[str, Field(max_length=4096)]
+    """Base64: the result's key, sealed to the user's results key."""
+    size: Size
+    receipt: Annotated[str, Field(max_length=64 << 10)] = ""
+    """The ledger's receipt for the statement, as JSON, if the ledger gave one."""
+
+
+FromAttendingSite: TypeAlias = Lease | Ready | Left | Logged
+ToAttendingSite: TypeAlias = Lease | Prepare | Train | Finish
+FROM_ATTENDING_SITE: Final = TypeAdapter[FromAttendingSite](Annotated[FromAttendingSite, Field(discriminator="kind")])
+TO_ATTENDING_SITE: Final = TypeAdapter[ToAttendingSite](Annotated[ToAttendingSite, Field(discriminator="kind")])
+
+T = TypeVar("T")
+
+
+def pack(header: Frame, payload: Buffer = b"") -> bytes:
+    """One frame."""
+    text = header.model_dump_json().encode()
+    if len(text) > MAX_HEADER:
+        raise MalformedMessage(f"a header of {len(text)} bytes is over the limit of {MAX_HEADER}", where="frame")
+    return b"".join((struct.pack(">I", len(text)), text, payload))
+
+
+def unpack(adapter: TypeAdapter[T], raw: bytes, *, where: str) -> tuple[T, memoryview]:
+    """A frame's header, by the models that may come here, and its payload. Raises MalformedMessage."""
+    view = memoryview(raw)
+    if len(view) < 4 or len(view) > MAX_FRAME:
+        raise MalformedMessage(f"a frame has {len(view)} bytes", where=where)
+    (length,) = struct.unpack_from(">I", view)
+    if length > MAX_HEADER or length > len(view) - 4:
+        raise MalformedMessage(f"a frame's header says {length} bytes", where=where)
+    try:
+        header = adapter.validate_json(bytes(view[4 : 4 + length]))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "frame"
+        raise MalformedMessage(f"a frame is malformed at {place}: {first['msg']}", where=where) from error
+    return header, view[4 + length :]
+
+
+def adapter_of(kind: type[T]) -> TypeAdapter[T]:
+    """The adapter for a place where only one model may come."""
+    return TypeAdapter(kind)
