@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+from attestation.canonical import read_json_object
 from attestation.endorsements.chain import Endorsements
 from attestation.endorsements.sources import from_certificate_table, from_files, read_bounded
 from attestation.errors import MalformedEvidence
 from attestation.evidence.composite import SnpEvidence
+from attestation.evidence.hcl import MAGIC, HclEvidence, parse_hcl_report
 from attestation.evidence.report import REPORT_SIZE
+from attestation.verifier import Appraisal, Expected, Profile, verify_hcl, verify_snp
 from policies.errors import Unusable
 
 MAX_EVIDENCE_SIZE = 4 << 20
@@ -20,10 +22,17 @@ MAX_EVIDENCE_SIZE = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class SnpFile:
-    """An SEV-SNP report with its endorsements, as the files and options gave them."""
+    """An SEV-SNP report with its endorsements, as the files and options gave them; `hcl` is Azure's wrapper, if any."""
 
     report: bytes
     endorsements: Endorsements
+    hcl: HclEvidence | None = None
+
+    def appraise(self, profile: Profile, expected: Expected, at: datetime) -> Appraisal:
+        """The verifier's appraisal of it."""
+        if self.hcl is not None:
+            return verify_hcl(self.hcl, self.endorsements, profile, expected, at)
+        return verify_snp(self.report, self.endorsements, profile, expected, at)
 
 
 def read_evidence(path: Path, *, vek: Path | None, chain: Path | None, crls: Sequence[Path]) -> SnpFile:
@@ -33,41 +42,47 @@ def read_evidence(path: Path, *, vek: Path | None, chain: Path | None, crls: Seq
         Unusable: a file is missing, a directory, empty, too large, or not what it was given for.
     """
     raw = read_bounded(path, MAX_EVIDENCE_SIZE, "evidence file")
-    evidence = _read_snp(raw, path)
     given = from_files(vek=vek, chain=chain, crls=crls)
     try:
+        evidence = _read_snp(raw)
+        if isinstance(evidence, HclEvidence):
+            return SnpFile(evidence.hcl.report, given, evidence)
         brought = from_certificate_table(evidence.certificates, intermediates=given.intermediates, crls=given.crls)
     except MalformedEvidence as error:
-        raise MalformedEvidence(error.what, where=f"{path}, {error.where}", do=error.do) from error
+        where = str(path) if error.where == "evidence" else f"{path}: {error.where}"
+        raise MalformedEvidence(error.what, where=where, do=error.do) from error
     return SnpFile(evidence.report, brought if given.vek is None else replace(brought, vek=given.vek))
 
 
-def _read_snp(raw: bytes, path: Path) -> SnpEvidence:
+def _read_snp(raw: bytes) -> SnpEvidence | HclEvidence:
     if not raw:
-        raise Unusable("the evidence file is empty", where=str(path), do="Write the report again.")
+        raise MalformedEvidence("the evidence file is empty", where="evidence", do="Write the report again.")
     if len(raw) == REPORT_SIZE:
         return SnpEvidence(report=raw)
+    if raw.startswith(MAGIC):
+        return HclEvidence(parse_hcl_report(raw))
     if raw.lstrip()[:1] == b"{":
-        return _read_json(raw, path)
+        return _read_json(raw)
     raise MalformedEvidence(
         f"this is no evidence: an SEV-SNP report has {REPORT_SIZE} bytes, this file has {len(raw)}",
-        where=str(path),
+        where="evidence",
         do="Give the raw report, or evidence in JSON.",
     )
 
 
-def _read_json(raw: bytes, path: Path) -> SnpEvidence:
-    from attestation.evidence.guest_components_json import parse_guest_components
+def _read_json(raw: bytes) -> SnpEvidence | HclEvidence:
+    try:
+        document = read_json_object(raw, where="evidence", limit=MAX_EVIDENCE_SIZE)
+    except Unusable as error:
+        raise MalformedEvidence(error.what, where=error.where, do="Give evidence in JSON, or a report.") from error
+    if "attestation_report" in document:
+        from attestation.evidence.guest_components_json import parse_guest_components
 
-    try:
-        document: Any = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise MalformedEvidence("this is no JSON", where=str(path), do="Give evidence in JSON, or a report.") from error
-    if not isinstance(document, dict) or "attestation_report" not in document:
-        raise MalformedEvidence(
-            "this JSON holds no evidence of a known kind", where=str(path), do="Give it as guest-components sends it."
-        )
-    try:
         return parse_guest_components(document)
-    except MalformedEvidence as error:
-        raise MalformedEvidence(error.what, where=f"{path}, {error.where}", do=error.do) from error
+    if {"hcl_report", "quote"} & document.keys():
+        from attestation.evidence.azure_json import parse_azure_evidence
+
+        return parse_azure_evidence(document)
+    raise MalformedEvidence(
+        "this JSON holds no evidence of a known kind", where="evidence", do="Give it as the attester sent it."
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,6 +46,12 @@ _LACKING = {
     "measurement": "no reference values",
     "init-data": "no reference values",
     "revocation": "no --crl",
+    "gpu-freshness": "no --nonce",
+    "gpu-driver-measurements": "no matching --rim",
+    "gpu-vbios-measurements": "no matching --rim",
+    "gpu-devtools": "no matching --rim",
+    "gpu-revocation": "no --crl",
+    "gpu-topology": "one device alone",
 }
 
 
@@ -65,8 +71,18 @@ def print_claims(claims: Mapping[str, Any], source: str, *, console: Console | N
     out.print(Text("\nNot verified. `seal evidence verify` proves who signed it, and judges it.", style="dim"))
 
 
-def print_appraisal(appraisal: Appraisal, source: str, at: datetime, *, console: Console | None = None) -> None:
-    """Print a verdict: what failed and why, what was not judged, and the few claims that tell the machine apart."""
+def print_appraisal(
+    appraisal: Appraisal,
+    source: str,
+    at: datetime,
+    *,
+    about: Sequence[tuple[str, str]] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print a verdict: what failed and why, what was not judged, and the few claims that tell the machine apart.
+
+    `about` takes the place of those claims for evidence of another kind than SEV-SNP's.
+    """
     out = console or Console(highlight=False)
     style = _STYLES[appraisal.status]
     verdict = Text(f"{_MARKS[appraisal.status]} {appraisal.status}", style=style)
@@ -81,7 +97,8 @@ def print_appraisal(appraisal: Appraisal, source: str, at: datetime, *, console:
         for failure in appraisal.failures:
             table.add_row(failure.check, failure.value, failure.expected)
         out.print(Padding(table, (1, 0, 0, 2)))
-    out.print(Padding(_grid(_summary(appraisal, at)), (1, 0, 0, 2)))
+    rows = [*(_machine_summary(appraisal.claims) if about is None else about), *_judgement(appraisal, at)]
+    out.print(Padding(_grid(rows), (1, 0, 0, 2)))
 
 
 def _grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
@@ -93,13 +110,18 @@ def _grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
     return table
 
 
-def _summary(appraisal: Appraisal, at: datetime) -> Iterator[tuple[str, str | Text]]:
-    claims = appraisal.claims
+def _machine_summary(claims: Mapping[str, Any]) -> Iterator[tuple[str, str | Text]]:
     yield "machine", _machine(claims)
     yield "firmware", f"{claims['current_firmware']}, reported TCB {_levels(claims['reported_tcb'])}"
     yield "measurement", claims["measurement"]
-    yield "report data", _bytes(claims["report_data"])
+    if "extra_data" in claims.get("vtpm", {}):
+        yield "quote's extra data", _bytes(claims["vtpm"]["extra_data"])
+    else:
+        yield "report data", _bytes(claims["report_data"])
     yield "host data", _bytes(claims["host_data"])
+
+
+def _judgement(appraisal: Appraisal, at: datetime) -> Iterator[tuple[str, str | Text]]:
     yield "claims", _vector(appraisal.vector)
     yield "not judged", _not_judged(appraisal.not_judged)
     yield "profile", f"{appraisal.profile}, at {at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
@@ -158,6 +180,20 @@ def _groups(claims: Mapping[str, Any]) -> Iterator[tuple[str, Iterable[tuple[str
             ("author key", _bytes(claims["author_key_digest"])),
         ],
     )
+    if "vtpm" in claims:
+        yield "Virtual TPM (Azure)", _vtpm_rows(claims["vtpm"])
+
+
+def _vtpm_rows(vtpm: Mapping[str, Any]) -> Iterator[tuple[str, str | Text]]:
+    for name, value in vtpm["configuration"].items():
+        yield name, {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    yield "user data", _bytes(vtpm["user_data"] or "")
+    if "extra_data" not in vtpm:
+        yield "quote", Text("none: not fresh", style="dim")
+        return
+    yield "quote's extra data", _bytes(vtpm["extra_data"])
+    for number, value in vtpm["registers"].items():
+        yield f"register {number}", _bytes(value)
 
 
 def _firmware_rows(claims: Mapping[str, Any]) -> Iterator[tuple[str, str | Text]]:

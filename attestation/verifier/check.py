@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Final
 
 from attestation.endorsements.chain import Chain
+from attestation.evidence.hcl import HclEvidence
 from attestation.evidence.report import Product, Report
 from attestation.evidence.tcb import Tcb
 from attestation.verifier.profile import Profile
@@ -58,7 +59,8 @@ class Case:
     """One report with everything that a check may look at.
 
     `product` is the authenticated one if the chain holds, else the best guess (or None), so that the other checks can
-    still say what else is wrong. The TCBs are None if there is no product to give them a layout.
+    still say what else is wrong. The TCBs are None if there is no product to give them a layout. `vtpm` is the wrapper
+    that the report came in, if it came in one.
     """
 
     report: Report
@@ -71,6 +73,7 @@ class Case:
     current: Tcb | None
     committed: Tcb | None
     launch: Tcb | None
+    vtpm: HclEvidence | None = None
 
 
 Verdict = tuple[str, str] | NotJudged | None

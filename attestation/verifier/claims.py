@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attestation.endorsements.chain import Chain
+from attestation.evidence.hcl import HclEvidence
 from attestation.evidence.report import Product, Report
 from attestation.evidence.tcb import Tcb, decode_tcb
 from attestation.verifier.policy_checks import PLATFORM_BITS, POLICY_BITS
@@ -82,4 +83,15 @@ def chain_claims(chain: Chain) -> dict[str, Any]:
             claims["hwid"] = chain.extensions.hwid.hex()
         if chain.extensions.csp_id is not None:
             claims["csp_id"] = chain.extensions.csp_id
+    return claims
+
+
+def vtpm_claims(evidence: HclEvidence) -> dict[str, Any]:
+    """What the paravisor and its TPM say."""
+    claims: dict[str, Any] = {"configuration": dict(evidence.hcl.configuration), "user_data": evidence.hcl.user_data}
+    if evidence.quote is not None:
+        quote = evidence.quote
+        claims["extra_data"] = quote.extra_data.hex()
+        claims["registers"] = {str(number): quote.pcrs[number].hex() for number in quote.selection}
+        claims["reset_count"] = quote.reset_count
     return claims

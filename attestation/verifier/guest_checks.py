@@ -50,15 +50,21 @@ def measurement(case: Case) -> Verdict:
 def freshness(case: Case) -> Verdict:
     """REPORT_DATA is what the relying party asked for. Not judged without a value.
 
+    Under a paravisor REPORT_DATA is fixed at boot: there the TPM quote's extra data (zeros after it) stands for it.
+
     Attack: a report from an earlier session, or made for somebody else's key or nonce, replayed.
     """
     listed, expected = case.profile.reference.report_data, case.expected.report_data
     if listed is None and expected is None:
         return NOT_JUDGED
-    found = case.report.report_data
+    name, found = "REPORT_DATA", case.report.report_data
+    if case.vtpm is not None:
+        if case.vtpm.quote is None:
+            return "no TPM quote, and REPORT_DATA is as old as the boot", "a quote over the nonce"
+        name, found = "extra data", case.vtpm.quote.extra_data.ljust(64, b"\0")
     for wanted in (expected, None if listed is None else bytes.fromhex(listed)):
         if wanted is not None and not hmac.compare_digest(found, wanted):
-            return f"REPORT_DATA {found.hex()}", wanted.hex()
+            return f"{name} {found.hex()}", wanted.hex()
     return None
 
 

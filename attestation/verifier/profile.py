@@ -128,6 +128,7 @@ class Checks(ProfileSection):
     guest_svn: Severity = "refuse"
     report_id: Severity = "refuse"
     report_id_ma: Severity = "refuse"
+    vtpm_registers: Severity = "refuse"
 
 
 class ReportRules(ProfileSection):
@@ -277,6 +278,21 @@ class RevocationRules(ProfileSection):
     )
 
 
+class Register(ProfileSection):
+    """One register of a virtual TPM and the values that it may have."""
+
+    number: Annotated[int, Field(ge=0, le=23)] = Field(description="Its number, 0 to 23, in the SHA-256 bank.")
+    values: Annotated[tuple[Hex32, ...], Field(strict=False, min_length=1)] = Field(description="One of these.")
+
+
+class VtpmRules(ProfileSection):
+    """The virtual TPM of a guest under Azure's paravisor."""
+
+    registers: Annotated[tuple[Register, ...], Field(strict=False)] = Field(
+        (), description="[[vtpm.registers]] tables, each with a number and the values that it may have."
+    )
+
+
 def _amd_roots() -> tuple[Root, ...]:
     return tuple(Root(product=pin.product.value, spki_sha256=pin.spki_sha256) for pin in AMD_ROOTS)
 
@@ -302,6 +318,7 @@ class Profile(ProfileSection):
     id_block: IdBlockRules = IdBlockRules()
     reference: ReferenceRules = ReferenceRules()
     revocation: RevocationRules = RevocationRules()
+    vtpm: VtpmRules = VtpmRules()
 
     @model_validator(mode="after")
     def _one_world(self) -> Self:

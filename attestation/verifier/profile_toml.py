@@ -57,6 +57,9 @@ def _section(name: str, section: BaseModel, comments: bool) -> Iterator[str]:
         value = getattr(section, inner)
         if isinstance(value, BaseModel):
             yield from _section(f"{name}.{field.alias or inner}", value, comments)
+        elif _is_tables(value):
+            for table in value:
+                yield from ("", f"[[{name}.{field.alias or inner}]]", *_scalars(table, comments))
 
 
 def _scalars(section: BaseModel, comments: bool) -> Iterator[str]:
@@ -73,6 +76,10 @@ def _scalars(section: BaseModel, comments: bool) -> Iterator[str]:
             yield f"{key} = {_value(value)}{comment}"
         elif comments:
             yield f"# {key} = {_example(field.annotation)}{comment}"
+
+
+def _is_tables(value: object) -> bool:
+    return isinstance(value, tuple) and bool(value) and isinstance(value[0], BaseModel)
 
 
 def _example(annotation: object) -> str:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 from attestation.endorsements.chain import Chain, Endorsements, resolve_chain
 from attestation.endorsements.failure import Failure
+from attestation.evidence.hcl import HclEvidence
 from attestation.evidence.report import Report, parse_report, product_of
 from attestation.evidence.tcb import decode_tcb
-from attestation.verifier import certificate_checks, guest_checks, policy_checks, report_checks, tcb_checks
+from attestation.verifier import certificate_checks, guest_checks, policy_checks, report_checks, tcb_checks, vtpm_checks
 from attestation.verifier.appraisal import VECTOR_NAMES, Appraisal, Status
 from attestation.verifier.check import CHECKS, NOT_JUDGED, Case, Check, Claim, Expected
-from attestation.verifier.claims import chain_claims, report_claims
+from attestation.verifier.claims import chain_claims, report_claims, vtpm_claims
 from attestation.verifier.profile import Profile
 
-_SUBJECTS = (certificate_checks, report_checks, tcb_checks, policy_checks, guest_checks)
+_SUBJECTS = (certificate_checks, report_checks, tcb_checks, policy_checks, guest_checks, vtpm_checks)
 
 ORDERED: tuple[Check, ...] = tuple(
     one for module in _SUBJECTS for one in CHECKS.values() if one.run.__module__ == module.__name__
@@ -24,7 +26,16 @@ ORDERED: tuple[Check, ...] = tuple(
 """All checks in the order in which they are made: first who signed, then what was signed."""
 
 ALWAYS = frozenset(
-    {"report-signature", "vek-profile", "vek-extensions", "chain-signatures", "chain-profile", "trusted-root"}
+    {
+        "report-signature",
+        "vek-profile",
+        "vek-extensions",
+        "chain-signatures",
+        "chain-profile",
+        "trusted-root",
+        "vtpm-binding",
+        "vtpm-quote",
+    }
 )
 """Checks without which nothing in the evidence is authentic: no profile turns them off."""
 
@@ -52,19 +63,45 @@ def verify_snp(
         MalformedEndorsement: a certificate or a revocation list cannot be read.
         ValueError: `at` has no time zone.
     """
+    return _verify(report, endorsements, profile, expected, at, None)
+
+
+def verify_hcl(
+    evidence: HclEvidence, endorsements: Endorsements, profile: Profile, expected: Expected, at: datetime
+) -> Appraisal:
+    """Appraise a report that comes in Azure's wrapper, with the quote of the TPM that it vouches for.
+
+    `expected.report_data` is then compared with the quote's extra data: a wrapper without a quote is not fresh.
+    The VEK is the evidence's if `endorsements` bring none. Raises what `verify_snp` raises.
+    """
+    if endorsements.vek is None:
+        endorsements = replace(endorsements, vek=evidence.vek)
+    return _verify(evidence.hcl.report, endorsements, profile, expected, at, evidence)
+
+
+def _verify(
+    report: bytes,
+    endorsements: Endorsements,
+    profile: Profile,
+    expected: Expected,
+    at: datetime,
+    vtpm: HclEvidence | None,
+) -> Appraisal:
     if at.tzinfo is None:
         raise ValueError("the time of verification needs a time zone")
     parsed = parse_report(report, strict=False)
     chain = resolve_chain(endorsements, profile.pins)
-    return _appraise(_case(parsed, chain, profile, expected, at.astimezone(UTC)))
+    return _appraise(_case(parsed, chain, profile, expected, at.astimezone(UTC), vtpm))
 
 
-def _case(report: Report, chain: Chain, profile: Profile, expected: Expected, at: datetime) -> Case:
+def _case(
+    report: Report, chain: Chain, profile: Profile, expected: Expected, at: datetime, vtpm: HclEvidence | None
+) -> Case:
     product = chain.product
     if product is None and report.cpuid_fam_id is not None and report.cpuid_mod_id is not None:
         product = product_of(report.cpuid_fam_id, report.cpuid_mod_id)
     if product is None:
-        return Case(report, profile, expected, chain, at, None, None, None, None, None)
+        return Case(report, profile, expected, chain, at, None, None, None, None, None, vtpm)
     return Case(
         report=report,
         profile=profile,
@@ -76,6 +113,7 @@ def _case(report: Report, chain: Chain, profile: Profile, expected: Expected, at
         current=decode_tcb(report.current_tcb, product, strict=False),
         committed=decode_tcb(report.committed_tcb, product, strict=False),
         launch=decode_tcb(report.launch_tcb, product, strict=False),
+        vtpm=vtpm,
     )
 
 
@@ -152,4 +190,5 @@ def _claims(case: Case) -> dict[str, Any]:
         "platform": "virtual" if virtual else "hardware",
         **report_claims(case.report, case.product),
         **chain_claims(case.chain),
+        **({} if case.vtpm is None else {"vtpm": vtpm_claims(case.vtpm)}),
     }

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from virtual_hcl import Paravisor
 
 from appliance.cli import main
 from attestation.endorsements.roots import RootPin
@@ -124,6 +126,23 @@ def test_show_decodes_every_field(capsys: pytest.CaptureFixture[str], files: Pat
     shown = json.loads(out)
     assert shown["verified"] is False
     assert shown["claims"]["product"] == "Turin"
+
+
+def test_azures_wrapper_is_shown_and_verified(
+    capsys: pytest.CaptureFixture[str], files: Path, virtual_chips: Mapping[Product, Chip], tmp_path: Path
+) -> None:
+    paravisor = Paravisor(virtual_chips[Product.TURIN], rsa.generate_private_key(65537, 2048))
+    (tmp_path / "hcl.bin").write_bytes(paravisor.blob())
+    options = ("--vek", files / "vcek.der", "--chain", files / "chain", "--policy", files / "policy.toml")
+    status, out, _ = run(capsys, "verify", tmp_path / "hcl.bin", *options, "--json")
+    assert status == 0
+    assert "vtpm-quote" in json.loads(out)["not-judged"]
+    status, out, _ = run(capsys, "verify", tmp_path / "hcl.bin", *options, "--nonce", NONCE.hex(), "--json")
+    assert status == 1
+    assert [failure["check"] for failure in json.loads(out)["failures"]] == ["freshness"]
+    status, out, _ = run(capsys, "show", tmp_path / "hcl.bin")
+    assert "secure-boot" in out
+    assert "none: not fresh" in out
 
 
 @pytest.mark.parametrize("name", ["show", "broker"])

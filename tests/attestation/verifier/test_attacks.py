@@ -12,13 +12,24 @@ import pytest
 from asn1crypto import core
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from virtual_hcl import Paravisor
 
 from attestation.endorsements.chain import Endorsements
 from attestation.endorsements.roots import RootPin
 from attestation.endorsements.sources import from_certificate_table
+from attestation.evidence.hcl import HclEvidence, HclReport, parse_hcl_report
 from attestation.evidence.report import Product
 from attestation.evidence.tcb import Tcb, encode_tcb
-from attestation.verifier import SHOW, Appraisal, Expected, Profile, load_profile, verify_snp, with_virtual_roots
+from attestation.verifier import (
+    SHOW,
+    Appraisal,
+    Expected,
+    Profile,
+    load_profile,
+    verify_hcl,
+    verify_snp,
+    with_virtual_roots,
+)
 from attestation.verifier.profile import SWITCHABLE
 from attestation.verifier.snp import ALWAYS, ORDERED
 from attestation.virtual.certificates import authority_extensions, issue_certificate
@@ -71,13 +82,29 @@ class Attack:
     at: datetime = NOW
     also: frozenset[str] = frozenset()
     trust: Profile | None = None
+    wrap: Callable[[Paravisor], HclEvidence] | None = None
 
     def appraise(self, platform: Platform, extra: str = "") -> Appraisal:
         chip = platform.chips[self.product]
+        if self.wrap is not None:
+            evidence = self.wrap(Paravisor(chip, tpm_key()))
+            profile = platform.profile(f"{extra}\n{self.profile}")
+            return verify_hcl(evidence, platform.endorsements(self.product), profile, self.expected, self.at)
         report = sign_report(chip, patches=self.patches, unsigned_patches=self.unsigned, **self.fields)
         endorsements = self.endorse(platform, platform.endorsements(self.product))
         profile = self.trust or platform.profile(f"{extra}\n{self.profile}")
         return verify_snp(report, endorsements, profile, self.expected, self.at)
+
+
+@cache
+def tpm_key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65537, 2048)
+
+
+def one_byte_more(paravisor: Paravisor) -> HclReport:
+    """Variable data that the report does not vouch for."""
+    bound = parse_hcl_report(paravisor.blob()).report
+    return parse_hcl_report(paravisor.blob(variable_data=paravisor.variable_data() + b" ", report=bound))
 
 
 def milan(bootloader: int = 4, tee: int = 0, snp: int = 24, microcode: int = 219) -> bytes:
@@ -279,6 +306,11 @@ ATTACKS: dict[str, Attack] = {
         {"id_key_digest": bytes.fromhex(A48), "guest_svn": 6},
         profile=f'[id-block]\nid-keys = ["{A48}"]\nminimum-guest-svn = 7',
     ),
+    "vtpm-binding": Attack(wrap=lambda one: replace(one.evidence(b"n"), hcl=one_byte_more(one))),
+    "vtpm-quote": Attack(wrap=lambda one: replace(one.evidence(b"n"), quote=one.quote(b"n", pcrs=(bytes(32),) * 24))),
+    "vtpm-registers": Attack(
+        wrap=lambda one: one.evidence(b"n"), profile=f'[[vtpm.registers]]\nnumber = 11\nvalues = ["{A32}"]'
+    ),
     "report-id": Attack(profile=f'[reference]\nreport-id = "{A32}"'),
     "report-id-ma": Attack(profile=f'[reference]\nreport-id-ma = "{A32}"'),
 }
@@ -375,6 +407,39 @@ def test_a_vlek_is_judged_by_its_provider(platform: Platform) -> None:
         {"key_info": 1 << 2, "chip_id": bytes(64)}, endorse=vlek, profile=f'[chips]\ndeny = ["{"01" * 64}"]'
     ).appraise(platform)
     assert failed(listed) == {"chip-id-present"}
+
+
+def test_a_wrapper_is_fresh_only_with_its_quote(platform: Platform) -> None:
+    nonce = b"fresh nonce"
+    asked = Expected(report_data=nonce.ljust(64, b"\0"))
+    quoted = Attack(wrap=lambda one: one.evidence(nonce), expected=asked).appraise(platform)
+    assert quoted.affirming, quoted.failures
+    assert quoted.claims["vtpm"]["configuration"]["secure-boot"] is True
+    assert quoted.claims["vtpm"]["registers"]["7"] == "07" * 32
+    replayed = Attack(wrap=lambda one: one.evidence(b"older nonce"), expected=asked).appraise(platform)
+    assert failed(replayed) == {"freshness"}
+    bare = Attack(wrap=lambda one: one.evidence(None), expected=asked).appraise(platform)
+    assert failed(bare) == {"freshness"}
+    unasked = Attack(wrap=lambda one: one.evidence(None)).appraise(platform)
+    assert unasked.affirming
+    assert {"freshness", "vtpm-quote"} <= set(unasked.not_judged)
+
+
+def test_a_quote_by_another_tpm_is_refused(platform: Platform) -> None:
+    stranger = rsa.generate_private_key(65537, 2048)
+    nonce = b"fresh nonce"
+
+    def relayed(one: Paravisor) -> HclEvidence:
+        return replace(one.evidence(nonce), quote=replace(one, key=stranger).quote(nonce))
+
+    assert failed(Attack(wrap=relayed).appraise(platform)) == {"vtpm-quote"}
+
+
+def test_registers_are_judged_where_the_profile_names_them(platform: Platform) -> None:
+    named = f'[[vtpm.registers]]\nnumber = 11\nvalues = ["{"0b" * 32}", "{A32}"]'
+    assert Attack(wrap=lambda one: one.evidence(b"n"), profile=named).appraise(platform).affirming
+    for attack in (Attack(wrap=lambda one: one.evidence(None), profile=named), Attack(profile=named)):
+        assert failed(attack.appraise(platform)) == {"vtpm-registers"}
 
 
 def test_a_vcek_for_another_key_is_no_key_of_the_report(platform: Platform) -> None:

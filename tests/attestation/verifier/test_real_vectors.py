@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from attestation.endorsements.chain import Endorsements, resolve_chain
 from attestation.endorsements.roots import AMD_ROOTS
 from attestation.endorsements.sources import from_certificate_table, from_files
 from attestation.errors import MalformedEvidence
+from attestation.evidence.azure_json import parse_azure_evidence
 from attestation.evidence.guest_components_json import parse_guest_components
 from attestation.evidence.report import encode_report, parse_report
-from attestation.verifier import BROKER, SHOW, Appraisal, Expected, Profile, load_profile, verify_snp
+from attestation.verifier import BROKER, SHOW, Appraisal, Expected, Profile, load_profile, verify_hcl, verify_snp
 
 VECTORS = Path(os.environ.get("SEAL_VECTORS", Path(__file__).parents[4] / "shared" / "vectors"))
 AT = datetime(2026, 11, 1, tzinfo=UTC)
@@ -178,6 +180,28 @@ def test_json_evidence_is_rebuilt_and_brings_its_key() -> None:
     authorities = from_files(chain=VECTORS / "amd-ca").intermediates
     endorsements = from_certificate_table(evidence.certificates, intermediates=authorities)
     assert verify_snp(evidence.report, endorsements, SHOW, Expected(), AT).affirming
+
+
+@pytest.mark.parametrize(
+    ("name", "extra_data"),
+    [
+        ("milan-v3-azure/evidence-v0.json", b"challenge"),
+        ("milan-v3-azure/evidence-v1.json", b"challenge"),
+        ("genoa-v3-azure/evidence-genoa.json", None),
+    ],
+)
+def test_azure_evidence_is_fresh_by_its_quote(name: str, extra_data: bytes | None) -> None:
+    evidence = parse_azure_evidence(json.loads((VECTORS / "snp" / name).read_text()))
+    assert evidence.quote is not None
+    nonce = (extra_data or evidence.quote.extra_data).ljust(64, b"\0")
+    authorities = from_files(chain=VECTORS / "amd-ca")
+    appraisal = verify_hcl(evidence, authorities, SHOW, Expected(report_data=nonce), AT)
+    assert appraisal.affirming, appraisal.failures
+    assert "freshness" not in appraisal.not_judged
+    assert failed(verify_hcl(evidence, authorities, SHOW, Expected(report_data=bytes(64)), AT)) == {"freshness"}
+    assert failed(verify_hcl(replace(evidence, quote=None), authorities, SHOW, Expected(report_data=nonce), AT)) == {
+        "freshness"
+    }
 
 
 def test_a_broker_demands_every_judgement() -> None:
