@@ -10,28 +10,46 @@ from typing import Annotated, Any, Literal
 import typer
 
 from appliance.evidence_files import read_evidence
+from appliance.gpu_evidence import GpuFiles, is_gpu_file, print_gpu_profile, show_gpu, verify_gpu_file
 from appliance.output import print_json
 from policies.errors import Unusable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show and verify attestation evidence.")
 
-ReportFile = Annotated[Path, typer.Argument(metavar="REPORT", help="The evidence: 1184 raw bytes, or JSON evidence.")]
+ReportFile = Annotated[
+    Path, typer.Argument(metavar="REPORT", help="1184 raw bytes, an HCL report, JSON evidence, or a GPU's.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 VekFile = Annotated[Path | None, typer.Option("--vek", metavar="FILE", help="The VCEK or VLEK, DER or PEM.")]
 ChainPath = Annotated[
-    Path | None, typer.Option("--chain", metavar="FILE-OR-FOLDER", help="ASK (or ASVK) and ARK; others do no harm.")
+    Path | None,
+    typer.Option("--chain", metavar="FILE-OR-FOLDER", help="ASK (or ASVK) and ARK, others do no harm; a GPU's chain."),
 ]
 CrlFiles = Annotated[
-    list[Path] | None, typer.Option("--crl", metavar="FILE", help="A revocation list; give one per --crl.")
+    list[Path] | None,
+    typer.Option("--crl", metavar="FILE", help="A revocation list (for a GPU, OCSP responses too); one per --crl."),
+]
+RimPaths = Annotated[
+    list[Path] | None,
+    typer.Option("--rim", metavar="FILE-OR-FOLDER", help="Reference manifests (RIM) of a GPU's driver and VBIOS."),
+]
+JwksFile = Annotated[
+    Path | None,
+    typer.Option("--jwks", metavar="FILE", help="The keys of NVIDIA's attestation service, for its tokens."),
 ]
 PolicyFile = Annotated[
     Path | None, typer.Option("--policy", metavar="FILE", help="A profile in TOML (see `seal evidence policy`).")
 ]
 NonceHex = Annotated[
-    str | None, typer.Option("--nonce", metavar="HEX", help="REPORT_DATA must begin with this, the rest zero.")
+    str | None,
+    typer.Option("--nonce", metavar="HEX", help="REPORT_DATA must begin with this, the rest zero; a GPU's SPDM nonce."),
 ]
 ReportDataHex = Annotated[
     str | None, typer.Option("--report-data", metavar="HEX", help="REPORT_DATA must be this, all 64 bytes.")
+]
+IdBlockFiles = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option("--id-block", metavar="ID-BLOCK ID-AUTH", help="The ID block it must have been launched with."),
 ]
 AtTime = Annotated[
     str | None, typer.Option("--at", metavar="RFC3339", help="The time of verification, e.g. 2026-03-01T12:00:00Z.")
@@ -44,10 +62,13 @@ AtTime = Annotated[
 def show(report: ReportFile, vek: VekFile = None, chain: ChainPath = None, as_json: AsJson = False) -> None:
     """Print every field of the evidence, decoded. Nothing is verified: for that, `seal evidence verify`."""
     from appliance.evidence_tables import print_claims
-    from attestation.verifier import SHOW, Expected, verify_snp
+    from attestation.verifier import SHOW, Expected
 
+    if is_gpu_file(report):
+        show_gpu(report, chain, as_json=as_json)
+        return
     evidence = read_evidence(report, vek=vek, chain=chain, crls=())
-    appraisal = verify_snp(evidence.report, evidence.endorsements, SHOW, Expected(), datetime.now(UTC))
+    appraisal = evidence.appraise(SHOW, Expected(), datetime.now(UTC))
     if as_json:
         print_json({"verified": False, "claims": appraisal.claims})
     else:
@@ -62,21 +83,31 @@ def verify(
     vek: VekFile = None,
     chain: ChainPath = None,
     crl: CrlFiles = None,
+    rim: RimPaths = None,
+    jwks: JwksFile = None,
     policy: PolicyFile = None,
     nonce: NonceHex = None,
     report_data: ReportDataHex = None,
+    id_block: IdBlockFiles = None,
     at: AtTime = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify evidence offline and list every check that fails: exit status 0 if it affirms, else 1."""
     from appliance.evidence_tables import print_appraisal
-    from attestation.verifier import SHOW, Expected, verify_snp
+    from attestation.verifier import SHOW, Expected
 
-    profile = SHOW if policy is None else _profile(policy)
-    expected = Expected(report_data=_report_data(nonce, report_data))
     moment = datetime.now(UTC) if at is None else _moment(at)
+    if is_gpu_file(report):
+        _report_data(nonce, report_data)
+        asked = report_data or nonce
+        given = None if asked is None else _hex(asked, "--nonce", 32, 64)
+        files = GpuFiles(chain, tuple(crl or ()), tuple(rim or ()), jwks)
+        verify_gpu_file(report, files, policy, given, moment, as_json=as_json)
+        return
+    profile = SHOW if policy is None else _profile(policy)
+    expected = Expected(report_data=_report_data(nonce, report_data), id_block=_id_block(id_block))
     evidence = read_evidence(report, vek=vek, chain=chain, crls=crl or ())
-    appraisal = verify_snp(evidence.report, evidence.endorsements, profile, expected, moment)
+    appraisal = evidence.appraise(profile, expected, moment)
     if as_json:
         print_json(appraisal.to_json())
     else:
@@ -87,13 +118,17 @@ def verify(
 @app.command(epilog="Example: seal evidence policy --profile broker > appraisal.toml")
 def policy(
     profile: Annotated[
-        Literal["show", "broker"], typer.Option(help="`show` judges the hardware; `broker` demands every judgement.")
+        Literal["show", "broker", "show-gpu", "broker-gpu"],
+        typer.Option(help="`show` judges the hardware; `broker` demands every judgement; `-gpu` is for GPUs."),
     ] = "show",
     as_json: AsJson = False,
 ) -> None:
     """Print a ready-made profile as commented TOML, to start one of your own from."""
     from attestation.verifier import BROKER, SHOW
 
+    if profile in ("show-gpu", "broker-gpu"):
+        print_gpu_profile(profile, as_json=as_json)
+        return
     chosen = {"show": SHOW, "broker": BROKER}[profile]
     if as_json:
         print_json(chosen.model_dump(by_alias=True, mode="json"))
@@ -117,6 +152,19 @@ def _profile(path: Path) -> Any:
         ) from error
     except MalformedProfile as error:
         raise MalformedProfile(error.what, where=str(path), do=error.do) from error
+
+
+def _id_block(paths: tuple[Path, Path] | None) -> tuple[bytes, bytes] | None:
+    from attestation.endorsements.sources import read_bounded
+    from attestation.evidence.id_block import ID_AUTH_SIZE, ID_BLOCK_SIZE
+
+    if paths is None:
+        return None
+    block, authentication = paths
+    return (
+        read_bounded(block, ID_BLOCK_SIZE, "ID block"),
+        read_bounded(authentication, ID_AUTH_SIZE, "ID authentication"),
+    )
 
 
 def _report_data(nonce: str | None, report_data: str | None) -> bytes | None:

@@ -46,12 +46,14 @@ class Expected:
         measurements: Launch measurements, 48 bytes each, one of which it must have.
         host_data: The 32 bytes of HOST_DATA: the SHA-256 of its init-data.
         chips: CHIP_IDs, 64 bytes each (or Turin's 8), on one of which it must run.
+        id_block: The ID block (96 bytes) and its authentication (4096 bytes) that it must have been launched with.
     """
 
     report_data: bytes | None = None
     measurements: frozenset[bytes] | None = None
     host_data: bytes | None = None
     chips: frozenset[bytes] | None = None
+    id_block: tuple[bytes, bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hmac
 
+from attestation.errors import MalformedEvidence
+from attestation.evidence.id_block import parse_id_block, verify_id_block
 from attestation.verifier.check import NOT_JUDGED, Case, Claim, Verdict, check
 
 _NO_AGENT = b"\xff" * 32
@@ -83,6 +85,41 @@ def init_data(case: Case) -> Verdict:
     if listed and found.hex() not in listed:
         return f"HOST_DATA {found.hex()}", " or ".join(listed)
     return None
+
+
+@check(Claim.EXECUTABLES, "o - - - - -")
+def id_block(case: Case) -> Verdict:
+    """The ID block at hand is signed by the keys that the report names, and says what the report says.
+
+    Attack: a block with another measurement, policy or version number, or one that its key never signed. Not judged
+    without a block.
+    """
+    if case.expected.id_block is None:
+        return NOT_JUDGED
+    block, authentication = case.expected.id_block
+    try:
+        keys = verify_id_block(block, authentication)
+        said = parse_id_block(block)
+    except MalformedEvidence as error:
+        return error.what, "a block signed by its ID key"
+    report = case.report
+    author = report.author_key_digest if report.author_key_enabled else None
+    for name, found, wanted in (
+        ("ID_KEY_DIGEST", report.id_key_digest, keys.id_key_digest),
+        ("AUTHOR_KEY_DIGEST", author, keys.author_key_digest),
+        ("MEASUREMENT", report.measurement, said.measurement),
+        ("FAMILY_ID", report.family_id, said.family_id),
+        ("IMAGE_ID", report.image_id, said.image_id),
+        ("GUEST_SVN", report.guest_svn, said.guest_svn),
+        ("POLICY", report.policy, said.policy),
+    ):
+        if found != wanted:
+            return f"{name} {_text(found)}", f"{_text(wanted)}, as the block says"
+    return None
+
+
+def _text(value: bytes | int | None) -> str:
+    return value.hex() if isinstance(value, bytes) else "none" if value is None else f"0x{value:x}"
 
 
 @check(Claim.EXECUTABLES, "o - - - - -")

@@ -121,6 +121,7 @@ class Checks(ProfileSection):
     measurement: Severity = "refuse"
     freshness: Severity = "refuse"
     init_data: Severity = "refuse"
+    id_block: Severity = "refuse"
     id_key: Severity = "refuse"
     author_key: Severity = "refuse"
     family_id: Severity = "refuse"

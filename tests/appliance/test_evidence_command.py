@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from virtual_hcl import Paravisor
 
 from appliance.cli import main
 from attestation.endorsements.roots import RootPin
+from attestation.evidence.id_block import IdBlock, encode_id_block, sign_id_block
 from attestation.evidence.report import Product
 from attestation.verifier import SHOW, load_profile, with_virtual_roots
 from attestation.verifier.profile_toml import profile_to_toml
@@ -126,6 +127,16 @@ def test_show_decodes_every_field(capsys: pytest.CaptureFixture[str], files: Pat
     shown = json.loads(out)
     assert shown["verified"] is False
     assert shown["claims"]["product"] == "Turin"
+
+
+def test_an_id_block_is_judged(capsys: pytest.CaptureFixture[str], files: Path, tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    block = encode_id_block(IdBlock(bytes(48), bytes(16), bytes(16), 0, 0x30000))
+    (tmp_path / "id-block").write_bytes(block)
+    (tmp_path / "id-auth").write_bytes(sign_id_block(block, key, None))
+    status, verdict = verify(capsys, files, "--id-block", tmp_path / "id-block", tmp_path / "id-auth")
+    assert status == 1
+    assert [failure["check"] for failure in verdict["failures"]] == ["id-block"]
 
 
 def test_azures_wrapper_is_shown_and_verified(

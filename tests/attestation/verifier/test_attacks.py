@@ -18,6 +18,7 @@ from attestation.endorsements.chain import Endorsements
 from attestation.endorsements.roots import RootPin
 from attestation.endorsements.sources import from_certificate_table
 from attestation.evidence.hcl import HclEvidence, HclReport, parse_hcl_report
+from attestation.evidence.id_block import IdBlock, encode_id_block, key_digest, sign_id_block
 from attestation.evidence.report import Product
 from attestation.evidence.tcb import Tcb, encode_tcb
 from attestation.verifier import (
@@ -223,6 +224,26 @@ def vlek(platform: Platform, honest: Endorsements) -> Endorsements:
     return replace(honest, vek=vek, intermediates=(asvk, ark))
 
 
+@cache
+def maker_keys() -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePrivateKey]:
+    """An image maker's ID key and author key."""
+    return ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+
+
+def maker_block(**changes: Any) -> tuple[bytes, bytes]:
+    """An ID block, signed, for the honest report's measurement."""
+    id_key, author_key = maker_keys()
+    values: dict[str, Any] = {
+        "measurement": bytes(48),
+        "family_id": bytes(16),
+        "image_id": bytes(16),
+        "guest_svn": 0,
+        "policy": POLICY,
+    }
+    block = encode_id_block(IdBlock(**(values | changes)))
+    return block, sign_id_block(block, id_key, author_key)
+
+
 A48, B48, A32, B32 = "aa" * 48, "bb" * 48, "aa" * 32, "bb" * 32
 
 ATTACKS: dict[str, Attack] = {
@@ -294,6 +315,9 @@ ATTACKS: dict[str, Attack] = {
     "measurement": Attack(expected=Expected(measurements=frozenset({b"\x01" * 48}))),
     "freshness": Attack(expected=Expected(report_data=b"\x01" * 64)),
     "init-data": Attack(expected=Expected(host_data=b"\x01" * 32)),
+    "id-block": Attack(
+        {"id_key_digest": key_digest(maker_keys()[0].public_key())}, expected=Expected(id_block=maker_block())
+    ),
     "id-key": Attack({"id_key_digest": bytes.fromhex(A48)}, profile=f'[id-block]\nid-keys = ["{B48}"]'),
     "author-key": Attack({"author_key_digest": bytes.fromhex(A48)}, profile=f'[id-block]\nauthor-keys = ["{A48}"]'),
     "family-id": Attack(
@@ -392,6 +416,28 @@ def test_ids_without_a_pinned_id_key_are_not_believed(platform: Platform) -> Non
         appraisal = Attack(profile=f"[id-block]\n{line}").appraise(platform)
         assert "no ID key is pinned" in str(appraisal.failures[0])
         assert not appraisal.affirming
+
+
+def test_an_id_block_is_judged_with_its_signatures(platform: Platform) -> None:
+    id_key, author_key = (key_digest(key.public_key()) for key in maker_keys())
+    launched = {"id_key_digest": id_key, "author_key_digest": author_key, "key_info": 1}
+    block, authentication = maker_block()
+    honest = Attack(launched, expected=Expected(id_block=(block, authentication)))
+    assert honest.appraise(platform).affirming
+    for changes in (
+        {"guest_svn": 1},
+        {"measurement": b"\x01" * 48},
+        {"policy": POLICY | 1 << 19},
+        {"image_id": b"i" * 16},
+    ):
+        other = Attack(launched, expected=Expected(id_block=maker_block(**changes)))
+        assert failed(other.appraise(platform)) == {"id-block"}
+    forged = bytearray(authentication)
+    forged[0x40] ^= 1
+    for pair in ((block, bytes(forged)), (block, b""), (b"", authentication)):
+        assert failed(Attack(launched, expected=Expected(id_block=pair)).appraise(platform)) == {"id-block"}
+    without_author = {**launched, "key_info": 0}
+    assert failed(Attack(without_author, expected=honest.expected).appraise(platform)) == {"id-block"}
 
 
 def test_a_vlek_is_judged_by_its_provider(platform: Platform) -> None:
