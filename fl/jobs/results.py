@@ -59,8 +59,8 @@ class JobHistory:
         """The job is over."""
         self.status, self.finished, self.reasons, self.model = status, at, reasons, model
 
-    def document(self) -> Mapping[str, Any]:
-        """The record as JSON, without what is empty."""
+    def document(self, **changes: Any) -> Mapping[str, Any]:
+        """The record as JSON, without what is empty; `changes` stand in for what is not so yet."""
         document = {
             "job": self.job_id,
             "name": self.settings.name,
@@ -75,6 +75,7 @@ class JobHistory:
             "rounds": self.rounds,
             "values": self.values,
             "model_sha256": self.model,
+            **changes,
         }
         return {key: value for key, value in document.items() if value not in (None, [], {})}
 

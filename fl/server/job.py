@@ -266,15 +266,19 @@ class ServerJob:
     def _seal(self, model: SealedMemory, events: dict[str, bytes]) -> None:
         record = self.signed.record
         charter = self._party.charter()
-        self._history.end(Status.FINISHED, self._party.clock(), model=model.digest)
-        document = json.dumps(self._history.document(), indent=2, ensure_ascii=False).encode()
+        finished = rfc3339(self._party.clock())
+        document = self._history.document(status=Status.FINISHED.value, finished=finished, model_sha256=model.digest)
         recipients = {}
         for recipient in record.recipients:
             user = charter.user(*recipient.split("/"))
             if user is None or not user.may("download"):
                 raise ApprovalRefused(self.id, (f"the recipient {recipient} may not download results any more",))
             recipients[recipient] = unb64(user.results_key, where=recipient)
-        files = {MODEL_FILE: bytes(model.view), JOB_FILE: document, **events}
+        files = {
+            MODEL_FILE: bytes(model.view),
+            JOB_FILE: json.dumps(document, indent=2, ensure_ascii=False).encode(),
+            **events,
+        }
         sealed = seal_result(files, recipients, self.id, random=os.urandom)
         identity = self._party.identity()
         statement = Statement(
@@ -292,7 +296,7 @@ class ServerJob:
             result_sha256=hashlib.sha256(sealed.payload).hexdigest(),
             recipients=record.recipients,
             started=rfc3339(self._history.started),
-            finished=rfc3339(self._party.clock()),
+            finished=finished,
         )
         signed = sign_statement(statement, identity.sign_key, identity.ear)
         receipt = self._party.record("result", {"job": self.id, **signed.model_dump(mode="json", exclude={"ear"})})

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fl.site.run import run
+    from fl.site.start import run
 
 __all__ = ["run"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "run":
-        from fl.site.run import run
+        from fl.site.start import run
 
         return run
     raise AttributeError(f"module 'fl.site' has no attribute {name!r}")

@@ -22,6 +22,7 @@ from attestation.errors import PeerRefused
 from attestation.identity import appraise_peer, dns_name
 from fl.errors import PeerLost
 from fl.transport.frames import MAX_FRAME, METHOD_PREFIX, Frame, Lease, adapter_of, pack, unpack
+from fl.transport.memory import SealedMemory
 from policies.errors import Refused, SealwrightError, Unusable
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ TRANSPORT_OPTIONS: Final = (
 """The one liveness rule: a peer that answers no ping for ten seconds is gone."""
 
 
-def fetch_certificate(address: str) -> bytes:
+def fetch_certificate(address: str, *, tls_key: str, certificate_pem: str) -> bytes:
     """The certificate (DER) that the server at `address` (host:port) shows. It is not checked. Raises PeerLost."""
     host, _, port = address.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -55,6 +56,8 @@ def fetch_certificate(address: str) -> bytes:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # appraised by the charter, right after
     context.set_alpn_protocols(["h2"])
+    with SealedMemory.of((tls_key + certificate_pem).encode()) as chain:  # ssl reads keys from files alone
+        context.load_cert_chain(f"/proc/self/fd/{chain.descriptor}")
     try:
         with (
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as plain,
@@ -110,7 +113,7 @@ def connect(
     The server's current EAR is the first and only thing asked for before it is appraised. Raises PeerRefused if what is
     there is not that server, PeerLost if nothing is there.
     """
-    certificate = fetch_certificate(address)
+    certificate = fetch_certificate(address, tls_key=tls_key, certificate_pem=certificate_pem)
     credentials = grpc.ssl_channel_credentials(
         root_certificates=ssl.DER_cert_to_PEM_cert(certificate).encode(),
         private_key=tls_key.encode(),
