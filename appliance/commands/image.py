@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from appliance.commands.image_build import add_verbs
 from appliance.output import print_json
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Build, measure, sign and compare CVM images.")
@@ -184,3 +185,6 @@ def _number(text: str, option: str) -> int:
         return int(text, 0)
     except ValueError:
         raise Unusable(f"{text!r} is no number", where=option, do="Write it like 0x1.") from None
+
+
+add_verbs(app)

@@ -59,7 +59,7 @@ class Store:
         self.root = root
         self.logs = root / "logs"
         self.inputs = root / "inputs" if inputs is None else inputs
-        self._archive = archive
+        self.archive = archive
         for folder in (self.inputs, root / "made", self.logs):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -70,9 +70,9 @@ class Store:
     def holds(self, sha256: str) -> bool:
         """Whether that input is here and intact; a damaged one is removed."""
         path = self.input(sha256)
-        if not path.is_file() and self._archive is not None and (self._archive / sha256).is_file():
+        if not path.is_file() and self.archive is not None and (self.archive / sha256).is_file():
             partial = path.with_name(f"{sha256}.partial")
-            shutil.copyfile(self._archive / sha256, partial)
+            shutil.copyfile(self.archive / sha256, partial)
             partial.rename(path)
         if not path.is_file():
             return False

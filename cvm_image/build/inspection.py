@@ -1,0 +1,370 @@
+"""What a built image proves about itself: `seal image inspect` reads the image, never the recipe or a running guest.
+
+Each check looks at the very bytes that the measurement covers: command line, initrd, and the root whose hash is in the
+command line. A check that fails says what it saw.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from attestation.evidence.cpio import Entry, read_archive
+from cvm_image.build.disk import SALT, SECTOR, Root, read_argument
+from cvm_image.build.errors import BuildFailed, UnusableRecipe
+from cvm_image.build.image import ARGUMENTS
+from cvm_image.build.netfilter import RULES_FILE, packet_filter
+from cvm_image.build.recipe import Network
+from cvm_image.build.tools import Mount, Tools
+from cvm_image.build.trees import installed_packages
+from cvm_image.build.workload import GUEST, INIT, WORLD_FILE
+from cvm_image.verify import load_image
+
+SIGNED_MODULE = b"~Module signature appended~\n"
+SHELLS = frozenset({"ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "mksh", "rbash", "sh", "tcsh", "zsh"})
+LOGIN = frozenset(
+    {
+        "agetty",
+        "chsh",
+        "dropbear",
+        "getty",
+        "login",
+        "newgrp",
+        "passwd",
+        "rlogind",
+        "ssh",
+        "sshd",
+        "su",
+        "sudo",
+        "sulogin",
+    }
+)
+INSTALLERS = frozenset(
+    {"apt", "apt-get", "dpkg", "insmod", "kexec", "kmod", "make", "modprobe", "pip", "pip3", "swapon"}
+)
+_PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/local/bin", "usr/local/sbin", "bin", "sbin")
+_HERE = Path(__file__).parent / "guest"
+_MAX_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check of an image: what it asks, whether it holds, what was seen."""
+
+    check: str
+    ok: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An image, opened: the words of its command line, the entries of its initrd, and its layers as trees."""
+
+    folder: Path
+    cmdline: str
+    root: Root
+    initrd: tuple[Entry, ...]
+    base: Path
+    workload: Path
+
+    def find(self, name: str) -> Path | None:
+        """The file at `name` in the root as the guest sees it: the workload's before the base's."""
+        for layer in (self.workload, self.base):
+            path = layer / name
+            if path.is_symlink() or path.exists():
+                return path
+        return None
+
+    def walk(self) -> Iterator[tuple[str, Path]]:
+        """Every entry of both layers: its name in the root, and where it was laid out."""
+        for layer in (self.base, self.workload):
+            for folder, folders, files in os.walk(layer):
+                for name in sorted([*folders, *files]):
+                    path = Path(folder) / name
+                    yield str(path.relative_to(layer)), path
+
+
+def inspect_image(folder: Path, tools: Tools) -> list[Finding]:
+    """Open the image in `folder` and return what every check found.
+
+    Raises UnusableRecipe if the folder holds no image of this kind, and BuildFailed if it cannot be opened.
+    """
+    cmdline = (folder / "cmdline").read_text("ascii", "replace")
+    root = read_argument(cmdline)
+    if root is None:
+        raise UnusableRecipe(
+            "the command line names no root in this build's form", where=str(folder), do="Inspect a built image."
+        )
+    with tempfile.TemporaryDirectory(prefix="inspect-", dir=tools.log.parent) as name:
+        work = Path(name)
+        verity = _verity(folder, root, tools)
+        opened = _open(folder, cmdline, root, tools, work)
+        return [verity, *(Finding(check, *look(opened)) for check, look in CHECKS)]
+
+
+def _open(folder: Path, cmdline: str, root: Root, tools: Tools, work: Path) -> Opened:
+    shutil.copyfile(folder / "initrd", work / "initrd.zst")
+    with (folder / "rootfs.erofs").open("rb") as disk:
+        for name, start, size in (("base", 0, root.offset), ("workload", root.offset, root.length)):
+            disk.seek(start * SECTOR)
+            with (work / f"{name}.erofs").open("wb") as layer:
+                _copy(disk.read, layer.write, size * SECTOR)
+    mounts = (Mount(work, "/work/here", writable=True),)
+    tools.run(
+        ["zstd", "-q", "-d", "/work/here/initrd.zst", "-o", "/work/here/initrd"],
+        what="opening the initrd",
+        mounts=mounts,
+    )
+    for name in ("base", "workload"):
+        tools.run(
+            ["fsck.erofs", "--xattrs", f"--extract=/work/here/{name}", f"/work/here/{name}.erofs"],
+            what=f"opening the {name} layer",
+            mounts=mounts,
+        )
+        (work / f"{name}.erofs").unlink()
+    entries = read_archive((work / "initrd").read_bytes())
+    return Opened(folder, cmdline, root, entries, work / "base", work / "workload")
+
+
+def _copy(read: Callable[[int], bytes], write: Callable[[bytes], int], size: int) -> None:
+    while size > 0:
+        piece = read(min(size, 1 << 20))
+        if not piece:
+            raise BuildFailed(
+                "the root is shorter than the command line says", where="rootfs.erofs", do="Build it again."
+            )
+        write(piece)
+        size -= len(piece)
+
+
+def _verity(folder: Path, root: Root, tools: Tools) -> Finding:
+    check = "the command line's root hash is that of root and verity tree"
+    size = (folder / "rootfs.erofs").stat().st_size
+    if size != root.blocks * 4096:
+        return Finding(check, False, f"the root has {size} bytes, the command line says {root.blocks * 4096}")
+    try:
+        tools.run(
+            ["veritysetup", "verify", "/work/image/rootfs.erofs", "/work/image/rootfs.verity", root.root_hash],
+            what="verifying the root",
+            mounts=(Mount(folder.resolve(), "/work/image"),),
+        )
+    except BuildFailed as error:
+        return Finding(check, False, error.reasons[-1])
+    return Finding(check, True, f"{root.root_hash} (salt {SALT[:8]}…)")
+
+
+def _arguments(image: Opened) -> tuple[bool, str]:
+    words = image.cmdline.split(" ")
+    names = [word.partition("=")[0] for word in words]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    missing = [word for word in ARGUMENTS if word not in words]
+    if missing or twice:
+        return False, "; ".join([f"missing {word}" for word in missing] + [f"twice: {name}" for name in twice])
+    return True, " ".join(ARGUMENTS)
+
+
+def _initrd_script(image: Opened) -> tuple[bool, str]:
+    script = next((entry.data for entry in image.initrd if entry.name == "init"), None)
+    same = script == (_HERE / "initrd-init").read_bytes()
+    return same, "this version's script" if same else "another script than this version's"
+
+
+def _modules(image: Opened) -> tuple[bool, str]:
+    modules = [entry for entry in image.initrd if entry.name.startswith("modules/") and entry.name.endswith(".ko")]
+    unsigned = [entry.name for entry in modules if not (entry.data or b"").endswith(SIGNED_MODULE)]
+    names = [re.sub(r"^modules/\d+-|\.ko$", "", entry.name) for entry in modules]
+    return not unsigned, f"unsigned: {_listed(unsigned)}" if unsigned else ", ".join(names)
+
+
+def _no_modules_in_root(image: Opened) -> tuple[bool, str]:
+    found = [name for name, _ in image.walk() if re.search(r"\.ko(\.[a-z0-9]+)?$", name)]
+    return not found, _listed(found)
+
+
+def _set_id(image: Opened) -> tuple[bool, str]:
+    found = []
+    for name, path in image.walk():
+        if path.is_symlink():
+            continue
+        if path.stat().st_mode & 0o6000 and path.is_file():
+            found.append(name)
+        elif "security.capability" in os.listxattr(path):
+            found.append(f"{name} (capabilities)")
+    return not found, _listed(found)
+
+
+def _world_writable(image: Opened) -> tuple[bool, str]:
+    found = []
+    for name, path in image.walk():
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode) or not mode & stat.S_IWOTH:
+            continue
+        if not (stat.S_ISDIR(mode) and name in {"tmp", "run", "var/tmp", "run/lock", "dev/shm"}):
+            found.append(name)
+    return not found, _listed(found)
+
+
+def _devices(image: Opened) -> tuple[bool, str]:
+    found = [
+        name
+        for name, path in image.walk()
+        if not (stat.S_ISREG(path.lstat().st_mode) or stat.S_ISDIR(path.lstat().st_mode) or path.is_symlink())
+    ]
+    return not found, _listed(found)
+
+
+def _programs(image: Opened) -> list[str]:
+    found: set[str] = set()
+    for layer in (image.base, image.workload):
+        for folder in _PROGRAM_FOLDERS:
+            if (layer / folder).is_dir() and not (layer / folder).is_symlink():
+                found |= {path.name for path in (layer / folder).iterdir()}
+    return sorted(found)
+
+
+def _no_program_of(forbidden: frozenset[str]) -> Callable[[Opened], tuple[bool, str]]:
+    def look(image: Opened) -> tuple[bool, str]:
+        programs = _programs(image)
+        found = [name for name in programs if name in forbidden]
+        return not found, _listed(found) if found else f"{len(programs)} programs: {_listed(programs)}"
+
+    return look
+
+
+def _no_passwords(image: Opened) -> tuple[bool, str]:
+    found = []
+    for name, field in (("etc/shadow", 1), ("etc/passwd", 1)):
+        path = image.find(name)
+        for line in path.read_text().splitlines() if path is not None else ():
+            parts = line.split(":")
+            if len(parts) > field and not (
+                parts[field][:1] in {"!", "*"} or (name == "etc/passwd" and parts[1] == "x")
+            ):
+                found.append(f"{name}: {parts[0]}")
+    return not found, _listed(found)
+
+
+def _no_secrets(image: Opened) -> tuple[bool, str]:
+    found = []
+    for name, path in image.walk():
+        if path.is_symlink() or not path.is_file():
+            continue
+        named = path.name in {"authorized_keys", "known_hosts"} or path.name.startswith("ssh_host_")
+        small = path.stat().st_size < 65536 and not name.endswith((".py", ".pyc", ".so"))
+        if named or (small and re.search(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\r?\n", path.read_bytes())):
+            found.append(name)
+    return not found, _listed(found)
+
+
+def _no_services(image: Opened) -> tuple[bool, str]:
+    folders = (
+        "etc/systemd",
+        "usr/lib/systemd",
+        "etc/init.d",
+        "etc/rc.local",
+        "etc/cron.d",
+        "etc/crontab",
+        "etc/inittab",
+    )
+    found = [name for name in folders if image.find(name) is not None]
+    return not found, _listed(found)
+
+
+def _no_swap(image: Opened) -> tuple[bool, str]:
+    path = image.find("etc/fstab")
+    lines = path.read_text().splitlines() if path is not None else []
+    found = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return not found, _listed(found) if found else "no fstab entry at all"
+
+
+def _filter(image: Opened) -> tuple[bool, str]:
+    path = image.find(RULES_FILE)
+    if path is None:
+        return False, "there are no rules"
+    text = path.read_text()
+    inbound, outbound = (_ports_of(text, chain) for chain in ("input", "output"))
+    same = text == packet_filter(Network(inbound=inbound, outbound=outbound))
+    open_ports = f"TCP in {list(inbound) or 'none'}, TCP out {list(outbound) or 'none'}, DHCP"
+    return same, open_ports if same else "other rules than this version writes"
+
+
+def _ports_of(text: str, chain: str) -> tuple[int, ...]:
+    body = text.partition(f"chain {chain} {{")[2].partition("  }\n")[0]
+    match = re.search(r"tcp dport \{ ([0-9, ]{1,400}) \} ct state new accept", body)
+    return tuple(int(port) for port in match.group(1).split(", ")) if match else ()
+
+
+def _world(image: Opened) -> tuple[bool, str]:
+    path = image.find(WORLD_FILE)
+    world = path.read_text().strip() if path is not None else "none"
+    named = load_image(image.folder).platform
+    foreign = []
+    if world == "hardware":
+        names = {"virtual_port.py", "relay.py", "virtual_port.cpython", "relay.cpython"}
+        foreign = [name for name, path in image.walk() if any(path.name.startswith(one) for one in names)]
+    return (
+        world == named and not foreign,
+        f"{world}; the manifest says {named}{'; ' + _listed(foreign) if foreign else ''}",
+    )
+
+
+def _first_program(image: Opened) -> tuple[bool, str]:
+    words = image.cmdline.split(" ")
+    if f"init=/{INIT}" not in words:
+        return False, next((word for word in words if word.startswith("init=")), "no init")
+    other = []
+    for path in [_HERE / "init", *sorted(_HERE.glob("*.py"))]:
+        name = INIT if path.name == "init" else f"{GUEST}/{path.name}"
+        found = image.find(name)
+        if found is None and path.name == "relay.py":
+            continue
+        if found is None or found.read_bytes() != path.read_bytes():
+            other.append(name)
+    return not other, _listed(other) if other else f"/{INIT}, this version's"
+
+
+def _packages(image: Opened) -> tuple[bool, str]:
+    bill = json.loads((image.folder / "sbom.cdx.json").read_bytes())
+    named = {
+        (part["name"], part["version"]) for part in bill["components"] if part["bom-ref"].startswith("root:pkg:deb/")
+    }
+    found = {(name, version) for name, version, _ in installed_packages(image.base)}
+    if named == found:
+        return True, f"{len(found)} packages"
+    return False, _listed(sorted(" ".join(one) for one in named ^ found))
+
+
+CHECKS: tuple[tuple[str, Callable[[Opened], tuple[bool, str]]], ...] = (
+    ("the command line locks the kernel down", _arguments),
+    ("the initrd's program is this version's: drivers by list, then none, root by verity", _initrd_script),
+    ("every driver is signed by the kernel's maker", _modules),
+    ("the root holds no kernel module", _no_modules_in_root),
+    ("the first program is this version's: memory-backed writes, packet filter, fewer rights", _first_program),
+    ("there is no shell", _no_program_of(SHELLS)),
+    ("there is no way to log in", _no_program_of(LOGIN)),
+    ("nothing can be installed or loaded", _no_program_of(INSTALLERS)),
+    ("no account has a password", _no_passwords),
+    ("no key or secret is in it", _no_secrets),
+    ("no program gains rights by being started", _set_id),
+    ("no file is writable by all", _world_writable),
+    ("no device node is in it", _devices),
+    ("there is no service but the first program", _no_services),
+    ("nothing is mounted from a table, no swap", _no_swap),
+    ("the packet filter drops all but its ports", _filter),
+    ("the attester is the manifest's, and no code of the other world is in it", _world),
+    ("the packages are those of the bill of materials", _packages),
+)
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
