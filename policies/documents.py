@@ -150,13 +150,13 @@ class Document(BaseModel):
 D = TypeVar("D", bound=Document)
 
 
-def _complaints(error: ValidationError) -> str:
-    """All of Pydantic's complaints in one line, without the values (they may be secret, and long)."""
+def complaints(error: ValidationError) -> list[str]:
+    """Return Pydantic's complaints, ten at most, without the values (they may be secret, and long)."""
     parts = []
     for item in error.errors(include_url=False, include_context=False, include_input=False)[:10]:
         place = ".".join(str(step) for step in item["loc"])
         parts.append(f"{place}: {item['msg']}" if place else item["msg"])
-    return "; ".join(parts)
+    return parts
 
 
 def parse_document(kind: type[D], raw: bytes, where: str) -> D:
@@ -171,7 +171,9 @@ def parse_document(kind: type[D], raw: bytes, where: str) -> D:
     try:
         document = kind.model_validate_json(raw)
     except ValidationError as error:
-        raise MalformedDocument(f"not a valid {kind.__name__}: {_complaints(error)}", where=where, do=do) from error
+        raise MalformedDocument(
+            f"not a valid {kind.__name__}: {'; '.join(complaints(error))}", where=where, do=do
+        ) from error
     if document.to_bytes() != raw:
         raise MalformedDocument(f"this {kind.__name__} is not in canonical form (RFC 8785)", where=where, do=do)
     return document
@@ -195,7 +197,7 @@ def from_table(kind: type[D], table: dict[str, Any], where: str) -> D:
     try:  # by way of JSON, where a list may fill a tuple and a text a time, as in the charter's own files
         return kind.model_validate_json(json.dumps(table, default=_toml_time))
     except (ValidationError, TypeError, ValueError) as error:
-        words = _complaints(error) if isinstance(error, ValidationError) else str(error)
+        words = "; ".join(complaints(error)) if isinstance(error, ValidationError) else str(error)
         raise MalformedDocument(f"not a valid {kind.__name__}: {words}", where=where, do=do) from error
 
 

@@ -61,7 +61,7 @@ from policies.charter.layout import (
     target_file,
 )
 from policies.charter.store import is_store_name, store_complaints
-from policies.documents import Consortium, format_time
+from policies.documents import Consortium, complaints, format_time
 from policies.errors import CharterRefused
 
 ROOT_CHAIN_LIMIT: Final = 1024
@@ -111,8 +111,7 @@ def read_consortium(name: str, root: Root) -> tuple[Consortium | None, list[str]
     try:
         consortium = Consortium.model_validate_json(raw)
     except ValidationError as error:
-        words = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:10])
-        return None, [f"{name}: its consortium is not valid: {words}"]
+        return None, [f"{name}: its consortium is not valid: {words}" for words in complaints(error)]
     reasons = []
     if consortium.model_dump(mode="json") != root.unrecognized_fields[CONSORTIUM_FIELD]:
         reasons.append(f"{name}: its consortium leaves out fields")

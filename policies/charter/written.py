@@ -1,0 +1,76 @@
+"""What people write: a consortium in TOML, with keys in files beside it, and documents in TOML or JSON."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from typing import Any, Final
+
+from policies.charter.layout import json_target, role_of
+from policies.documents import Consortium, from_table
+from policies.errors import MalformedDocument
+
+_FILE: Final = "_file"
+_DO: Final = "Correct the file; docs/reference/charter.md lists its fields."
+
+
+def read_consortium(raw: bytes, where: str, read: Callable[[str], bytes]) -> Consortium:
+    """Return the consortium in the TOML `raw`.
+
+    Any key or certificate may stand in a file of its own: `public_key_file = "acme.pub"` instead of `public_key`;
+    `read` returns that file's content. Raises MalformedDocument for whatever does not fit.
+    """
+    return from_table(Consortium, _with_files(_table(raw, where), where, read), where)
+
+
+def _table(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise MalformedDocument(f"not valid TOML: {error}", where=where, do=_DO) from error
+
+
+def _with_files(table: dict[str, Any], where: str, read: Callable[[str], bytes]) -> dict[str, Any]:
+    """The table with every `NAME_file` replaced by `NAME` = that file's text, at any depth."""
+    filled: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            filled[name] = _with_files(value, where, read)
+        elif isinstance(value, list):
+            filled[name] = [_with_files(item, where, read) if isinstance(item, dict) else item for item in value]
+        elif name.endswith(_FILE) and isinstance(value, str):
+            plain = name.removesuffix(_FILE)
+            if plain in table:
+                raise MalformedDocument(f"both {plain} and {name} are given", where=where, do=_DO)
+            try:
+                filled[plain] = read(value).decode("ascii")
+            except UnicodeDecodeError as error:
+                raise MalformedDocument(f"{value} is not PEM", where=where, do=_DO) from error
+        else:
+            filled[name] = value
+    return filled
+
+
+def written_target(path: str, raw: bytes, where: str) -> bytes:
+    """Return what stands at the target `path` when a person wrote `raw`: documents in canonical form, others as is.
+
+    A document may be written as TOML (a file that ends in .toml) or as JSON in any form. Raises MalformedDocument if it
+    is not what `path` demands, or if nothing of a charter stands at `path`.
+    """
+    if role_of(path) is None:
+        raise MalformedDocument(f"no file of a charter stands at {path}", where=where, do=_DO)
+    target = json_target(path)
+    if target is None:
+        return raw
+    kind, words = target
+    if where.endswith(".toml"):
+        table = _table(raw, where)
+    else:
+        try:
+            table = json.loads(raw.decode("utf-8"))
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise MalformedDocument(f"not valid JSON: {error}", where=where, do=_DO) from error
+        if not isinstance(table, dict):
+            raise MalformedDocument("not an object", where=where, do=_DO)
+    return from_table(kind, {**words, **table}, where).to_bytes()
