@@ -74,6 +74,7 @@ def run_guest(machine: Machine, run: Path, *, keep: bool = False) -> int:
     number. SIGTERM and SIGINT end the guest. `run` must be new, empty, or left by an earlier run; what was unpacked in
     it is removed at the end unless `keep`.
     """
+    run = run.absolute()
     guest = run / "guest"
 
     def prepare() -> Program:
@@ -93,11 +94,12 @@ def run_program(machine: Machine, run: Path, prepare: Callable[[], Program]) -> 
 
     The general form of `run_guest`: an emulator that boots the same image reaches the port at `run`/port.sock as well.
     """
+    run = run.absolute()  # the guest has a working directory of its own
     context = launch(machine.files, machine.settings, machine.init_data, os.urandom(32))
     with _run_folder(run):
         try:
-            program = prepare()
             _write_state(machine, context, run)
+            program = prepare()
             return asyncio.run(_serve(machine, context, run, program))
         finally:
             (run / PORT).unlink(missing_ok=True)
@@ -179,7 +181,7 @@ def _hand_over(machine: Machine, run: Path, guest: Path) -> None:
     boot = {
         "cmdline": guest_command_line(machine.files),
         "init_data": "run/init-data.toml",
-        "port": str((run / PORT).absolute()),
+        "port": str(run / PORT),
         "disks": {name: str(path.absolute()) for name, path in machine.disks.items()},
     }
     write_file(inside / "boot.json", json.dumps(boot, indent=2).encode() + b"\n")

@@ -442,6 +442,14 @@ def test_missing_and_foreign_folders_are_named(virtual_world: World, image: Path
     assert launch(virtual_world, tmp_path, run=tmp_path / "run").returncode == 2
 
 
+def test_folders_may_be_named_relative_to_where_one_is(
+    virtual_world: World, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(image, tmp_path / "image")
+    monkeypatch.chdir(tmp_path)
+    assert report_of(launch(virtual_world, Path("image"), run=Path("run")))
+
+
 def test_deep_folders_are_no_obstacle_to_the_port(virtual_world: World, image: Path, tmp_path: Path) -> None:
     deep = tmp_path / ("a" * 60) / ("b" * 60) / "run"
     assert len(str(deep)) > 108
