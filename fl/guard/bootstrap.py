@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import runpy
+import signal
 import sys
 from typing import Any
 
@@ -66,6 +67,8 @@ def _run(configuration: dict[str, Any]) -> None:
 
 def _reap(child: int) -> None:
     """Wait for the script, and for whatever it leaves behind, until the script has ended; never returns."""
+    # Process 1 gets from inside only what it has a handler for, and Python has one for this.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     null = os.open("/dev/null", os.O_RDWR)
     for descriptor in (0, 1, 2, CHANNEL):
         os.dup2(null, descriptor)

@@ -9,6 +9,7 @@ Sources: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -27,6 +28,7 @@ OWN_PROCESSES: Final = "sealwright-site"
 GROUP: Final = re.compile(r"sealwright-sandbox-(\d+)-\d+")
 PERIOD_MICROSECONDS: Final = 100_000
 REMOVAL_SECONDS: Final = 5.0
+_serials: Final = itertools.count(1)
 BESIDES_THE_SCRIPT: Final = 2
 """Processes of a sandbox that are ours: bubblewrap, and the bootstrap that reaps."""
 
@@ -42,7 +44,7 @@ class Enforcement:
 
     @property
     def complete(self) -> bool:
-        """Whether memory, processes and processor time are all bounded in sum."""
+        """Whether memory, processes and processor time are all bounded in sum, and memory stays memory."""
         return not self.missing
 
 
@@ -58,14 +60,11 @@ class Hierarchy:
 class ControlGroup:
     """One sandbox's group, in as many hierarchies as it takes."""
 
-    def __init__(self, limits: Limits, controllers: Iterable[str], *, data_bytes: int, serial: int) -> None:
-        """Make it with those of `CONTROLLERS` that can be had; `serial` (from 1) tells this process's groups apart.
-
-        Raises OSError if it cannot be made.
-        """
+    def __init__(self, limits: Limits, controllers: Iterable[str], *, data_bytes: int) -> None:
+        """Make it with those of `CONTROLLERS` that can be had; raises OSError if it cannot be made."""
         self._directories: dict[Path, None] = {}
         self._memory: tuple[Path, str] | None = None
-        name = f"sealwright-sandbox-{os.getpid()}-{serial}"
+        name = _fresh_name()
         places, _ = _usable()
         try:
             for controller in controllers:
@@ -93,7 +92,7 @@ class ControlGroup:
             return False
         directory, version = self._memory
         file = directory / ("memory.events" if version == "v2" else "memory.oom_control")
-        counts = dict(line.split(" ", 1) for line in file.read_text().splitlines())
+        counts = dict(line.split(" ", 1) for line in file.read_text().splitlines() if " " in line)
         return int(counts.get("oom_kill", "0")) > 0
 
     def remove(self) -> bool:
@@ -116,14 +115,16 @@ def enforcement() -> Enforcement:
     places, missing = _usable()
     groups: dict[str, Literal["v1", "v2"]] = {}
     for controller, (version, parent) in places.items():
-        probe = parent / f"sealwright-sandbox-{os.getpid()}-0"
+        probe = parent / _fresh_name()
         try:
-            probe.mkdir(mode=0o755, exist_ok=True)
+            probe.mkdir(mode=0o755)
             probe.rmdir()
         except OSError as error:
             missing.append(_sentence(controller, f"{parent} is not writable ({error.strerror})"))
         else:
             groups[controller] = version
+    if swaps := Path("/proc/swaps").read_text().splitlines()[1:]:
+        missing.append(f"memory is not kept off disks: {swaps[0].split()[0]} is used for swapping (swapoff -a)")
     return Enforcement(groups, tuple(missing))
 
 
@@ -149,6 +150,11 @@ def hierarchies(mountinfo: str, membership: str) -> dict[str, Hierarchy]:
             if directory is not None and name not in found:
                 found[name] = Hierarchy("v2" if name == "" else "v1", directory)
     return found
+
+
+def _fresh_name() -> str:
+    """The name of a group that this process has not used; GROUP reads it."""
+    return f"sealwright-sandbox-{os.getpid()}-{next(_serials)}"
 
 
 def _usable() -> tuple[dict[str, tuple[Literal["v1", "v2"], Path]], list[str]]:

@@ -34,7 +34,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def main(archive: int, channel: int, report: int, info: int, parent: int) -> None:
     """Become bubblewrap; never returns. `channel` is -1 for none."""
     _die_with(parent)
-    os.environ.clear()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     plan, start = _read_plan(archive)

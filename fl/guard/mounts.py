@@ -22,8 +22,10 @@ OURS: Final = ("bundle", "data", "scratch", "packages", "libraries", "site", "pr
 """First parts of paths that mean something of ours inside."""
 
 _MASKED: Final = """
-    acpi config.gz interrupts kallsyms kcore key-users keys kmsg kpagecgroup kpagecount kpageflags latency_stats
-    sched_debug schedstat scsi softirqs sysrq-trigger timer_list vmallocinfo
+    acpi asound buddyinfo bus config.gz crypto devices diskstats dma driver dynamic_debug execdomains fb fs interrupts
+    iomem ioports irq kallsyms kcore key-users keys kmsg kpagecgroup kpagecount kpageflags latency_stats locks mdstat
+    misc modules mtrr pagetypeinfo partitions pressure sched_debug schedstat scsi slabinfo softirqs swaps sysrq-trigger
+    timer_list tty vmallocinfo zoneinfo
 """
 MASKED: Final = tuple(Path("/proc") / name for name in _MASKED.split())
 """Files of /proc that tell of the whole machine, and that no training needs."""

@@ -125,10 +125,9 @@ class Sandbox:
         The caller keeps its own `channel` object, and closes it after. Raises SandboxFailed with bubblewrap's own words
         if the sandbox did not come up within `limits.start_seconds`.
         """
-        serial = next(_serials)
         held_bytes = sum(map(len, self._bundle.values())) + sum(map(len, self._data.values()))
-        group = self._group(held_bytes, serial)
-        user = _unprivileged_user(serial) if os.geteuid() == 0 else None
+        group = self._group(held_bytes)
+        user = _unprivileged_user() if os.geteuid() == 0 else None
         try:
             archive = _archive(*self._plan(held_bytes, group, user, has_channel=channel is not None))
         except OSError as error:
@@ -147,11 +146,11 @@ class Sandbox:
         process.await_beginning()
         return process
 
-    def _group(self, held_bytes: int, serial: int) -> ControlGroup | None:
+    def _group(self, held_bytes: int) -> ControlGroup | None:
         if not self.enforcement.groups:
             return None
         try:
-            return ControlGroup(self._limits, self.enforcement.groups, data_bytes=held_bytes, serial=serial)
+            return ControlGroup(self._limits, self.enforcement.groups, data_bytes=held_bytes)
         except OSError as error:
             raise SandboxFailed(f"the sandbox's control group could not be made: {error}") from error
 
@@ -311,9 +310,9 @@ def _archive(plan: dict[str, Any], blobs: list[bytes]) -> int:
     return descriptor
 
 
-def _unprivileged_user(serial: int) -> int | None:
+def _unprivileged_user() -> int | None:
     """A user that nobody else is; None where this process's own user namespace has only one."""
-    wanted = FIRST_USER + (os.getpid() * 64 + serial) % 100_000_000
+    wanted = FIRST_USER + (os.getpid() * 64 + next(_serials)) % 100_000_000
     return unprivileged_user(Path("/proc/self/uid_map").read_text(), Path("/proc/self/gid_map").read_text(), wanted)
 
 

@@ -143,6 +143,7 @@ class SandboxedProcess:
         for descriptor in (log_end, report_end, info_end):
             os.set_blocking(descriptor, True)
         began = time.monotonic()
+        status = 1
         try:
             try:
                 process = subprocess.Popen(
@@ -162,7 +163,6 @@ class SandboxedProcess:
                 status = process.wait()
         except OSError as error:
             self._error = error
-            status = 1
         finally:
             for descriptor in (log, report, info):
                 os.close(descriptor)
@@ -272,26 +272,34 @@ class SandboxedProcess:
         """Say how it ended, and leave nothing behind."""
         now = time.monotonic()
         starved = False
-        group = self._start.group
-        if group is not None:
-            starved = group.killed_for_memory()
-            group.remove()
-        status = 128 - status if status < 0 else status
-        kind: Kind = "finished" if status == 0 else "failed"
+        try:
+            if self._start.group is not None:
+                starved = self._start.group.killed_for_memory()
+                self._start.group.remove()
+        except OSError as error:
+            self._error = error
+        finally:
+            kind, status = self._judge(128 - status if status < 0 else status, starved)
+            self._outcome = Outcome(kind, status, now - (self._begun_at or now), bytes(self._log), self._truncated)
+            self._ended.set()
+            self._settled.set()
+
+    def _judge(self, status: int, starved: bool) -> tuple[Kind, int]:
+        """What the report, the limits and our own hand say together."""
+        ended = self._report.removeprefix(b"R")
+        number = int(ended[1:]) if ended[1:].isdigit() else 0
+        if ended == b"E0":
+            return "finished", 0
+        if starved:
+            return "memory", status
+        if ended.startswith(b"S"):
+            return ("time" if number == signal.SIGXCPU else "signal"), 128 + number
+        if ended.startswith(b"E"):
+            return "failed", number
+        # Process 1 did not live to tell: somebody ended it from outside.
         if self._cause in ("killed", "time"):
-            kind = self._cause
-        elif starved and status != 0:
-            kind = "memory"
-        else:
-            ended = self._report.removeprefix(b"R")
-            number = int(ended[1:]) if ended[1:].isdigit() else 0
-            if ended.startswith(b"S") and number == signal.SIGXCPU:
-                kind = "time"
-            elif ended.startswith(b"S") or (not ended and status > 128):
-                kind = "signal"
-        self._outcome = Outcome(kind, status, now - (self._begun_at or now), bytes(self._log), self._truncated)
-        self._ended.set()
-        self._settled.set()
+            return self._cause, status
+        return ("signal" if status > 128 else "failed"), status or 1
 
 
 def _kill(pidfd: int) -> None:

@@ -12,7 +12,8 @@ Decisions that are not obvious: clone3 fails with ENOSYS because its flags are i
 them; glibc then uses clone, whose namespace flags are filtered. memfd_create stays: updates leave the sandbox as sealed
 memory files; what is in one cannot be executed (no execve, no execveat) and counts as the sandbox's memory. UNIX
 sockets stay: torch's data loaders pass tensors by them; the network namespace and the mounts leave nothing outside to
-connect to. inotify and fanotify go: they would tell what the host does with the folders that are shown read-only.
+connect to. AF_VSOCK goes with all other families: it is not in the network namespace and leads to the hypervisor.
+inotify and fanotify go: they would tell what the host does with the folders that are shown read-only.
 """
 
 from __future__ import annotations
@@ -107,6 +108,9 @@ TERMINAL_QUERIES: Final = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x545
 TERMINAL_INJECTION: Final = (0x5412, 0x541C)
 """TIOCSTI and TIOCLINUX, which put input into somebody's terminal (CVE-2017-5226)."""
 
+F_NOTIFY: Final = 1026
+"""fcntl's directory notification, inotify's forerunner."""
+
 PR_SET_DUMPABLE: Final = 4
 PR_SET_SECCOMP: Final = 22
 
@@ -155,6 +159,7 @@ def script_filter() -> bytes:
         _add(rules, sc, refused, "prctl", sc.Arg(0, sc.MASKED_EQ, LOW, option))
     for request in TERMINAL_INJECTION:
         _add(rules, sc, refused, "ioctl", sc.Arg(1, sc.MASKED_EQ, LOW, request))
+    _add(rules, sc, refused, "fcntl", sc.Arg(1, sc.MASKED_EQ, LOW, F_NOTIFY))
     return _export(rules)
 
 

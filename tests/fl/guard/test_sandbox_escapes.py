@@ -10,7 +10,7 @@ import pytest
 from hostile_scripts import Attacker, needs_x86
 
 from fl.guard.sandbox import Sandbox
-from fl.guard.seccomp import FORBIDDEN
+from fl.guard.seccomp import FORBIDDEN, launch_filter
 
 
 def test_it_sees_what_it_should_and_nothing_else(attack: Attacker) -> None:
@@ -118,8 +118,8 @@ import signal
 attempt("kill the site", lambda: os.kill({os.getpid()}, signal.SIGKILL))
 attempt("signal the site", lambda: os.kill({os.getpid()}, 0))
 attempt("open the site", lambda: os.pidfd_open({os.getpid()}))
-os.kill(1, signal.SIGKILL)
-os.kill(1, signal.SIGTERM)
+for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP, signal.SIGSEGV):
+    os.kill(1, number)
 for name in ("environ", "mem", "maps", "fd", "cwd", "root", "exe", "stack", "syscall"):
     attempt(name, lambda: (os.listdir if name == "fd" else open if name not in ("cwd", "root", "exe") else os.readlink)(
         "/proc/1/" + name) and "open")
@@ -163,12 +163,16 @@ tell()
         assert ran.said[name] == "EPERM"
 
 
-def test_arguments_of_allowed_calls(attack: Attacker) -> None:
+@pytest.mark.parametrize("devices", [False, True], ids=["CPU", "GPU"])
+def test_arguments_of_allowed_calls(attack: Attacker, devices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU's filter too, under which all of its drivers' ioctls are allowed."""
+    monkeypatch.setattr("fl.guard.sandbox.launch_filter", lambda **_: launch_filter(devices=devices))
     ran = attack(
         """
 import resource, signal
 for name, flag in (("user", 0x10000000), ("net", 0x40000000), ("pid", 0x20000000), ("mount", 0x00020000)):
     attempt("clone " + name, lambda: call("clone", flag | 17, 0, 0, 0, 0))
+attempt("watch a folder", lambda: call("fcntl", os.open("/bundle", os.O_RDONLY), 1026 | 1 << 32, 2))
 attempt("clone3", lambda: call("clone3", 0, 0))
 attempt("no such call", lambda: call(9999))
 attempt("type into a terminal", lambda: call("ioctl", 0, 0x5412, ctypes.c_char_p(b"x")))

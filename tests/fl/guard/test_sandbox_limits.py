@@ -11,9 +11,8 @@ from hostile_scripts import SMALL, Attacker
 from fl.guard.control_groups import enforcement
 from fl.guard.limits import Limits, MiB, process_limits
 
-in_sum = pytest.mark.skipif(
-    not enforcement().complete, reason="no writable control group here: " + "; ".join(enforcement().missing)
-)
+held = enforcement()
+in_sum = pytest.mark.skipif(len(held.groups) < 3, reason="no writable control group here: " + "; ".join(held.missing))
 both_ways = pytest.mark.parametrize(
     "in_sum", [pytest.param(True, id="group", marks=in_sum), pytest.param(False, id="rlimits")]
 )
