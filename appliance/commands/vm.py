@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,43 +24,79 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def launch(
     image: Annotated[Path, typer.Argument(metavar="DIR", help="The image folder.")],
     init_data: Annotated[Path, typer.Option("--init-data", metavar="FILE", help="Bound by HOST_DATA.")],
-    vendor: Annotated[Path, typer.Option(metavar="DIR", help="The virtual vendor (`seal vm vendor`).")],
-    chip: Annotated[Path, typer.Option(metavar="DIR", help="The virtual chip (`seal vm chip`).")],
+    vendor: Annotated[Path | None, typer.Option(metavar="DIR", help="The virtual vendor (`seal vm vendor`).")] = None,
+    chip: Annotated[Path | None, typer.Option(metavar="DIR", help="The virtual chip (`seal vm chip`).")] = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the guest runs (default: beside the chip, `<chip>.run`).")
+        Path | None, typer.Option(metavar="DIR", help="Where the guest runs (default: the chip's or image's, `.run`).")
     ] = None,
     role: Annotated[str | None, typer.Option(help="Refuse to start if the init-data name another role.")] = None,
     disk: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="A file that the guest is shown as a disk.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="The guest policy.")] = "0x30000",
+    policy: Annotated[str, typer.Option(help="The guest policy (virtual platform).")] = "0x30000",
     vcpu_model: Annotated[str, typer.Option("--vcpu-model", help="Measured; as the image was signed for.")] = "EPYC-v4",
     vcpus: Annotated[int, typer.Option(min=1, help="Measured; as the image was signed for.")] = 2,
+    memory: Annotated[int, typer.Option(min=256, metavar="MIB", help="The guest's memory (hardware).")] = 4096,
+    forward: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:GUEST", help="A port that leads to the guest (hardware).")
+    ] = None,
     id_block: Annotated[
         bool, typer.Option("--id-block/--no-id-block", help="Start with the image's ID block, as signed.")
     ] = True,
+    print_qemu: Annotated[
+        bool, typer.Option("--print-qemu", help="Print QEMU's command line for SEV-SNP hardware; start nothing.")
+    ] = False,
+    print_libvirt: Annotated[
+        bool, typer.Option("--print-libvirt", help="Print libvirt's domain XML for SEV-SNP hardware; start nothing.")
+    ] = False,
 ) -> None:
     """Start a guest on a virtual chip, show what it prints, and end with its exit status."""
-    from attestation.virtual.__main__ import image_disks, parse_disks
+    from attestation.virtual.__main__ import parse_disks
+    from attestation.virtual.launch import read_init_data
+
+    raw, disks = read_init_data(init_data), parse_disks(disk or [])
+    if role is not None:
+        _check_role(raw, role, init_data)
+    if print_qemu or print_libvirt:
+        from cvm_image.hardware import Shape, plan_hardware
+
+        shape = Shape(vcpu_model, vcpus, memory, tuple(_forward(word) for word in forward or ()))
+        plan = plan_hardware(image, raw, run or image.with_name(f"{image.name}.run"), shape, disks)
+        typer.echo(plan.domain() if print_libvirt else shlex.join(plan.command()), nl=print_qemu)
+        return
+    if vendor is None or chip is None:
+        raise typer.BadParameter("a guest on the virtual platform needs --vendor and --chip")
+    settings = {"vcpu_model": vcpu_model, "vcpus": vcpus, "policy": _number(policy, "--policy"), "id_block": id_block}
+    raise typer.Exit(_launch_virtual(image, raw, vendor, chip, run, disks, settings))
+
+
+def _launch_virtual(
+    image: Path,
+    raw: bytes,
+    vendor: Path,
+    chip: Path,
+    run: Path | None,
+    disks: dict[str, Path],
+    settings: dict[str, Any],
+) -> int:
+    from attestation.virtual.__main__ import image_disks
     from attestation.virtual.chip import load_chip
-    from attestation.virtual.launch import LaunchSettings, read_init_data, read_measured
+    from attestation.virtual.launch import LaunchSettings, read_measured
     from attestation.virtual.platform import Machine, run_guest
     from attestation.virtual.vendor import load_vendor
 
-    made_by, processor, raw = load_vendor(vendor), load_chip(chip), read_init_data(init_data)
-    if role is not None:
-        _check_role(raw, role, init_data)
+    made_by, processor = load_vendor(vendor), load_chip(chip)
     _refuse_hardware_image(image)
     machine = Machine(
         chip=processor,
         certificates=processor.certificate_table(made_by),
         files=read_measured(image),
         init_data=raw,
-        settings=LaunchSettings(vcpu_model, vcpus, policy=_number(policy, "--policy"), id_block=id_block),
-        disks=image_disks(image) | parse_disks(disk or []),
+        settings=LaunchSettings(**settings),
+        disks=image_disks(image) | disks,
     )
     sys.stderr.write(f"seal: virtual platform, {processor.product.value} chip {processor.chip_id.hex()[:16]}\n")
-    raise typer.Exit(run_guest(machine, run or chip.with_name(f"{chip.name}.run")))
+    return run_guest(machine, run or chip.with_name(f"{chip.name}.run"))
 
 
 @app.command(epilog="Example: seal vm vendor vendor/ --product Milan")
@@ -126,6 +163,16 @@ def _refuse_hardware_image(image: Path) -> None:
             where=str(image),
             do="Start it on SEV-SNP hardware, or generate a virtual image.",
         )
+
+
+def _forward(word: str) -> Any:
+    from cvm_image.qemu import Forward
+    from policies.errors import Unusable
+
+    host, colon, guest = word.partition(":")
+    if not colon or not all(part.isdecimal() and 0 < int(part) < 65536 for part in (host, guest)):
+        raise Unusable(f"{word!r} names no two ports", where="--forward", do="Write it like 8443:8443.")
+    return Forward(int(host), int(guest))
 
 
 def _number(text: str, option: str) -> int:

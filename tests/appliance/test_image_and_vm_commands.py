@@ -146,6 +146,26 @@ def test_unusable_input_is_one_sentence_with_status_two(
     assert "Traceback" not in err
 
 
+def test_a_hardware_launch_is_printed_for_qemu_and_libvirt(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    make_image(tmp_path / "image", platform="hardware")
+    (tmp_path / "init.toml").write_text("version = 1\n")
+    words = ("vm", "launch", tmp_path / "image", "--init-data", tmp_path / "init.toml", "--forward", "18443:8443")
+    status, out, _ = seal(capsys, *words, "--print-qemu")
+    assert status == 0
+    assert out.startswith("qemu-system-x86_64 -machine ")
+    assert out.count("\n") == 1
+    status, out, _ = seal(capsys, *words, "--print-libvirt")
+    assert status == 0
+    assert out.startswith('<domain type="kvm">')
+    for wrong in ("8443", "0:1", "1:70000", "a:b"):
+        status, _, err = seal(capsys, *words[:-1], wrong, "--print-qemu")
+        assert status == 2
+        assert "names no two ports" in err
+    status, _, err = seal(capsys, *words)
+    assert status == 2
+    assert "needs --vendor and --chip" in err
+
+
 def test_a_hardware_image_and_a_wrong_role_are_refused_before_the_start(
     capsys: pytest.CaptureFixture[str], virtual_world: World, image: Path, tmp_path: Path
 ) -> None:
