@@ -11,6 +11,8 @@ import hashlib
 import re
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 from cryptography import x509
@@ -48,12 +50,30 @@ def split_pem(raw: bytes, label: str) -> tuple[bytes, ...]:
     return blocks
 
 
-@lru_cache(maxsize=256)
-def _load(raw: bytes) -> x509.Certificate:
-    # A VCEK's serial number is zero, of which pyca/cryptography warns; no other warning is silenced.
+@contextmanager
+def _strict_names() -> Iterator[None]:
+    # A VCEK's serial number is zero, of which pyca/cryptography warns; no other warning is silenced. Of names that
+    # break X.520 it only warns, each time they are read: here that is an error, once.
     with _WARNINGS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Parsed a serial number which wasn't positive")
-        return x509.load_pem_x509_certificate(raw) if raw.startswith(b"-----") else x509.load_der_x509_certificate(raw)
+        warnings.filterwarnings("error", message="Attribute's length must be")
+        yield
+
+
+_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, UserWarning)
+
+
+@lru_cache(maxsize=256)
+def _load(raw: bytes) -> x509.Certificate:
+    with _strict_names():
+        pem = raw.startswith(b"-----")
+        certificate = x509.load_pem_x509_certificate(raw) if pem else x509.load_der_x509_certificate(raw)
+        # Parsed when asked for: a broken part is refused here, and does not surprise whoever needs it first.
+        for part in ("version", "serial_number", "subject", "issuer", "not_valid_before_utc", "not_valid_after_utc"):
+            getattr(certificate, part)
+        for signed in ("signature_algorithm_oid", "signature", "tbs_certificate_bytes"):
+            getattr(certificate, signed)
+        return certificate
 
 
 def load_certificate(raw: bytes) -> x509.Certificate:
@@ -66,7 +86,7 @@ def load_certificate(raw: bytes) -> x509.Certificate:
         raise _malformed(f"{len(raw)} bytes are more than the {MAX_CERTIFICATE_SIZE} that are read", "certificate")
     try:
         return _load(raw.strip() if raw.lstrip().startswith(b"-----") else raw)
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except _UNREADABLE as error:
         raise _malformed("this is no X.509 certificate in DER or PEM", "certificate") from error
 
 
@@ -79,8 +99,13 @@ def load_crl(raw: bytes) -> x509.CertificateRevocationList:
     if len(raw) > MAX_CRL_SIZE:
         raise _malformed(f"{len(raw)} bytes are more than the {MAX_CRL_SIZE} that are read", "revocation list")
     try:
-        return x509.load_pem_x509_crl(raw) if raw.startswith(b"-----") else x509.load_der_x509_crl(raw)
-    except (ValueError, UnsupportedAlgorithm) as error:
+        with _strict_names():
+            crl = x509.load_pem_x509_crl(raw) if raw.startswith(b"-----") else x509.load_der_x509_crl(raw)
+            for part in ("issuer", "last_update_utc", "next_update_utc", "signature_algorithm_oid", "signature"):
+                getattr(crl, part)
+            crl.get_revoked_certificate_by_serial_number(0)  # looks at every entry
+        return crl
+    except _UNREADABLE as error:
         raise _malformed("this is no X.509 revocation list in DER or PEM", "revocation list") from error
 
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from attestation.endorsements.certificates import load_crl
+from attestation.endorsements.certificates import load_certificate, load_crl
 from attestation.endorsements.nvidia import name_of, outside_validity, p384_key, signed_by, verifies
 from attestation.errors import MalformedEndorsement
 
@@ -97,7 +97,7 @@ _SEVERITY = (Standing.REVOKED, Standing.ON_HOLD, Standing.GOOD)
 def _standing(
     certificate: x509.Certificate,
     issuer: x509.Certificate,
-    responses: Iterable[ocsp.OCSPResponse],
+    responses: Iterable[_Response],
     lists: Iterable[x509.CertificateRevocationList],
     at: datetime,
     max_age: timedelta | None,
@@ -124,32 +124,44 @@ def _standing(
     return Revocation(name, Standing.UNKNOWN, "no OCSP response or list at hand speaks of it")
 
 
-def _load_response(raw: bytes) -> ocsp.OCSPResponse:
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """A response with the certificates that came in it."""
+
+    basic: ocsp.OCSPResponse
+    certificates: tuple[x509.Certificate, ...]
+
+
+def _load_response(raw: bytes) -> _Response:
     if len(raw) > MAX_OCSP_SIZE:
         raise _malformed(f"{len(raw)} bytes are more than the {MAX_OCSP_SIZE} that are read", "OCSP response")
     return _parse_response(raw)
 
 
 @lru_cache(maxsize=64)
-def _parse_response(raw: bytes) -> ocsp.OCSPResponse:
+def _parse_response(raw: bytes) -> _Response:
     try:
         response = ocsp.load_der_ocsp_response(raw)
         if response.response_status is not ocsp.OCSPResponseStatus.SUCCESSFUL:
             raise _malformed(f"the responder answered {response.response_status.name}", "OCSP response")
-        tuple(response.responses)
-    except (ValueError, UnsupportedAlgorithm) as error:
+        # Parsed when asked for: a broken part is refused here, and does not surprise whoever needs it first.
+        for single in response.responses:
+            _ = (single.serial_number, single.hash_algorithm, single.issuer_key_hash, single.issuer_name_hash)
+            _ = (single.certificate_status, single.this_update_utc, single.next_update_utc, single.revocation_reason)
+        encoded = [certificate.public_bytes(Encoding.DER) for certificate in response.certificates]
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise _malformed("this is no OCSP response in DER", "OCSP response") from error
-    return response
+    return _Response(response, tuple(load_certificate(raw) for raw in encoded))
 
 
 def _from_response(
-    response: ocsp.OCSPResponse,
+    response: _Response,
     certificate: x509.Certificate,
     issuer: x509.Certificate,
     at: datetime,
     max_age: timedelta | None,
 ) -> tuple[Standing, str] | None:
-    single = next((one for one in response.responses if _is_about(one, certificate, issuer)), None)
+    single = next((one for one in response.basic.responses if _is_about(one, certificate, issuer)), None)
     if single is None:
         return None
     problem = _response_problem(response, issuer, at) or _time_problem(
@@ -174,10 +186,10 @@ def _is_about(single: ocsp.OCSPSingleResponse, certificate: x509.Certificate, is
     return single.issuer_key_hash == digest(point).digest() and single.issuer_name_hash == digest(name).digest()
 
 
-def _response_problem(response: ocsp.OCSPResponse, issuer: x509.Certificate, at: datetime) -> str | None:
+def _response_problem(response: _Response, issuer: x509.Certificate, at: datetime) -> str | None:
     """Why the response's signature counts for nothing, or None."""
     for signer in (issuer, *response.certificates):
-        if not _signature_is_by(response, signer):
+        if not _signature_is_by(response.basic, signer):
             continue
         if signer == issuer:
             return None
