@@ -49,7 +49,8 @@ def from_certificate_table(
 def from_files(*, vek: Path | None = None, chain: Path | None = None, crls: Sequence[Path] = ()) -> Endorsements:
     """Endorsements out of files: the VEK's certificate, a file or a folder of CA certificates, revocation lists.
 
-    In a folder every `.pem .der .crt .cer .cert` file counts; certificates of other products in it do no harm.
+    In a folder every `.pem .der .crt .cer .cert` file counts, PEM files without a certificate excepted; certificates of
+    other products in it do no harm.
 
     Raises:
         Unusable: a file is missing, unreadable or too large.
@@ -114,6 +115,8 @@ def _certificates(path: Path) -> tuple[bytes, ...]:
     found: dict[bytes, None] = {}
     for file in files:
         raw = read_bounded(file, MAX_BUNDLE_SIZE, "certificate file")
+        if file is not path and b"-----BEGIN " in raw and b"-----BEGIN CERTIFICATE-----" not in raw:
+            continue  # a revocation list or a key beside the certificates
         try:
             for block in split_pem(raw, "CERTIFICATE"):
                 load_certificate(block)

@@ -121,7 +121,7 @@ def masked_chip_key(case: Case) -> Verdict:
     return ("set", "clear") if case.report.mask_chip_key else None
 
 
-@check(Claim.HARDWARE, "o Y Y - Y -")
+@check(Claim.HARDWARE, "Y Y Y - Y -")
 def product(case: Case) -> Verdict:
     """From version 3 on, CPUID's family and model belong to the product line of the key's issuer.
 
@@ -152,7 +152,7 @@ def allowed_product(case: Case) -> Verdict:
     return None if case.product.value in allowed else (case.product.value, " or ".join(allowed))
 
 
-@check(Claim.INSTANCE_IDENTITY, "o ! ! - ! -")
+@check(Claim.INSTANCE_IDENTITY, "Y ! ! - ! -")
 def hardware_id(case: Case) -> Verdict:
     """CHIP_ID is the hardware id in the VCEK (on Turin its first 8 bytes, the rest zero).
 
@@ -167,7 +167,7 @@ def hardware_id(case: Case) -> Verdict:
     return f"CHIP_ID {chip_id.hex()}", hwid.hex()
 
 
-@check(Claim.INSTANCE_IDENTITY, "o ! ! - ! -")
+@check(Claim.INSTANCE_IDENTITY, "- - - - - -")
 def chip_id_present(case: Case) -> Verdict:
     """CHIP_ID is not masked in a report under a VCEK, nor whenever chips are listed.
 

@@ -21,7 +21,7 @@ def tcb_order(case: Case) -> Verdict:
     return None
 
 
-@check(Claim.HARDWARE, "o - - - - -")
+@check(Claim.HARDWARE, "Y - - - - -")
 def provisional_firmware(case: Case) -> Verdict:
     """COMMITTED_TCB and the committed firmware version are the current ones.
 

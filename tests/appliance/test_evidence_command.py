@@ -243,3 +243,13 @@ def test_nothing_heavy_is_imported(files: Path) -> None:
     words = ["evidence", "verify", str(files / "report.bin"), "--vek", str(files / "vcek.der")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_example_is_affirmed(capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parents[2] / "examples/evidence"
+    options = ("--vek", example / "vcek.pem", "--chain", example / "authorities", "--crl", example / "revoked.crl")
+    status, out, _ = run(
+        capsys, "verify", example / "report.bin", *options, "--policy", example / "profile.toml", "--json"
+    )
+    assert status == 0
+    assert json.loads(out)["claims"]["platform"] == "virtual"

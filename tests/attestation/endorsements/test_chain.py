@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from OpenSSL import crypto
 from attestation.endorsements.certificates import load_certificate, load_crl, split_pem
 from attestation.endorsements.chain import Chain, Endorsements, VekKind, resolve_chain
 from attestation.endorsements.roots import AMD_ROOTS, RootPin
-from attestation.endorsements.sources import from_certificate_table
+from attestation.endorsements.sources import from_certificate_table, from_files
 from attestation.endorsements.vek import read_vek_extensions
 from attestation.errors import MalformedEndorsement, MalformedEvidence
 from attestation.evidence.certificate_table import VCEK_GUID, VLEK_GUID, encode_certificate_table
@@ -362,3 +363,27 @@ def test_a_vek_of_another_shape_is_refused(
     vek = certificate(virtual_vendor, virtual_chips[MILAN], **changes)
     endorsements = replace(honest(virtual_vendor, virtual_chips[MILAN]), vek=vek)
     assert check in failed(resolve_chain(endorsements, pins(virtual_vendor)))
+
+
+def test_a_folder_of_authorities_may_hold_other_files(virtual_vendor: Vendor, tmp_path: Path) -> None:
+    authority = virtual_vendor.authority(MILAN)
+    (tmp_path / "ark.der").write_bytes(authority.ark)
+    (tmp_path / "bundle.pem").write_bytes(
+        b"".join(
+            load_certificate(one).public_bytes(serialization.Encoding.PEM) for one in (authority.ask, authority.ark)
+        )
+    )
+    (tmp_path / "list.pem").write_bytes(load_crl(authority.crl).public_bytes(serialization.Encoding.PEM))
+    (tmp_path / "notes.txt").write_text("no certificate")
+    assert len(from_files(chain=tmp_path).intermediates) == 3
+    assert len(from_files(crls=[tmp_path / "list.pem"]).crls) == 1
+    (tmp_path / "broken.der").write_bytes(b"no certificate")
+    with pytest.raises(MalformedEndorsement, match=r"broken\.der"):
+        from_files(chain=tmp_path)
+
+
+def test_a_file_with_two_certificates_is_no_vek(virtual_vendor: Vendor, tmp_path: Path) -> None:
+    pem = load_certificate(virtual_vendor.authority(MILAN).ask).public_bytes(serialization.Encoding.PEM)
+    (tmp_path / "vek.pem").write_bytes(pem * 2)
+    with pytest.raises(MalformedEndorsement, match="2 certificates"):
+        from_files(vek=tmp_path / "vek.pem")
