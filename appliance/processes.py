@@ -51,7 +51,7 @@ class Processes:
         The kernel sends SIGTERM to it when the *thread* that started it ends, so start from one that lives long enough.
         """
         self._logs.mkdir(parents=True, exist_ok=True)
-        log = self._logs / f"{name}.log"
+        log = self.log_of(name)
         with log.open("wb") as output:
             process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "TERM", *argv],
@@ -65,6 +65,10 @@ class Processes:
         with self._lock:
             self._running[name] = watched
         return watched
+
+    def log_of(self, name: str) -> Path:
+        """Where the process of this name writes, or wrote."""
+        return self._logs / f"{name}.log"
 
     def dead(self) -> Watched | None:
         """The first process found to have ended although nobody stopped it, or None."""

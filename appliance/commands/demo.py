@@ -1,0 +1,91 @@
+"""`seal demo`: one attested federated job and its attacks, end to end, on this machine."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from appliance.output import print_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from appliance.demo.story import Report
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", help="Where everything goes; what an earlier run left is replaced.")
+    ] = Path("build/demo"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+) -> int:
+    """Run one attested federated job and its attacks, end to end.
+
+    Everything runs on this machine: a broker, a server and two sites as processes of their own, on virtual chips.
+
+    Example: seal demo --out build/demo
+    """
+    from appliance.demo.display import Display
+    from appliance.demo.story import run_demo
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    report = run_demo(out.absolute(), Display())
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print(report, out)
+    return 0
+
+
+def _print(report: Report, out: Path) -> None:
+    """The end of the story as tables that a person reads."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(
+        f"\nCharter {report.charter[:16]}… on the [bold]{report.platform}[/] platform: no hardware was involved.\n"
+    )
+    console.print(_decisions(report))
+    console.print()
+    console.print(_attacks(report))
+    console.print(
+        f"\nAccuracy {report.accuracy:.4f} on the owner's test set; {report.pooled_accuracy:.4f} if all data had been "
+        f"pooled.\nAll of it: {out}/report.json. Check the story yourself, offline:\n"
+        f"  seal audit verify {out}/audit --trust {out}/root.json"
+    )
+
+
+def _decisions(report: Report) -> Table:
+    from rich.table import Table
+
+    table = Table("entry", "who", "image", "measurement", "TCB", "decision", box=None, pad_edge=False)
+    for row in report.decisions:
+        tcb = "" if row["tcb"] is None else ".".join(str(level) for level in row["tcb"].values() if level is not None)
+        measurement = (row["measurement"] or "")[:12]
+        refused = row["kind"] == "denial"
+        words = f"{row['what']}: {row['outcome']}" if row["what"] else row["outcome"]
+        table.add_row(
+            str(row["entry"]),
+            row["who"],
+            row["image"] or "",
+            measurement,
+            tcb,
+            f"[{'red' if refused else 'green'}]{words}[/]",
+        )
+    return table
+
+
+def _attacks(report: Report) -> Table:
+    from rich.table import Table
+
+    table = Table("attack", "refused by", "because", box=None, pad_edge=False)
+    for attack in report.attacks:
+        table.add_row(attack.attack, attack.refused_by, "; ".join(attack.reasons))
+    return table

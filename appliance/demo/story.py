@@ -1,0 +1,215 @@
+"""The story: found, build, approve, attest, train, open, attack, audit. Each step leaves its facts in a Report."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from appliance.demo import attacks, job
+from appliance.demo.attacks import AttackSucceeded, Repelled
+from appliance.demo.display import Display, Step
+from appliance.demo.guests import honest_start, start_broker, start_guest, wait_for_event
+from appliance.demo.setting import (
+    BROKER,
+    MODEL_KEY,
+    SERVER,
+    SITES,
+    Setting,
+    admit,
+    data_key,
+    found_consortium,
+    seal_site_data,
+)
+from appliance.kit import write_user_kit
+from appliance.processes import Processes, died
+from attestation.broker.config import CONFIG_NAME, load_config
+from attestation.broker.server import open_broker
+from attestation.connection import BrokerClient
+from attestation.ledger.audit import verify_audit
+from attestation.ledger.bundle import export_bundle
+from fl.environments.prod import ProdEnv
+from fl.jobs.bundle import make_bundle
+from policies.documents import ServerAddress
+from policies.errors import Refused
+
+if TYPE_CHECKING:
+    from fl.jobs.progress import JobEvent
+
+JOB_SECONDS: Final = 120.0
+LEAST_ACCURACY: Final = 0.94
+LARGEST_LOSS: Final = 0.02
+"""How much accuracy federated training may cost against training on the pooled data."""
+WATCH_SECONDS: Final = 0.2
+
+
+@dataclass
+class Report:
+    """What happened: `decisions` as the ledger has them, every attack with its reasons, accuracies, seconds a step."""
+
+    platform: str = "virtual"
+    charter: str = ""
+    accuracy: float = 0.0
+    pooled_accuracy: float = 0.0
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    attacks: list[Repelled] = field(default_factory=list)
+    audit: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {**asdict(self), "attacks": [asdict(one) for one in self.attacks]}
+
+
+def run_demo(folder: Path, display: Display) -> Report:
+    """Run the whole story in `folder`, which is made anew.
+
+    Raises Refused when something that should work is refused, when a process dies in the middle (naming it), or when
+    an attack succeeds. No process is left behind in any case.
+    """
+    processes = Processes(folder / "logs")
+    outcome: queue.Queue[Report | BaseException] = queue.Queue()
+
+    def tell() -> None:
+        try:
+            outcome.put(_tell(folder, processes, display))
+        except BaseException as error:  # handed to the thread that waits below, which raises it
+            outcome.put(error)
+
+    narrator = threading.Thread(target=tell, name="story", daemon=True)
+    try:
+        with display.shown():
+            narrator.start()
+            while True:
+                try:
+                    ended = outcome.get(timeout=WATCH_SECONDS)
+                    break
+                except queue.Empty:
+                    dead = processes.dead()
+                    if dead is not None:
+                        raise died(dead) from None
+        if isinstance(ended, BaseException):
+            dead = processes.dead()
+            if dead is not None:
+                raise died(dead) from ended
+            if isinstance(ended, AttackSucceeded):
+                raise Refused(str(ended), where="attacks", do="This is a defect: please report it.") from ended
+            raise ended
+        return ended
+    finally:
+        processes.stop_all()
+
+
+def _tell(folder: Path, processes: Processes, display: Display) -> Report:
+    report = Report()
+    with display.step("Three members found a virtual consortium") as step:
+        setting = found_consortium(folder)
+        report.charter = setting.charter().id
+        step.detail = f"charter {report.charter[:12]}, root signed by 3, threshold 2"
+    with display.step("Two members approve image, places and code") as step:
+        recipe = job.make_recipe()
+        bundle = make_bundle(recipe.folder, recipe.settings)
+        seal_site_data(setting, job.split_patients())
+        setting = admit(setting, bundle.digest, recipe.name)
+        write_root(setting)
+        step.detail = f"image {setting.manifest.name}, 3 guests, bundle {bundle.digest[:12]}"
+    with display.step("The broker starts; members deposit their keys") as step:
+        start_broker(processes, setting)
+        wait_for_event(processes.log_of(BROKER), "ready")
+        deposit_keys(setting)
+        step.detail = f"{BROKER}: {len(SITES) + 1} keys"
+    with display.step("Three guests attest and get their keys") as step:
+        guests = (SERVER, *SITES)
+        for guest in guests:
+            start_guest(processes, setting, guest, honest_start(setting, guest))
+        ready = {SERVER: "serving", **dict.fromkeys(SITES, "joined")}
+        for guest in guests:
+            wait_for_event(processes.log_of(guest), ready[guest])
+            step.detail += f"{', ' if step.detail else ''}{guest} on {setting.chips[guest].product.value}"
+    with display.step("The approved job trains over two hospitals") as step:
+        run = ProdEnv(setting.kit, workspace_root=folder / "result").execute(recipe)
+        run.watch(lambda event: show_event(step, event, recipe.settings.num_rounds))
+        result = run.get_result(timeout=JOB_SECONDS)
+    with display.step("The owner opens the sealed result") as step:
+        measured = job.evaluate(result)
+        report.accuracy, report.pooled_accuracy = measured["accuracy"], measured["pooled_accuracy"]
+        step.detail = f"accuracy {report.accuracy:.4f}, pooled {report.pooled_accuracy:.4f}"
+        check_accuracy(report)
+    for attack in (*attacks.ATTACKS, attacks.changed_bundle(bundle, recipe.first_model)):
+        with display.step(f"Attack: {attack.title}") as step:
+            repelled = attack(setting, processes)
+            report.attacks.append(repelled)
+            step.detail = f"refused: {repelled.reasons[0]}"
+    with display.step("An auditor checks the whole story offline") as step:
+        audit(setting, report)
+        step.detail = f"{report.audit['entries']} ledger entries, {report.audit['files']} files"
+    report.seconds = display.seconds()
+    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
+    return report
+
+
+def write_root(setting: Setting) -> None:
+    """Hand the charter's first root to the broker, the data scientist and the auditor."""
+    (setting.folder / "broker/root.json").write_bytes(setting.first_root)
+    (setting.folder / "root.json").write_bytes(setting.first_root)
+    server = ServerAddress(name=SERVER, address=setting.server_address)
+    write_user_kit(
+        setting.kit, setting.scientist, setting.charter(), setting.first_root, server, model_key=setting.model_key
+    )
+
+
+def deposit_keys(setting: Setting) -> None:
+    """Each owner deposits its key, signed with its member key."""
+    charter = setting.charter()
+    client = BrokerClient(setting.broker, charter.consortium.trust_domain)
+    try:
+        keys = {MODEL_KEY: setting.model_key, **{data_key(site): key for site, key in setting.data_keys.items()}}
+        for resource, key in keys.items():
+            owner = setting.members[resource.partition("/")[0]]
+            client.deposit(resource, key, owner, charter_id=charter.id)
+    finally:
+        client.close()
+
+
+def show_event(step: Step, event: JobEvent, rounds: int) -> None:
+    """Keep a step's detail at what the job does now."""
+    if event.kind == "aggregated" and event.round is not None:
+        values = ", ".join(f"{name} {value:.3f}" for name, value in sorted(event.values.items()))
+        step.detail = f"round {event.round + 1} of {rounds}" + (f": {values}" if values else "")
+    elif event.kind == "status":
+        step.detail = step.detail or f"job {event.text}"
+
+
+def check_accuracy(report: Report) -> None:
+    """Raises Refused if the federated model is not as good as it has to be."""
+    short = report.accuracy < LEAST_ACCURACY or report.pooled_accuracy - report.accuracy > LARGEST_LOSS
+    if short:
+        raise Refused(
+            f"the federated model reaches {report.accuracy:.4f}, pooled training {report.pooled_accuracy:.4f}",
+            where="result",
+            do=f"At least {LEAST_ACCURACY} is expected, and within {LARGEST_LOSS} of pooled training.",
+        )
+
+
+def export_ledger(broker: Path, folder: Path) -> None:
+    """Write the broker's ledger, with all that stands behind it, into `folder`."""
+    opened = open_broker(broker, load_config(broker / CONFIG_NAME))
+    try:
+        opened.storage.read(lambda step: export_bundle(step, folder))
+    finally:
+        opened.storage.close()
+
+
+def audit(setting: Setting, report: Report) -> None:
+    """Export the ledger, check it as an auditor does, and take the decisions from what was checked."""
+    folder = setting.folder / "audit"
+    export_ledger(setting.folder / "broker", folder)
+    found = verify_audit(folder, setting.first_root)
+    if not found.ok:
+        problems = tuple(f"{problem.file}: {problem.reason}" for problem in found.problems)
+        raise Refused("the audit found problems", where=str(folder), do="Read them.", reasons=problems)
+    report.decisions = [decision.to_json() for decision in found.decisions]
+    report.audit = {"entries": found.entries, "files": sum(1 for path in folder.rglob("*") if path.is_file())}

@@ -1,0 +1,244 @@
+"""What runs in a guest: attest, take the keys that its role may have, start the role's service, keep the lease.
+
+The one entry of every image. Its output is the guest's serial console: one JSON object a line, never a secret. It ends
+with 0 when it was asked to stop, 1 when it was refused (before or during its work), 2 when it was started wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from attestation.attester.boot import Boot, read_boot
+from attestation.canonical import canonical_bytes
+from attestation.client import GuestSession
+from attestation.errors import BrokerUnavailable
+from attestation.identity import Identity
+from policies.charter import Charter
+from policies.documents import InitData
+from policies.errors import Refused, SealwrightError, Unusable
+
+KEY_SIZE: Final = 32
+RETRY_SECONDS: Final = 2.0
+"""Between two tries to reach a broker."""
+FIRST_CONTACT_SECONDS: Final = 30.0
+"""How long a starting guest looks for a broker before it gives up."""
+
+_console = threading.Lock()
+
+
+def say(event: str, **fields: Any) -> None:
+    """Write one line to the console."""
+    with _console:
+        sys.stdout.write(json.dumps({"event": event, **fields}, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+
+def tell(line: str) -> None:
+    """Write a service's line to the console."""
+    say("log", line=line)
+
+
+class Lease:
+    """A guest's standing: its current identity, renewed by fresh attestation until it is refused.
+
+    Safe to use from many threads; calls to the broker go one at a time.
+    """
+
+    def __init__(self, session: GuestSession) -> None:
+        self._session = session
+        self._lock = threading.Lock()
+        self._identity = _patiently(session.attest)
+
+    def identity(self) -> Identity:
+        """The newest identity. Raises Refused once its EAR has ended unrenewed: without a lease there is no work."""
+        identity = self._identity
+        if self.now() >= identity.ear_expires:
+            raise Refused(
+                "the guest's lease has ended and no broker could be reached to renew it",
+                where=identity.spiffe_id,
+                do="Bring a broker back; the guest renews by itself.",
+            )
+        return identity
+
+    def charter(self) -> Charter:
+        """The charter as the broker showed it last."""
+        return self._session.charter
+
+    def now(self) -> datetime:
+        """The broker's time."""
+        return self._session.now()
+
+    def release(self, resource: str) -> bytes:
+        """Ask the broker for a resource."""
+        with self._lock:
+            return self._session.release(resource)
+
+    def record(self, kind: str, document: Mapping[str, Any]) -> str:
+        """Write into the ledger; return the entry with its receipt as canonical JSON."""
+        with self._lock:
+            entry, receipt = self._session.recorded(kind, document)
+        return canonical_bytes({"entry": entry, "receipt": receipt.to_json()}).decode()
+
+    def keep(self, stop: threading.Event, refused: Callable[[Refused], None]) -> None:
+        """Renew until `stop`; a refusal is told and ends the lease, silence of the brokers only pauses it."""
+        while not stop.wait(self._pause()):
+            try:
+                with self._lock:
+                    self._identity = self._session.renew()
+                say("renewed", until=_rfc3339(self._identity.ear_expires))
+            except BrokerUnavailable as error:
+                say("waiting", what=error.what, until=_rfc3339(self._identity.ear_expires))
+            except Refused as error:
+                refused(error)
+                return
+
+    def _pause(self) -> float:
+        """Seconds until the next renewal: half of what is left, at least RETRY_SECONDS."""
+        return max(RETRY_SECONDS, (self._identity.ear_expires - self.now()).total_seconds() / 2)
+
+
+def _patiently(attest: Callable[[], Identity]) -> Identity:
+    """Attest; while no broker answers, try again for FIRST_CONTACT_SECONDS."""
+    deadline = time.monotonic() + FIRST_CONTACT_SECONDS
+    while True:
+        try:
+            return attest()
+        except BrokerUnavailable as error:
+            if time.monotonic() >= deadline:
+                raise
+            say("waiting", what=error.what)
+            time.sleep(RETRY_SECONDS)
+
+
+def main(guest: Path) -> int:
+    """Run the guest unpacked at `guest` in the role that its init-data gives it; return its exit status."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        return _run(read_boot(guest), stop)
+    except Refused as error:
+        _say_refused(error)
+        return 1
+    except SealwrightError as error:
+        say("unusable", what=error.what, where=error.where, do=error.do)
+        return 2
+
+
+def _run(boot: Boot, stop: threading.Event) -> int:
+    session = GuestSession(boot.attester(), boot.init_data)
+    service = SERVICES.get(session.init.role)
+    if service is None:
+        raise _incomplete(f"this image has no service for the role {session.init.role}")
+    say("attesting", world=boot.world, role=session.init.role, name=session.init.name)
+    lease = Lease(session)
+    identity = lease.identity()
+    claims = session.ear.claims
+    say(
+        "attested",
+        platform=session.ear.document.platform,
+        identity=identity.spiffe_id,
+        image=session.ear.subject.image,
+        measurement=claims.get("measurement"),
+        until=_rfc3339(identity.ear_expires),
+    )
+    keys = {purpose: lease.release(resource) for purpose, resource in sorted(session.init.resources.items())}
+    say("released", resources=sorted(session.init.resources.values()))
+
+    refusals: list[Refused] = []
+
+    def end(error: Refused) -> None:
+        refusals.append(error)
+        stop.set()
+
+    keeper = threading.Thread(target=lease.keep, args=(stop, end), name="lease", daemon=True)
+    keeper.start()
+    try:
+        service(session.init, boot, lease, keys, stop)
+    finally:
+        stop.set()
+        keeper.join(timeout=15)
+        session.close()
+    if refusals:
+        _say_refused(refusals[0])
+        return 1
+    say("stopped")
+    return 0
+
+
+def _serve(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes], stop: threading.Event) -> None:
+    """The role `server`: aggregate."""
+    from fl.server import serve
+
+    if init.listen is None:
+        raise _incomplete("a server needs `listen`")
+    serve(
+        identity=lease.identity,
+        charter=lease.charter,
+        clock=lease.now,
+        listen=init.listen,
+        model_key=_key(keys, "model"),
+        record=lease.record,
+        stop=stop,
+        tell=tell,
+        ready=lambda address: say("serving", address=address),
+    )
+
+
+def _train(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes], stop: threading.Event) -> None:
+    """The role `site`: open the site's data in memory, and train on it."""
+    from fl.guard.sealed_data import open_file
+    from fl.site import run
+
+    if init.server is None:
+        raise _incomplete("a site needs `server`")
+    if "data" not in boot.disks:
+        raise _incomplete("a site needs a disk `data`")
+    data = open_file(boot.disks["data"], _key(keys, "data"))
+    say("opened", entries={name: len(content) for name, content in sorted(data.items())})
+    run(
+        identity=lease.identity,
+        charter=lease.charter,
+        clock=lease.now,
+        server=init.server.address,
+        server_name=init.server.name,
+        data=data,
+        record=lease.record,
+        stop=stop,
+        tell=tell,
+        connected=lambda: say("joined"),
+    )
+
+
+SERVICES: Final[dict[str, Callable[[InitData, Boot, Lease, Mapping[str, bytes], threading.Event], None]]] = {
+    "server": _serve,
+    "site": _train,
+}
+"""What each role starts. A role that is not here has no service in this image."""
+
+
+def _key(keys: Mapping[str, bytes], purpose: str) -> bytes:
+    key = keys.get(purpose)
+    if key is None or len(key) != KEY_SIZE:
+        raise _incomplete(f"the init-data must name a resource of {KEY_SIZE} bytes for the purpose `{purpose}`")
+    return key
+
+
+def _incomplete(what: str) -> Unusable:
+    return Unusable(what, where="init-data", do="Write the guest's init-data anew and enrol it.")
+
+
+def _say_refused(error: Refused) -> None:
+    say("refused", what=error.what, where=error.where, do=error.do, reasons=list(error.reasons))
+
+
+def _rfc3339(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
