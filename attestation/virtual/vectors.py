@@ -110,10 +110,9 @@ VECTORS: Mapping[str, Vector] = {
 }
 
 
-def write_vectors(out: Path) -> None:
-    """Write the whole set into the folder `out`. No private key is written."""
+def write_vectors(out: Path, vendor: Vendor) -> None:
+    """Write the whole set, certified by `vendor`, into the folder `out`. No private key is written."""
     with tempfile.TemporaryDirectory(prefix="sealwright-vectors-") as scratch:
-        vendor = create_vendor(Path(scratch) / "vendor", at=MADE_AT)
         chips = {
             product: create_chip(vendor, Path(scratch) / f"chip-{product.value}", product, at=MADE_AT)
             for product in Product
@@ -181,7 +180,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the vectors into the folder that is the only argument."""
     parser = argparse.ArgumentParser(prog="python -m attestation.virtual.vectors", description="Write virtual vectors.")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write to")
-    write_vectors(parser.parse_args(arguments).out)
+    out = parser.parse_args(arguments).out
+    with tempfile.TemporaryDirectory(prefix="sealwright-vendor-") as scratch:
+        write_vectors(out, create_vendor(Path(scratch), at=MADE_AT))
     return 0
 
 

@@ -417,6 +417,33 @@ def main(guest):
     assert wait_for(lambda: not alive(child))
 
 
+def test_another_program_can_be_the_guest(virtual_world: World, image: Path, tmp_path: Path) -> None:
+    """An emulator's place: a program of the caller's, with the port of the image that was measured."""
+    guest = (
+        "import sys; from pathlib import Path; from attestation.attester.virtual_port import VirtualPort\n"
+        "print(VirtualPort(Path(sys.argv[1])).evidence(bytes(64)).report.hex())"
+    )
+    program = f"""
+import sys
+from pathlib import Path
+from attestation.virtual.chip import load_chip
+from attestation.virtual.launch import read_measured
+from attestation.virtual.platform import PORT, Machine, Program, run_program
+from attestation.virtual.vendor import load_vendor
+chip = load_chip(Path({str(virtual_world.chip)!r}))
+machine = Machine(
+    chip, chip.certificate_table(load_vendor(Path({str(virtual_world.vendor)!r}))), read_measured(Path({str(image)!r})), b""
+)
+run = Path({str(tmp_path / "run")!r})
+words = (sys.executable, "-c", {guest!r}, str(run / PORT))
+sys.exit(run_program(machine, run, lambda: Program(words, run, {{"PATH": "/usr/bin"}})))
+"""
+    words = [sys.executable, "-c", program]
+    report = report_of(subprocess.run(words, capture_output=True, text=True, timeout=20, check=False))
+    assert report.measurement == report_of(launch(virtual_world, image, run=tmp_path / "other")).measurement
+    assert not (tmp_path / "run/guest").exists()
+
+
 def test_nobody_but_the_guest_is_answered(virtual_world: World, tmp_path: Path) -> None:
     process = start_waiting(virtual_world, tmp_path)
     try:

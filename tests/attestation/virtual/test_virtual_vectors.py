@@ -15,6 +15,7 @@ from attestation.evidence.report import REPORT_SIZE, SIGNED_SIZE, Product
 from attestation.verifier import BROKER, Expected, load_profile, verify_snp
 from attestation.virtual.chip import Chip
 from attestation.virtual.vectors import VECTORS, write_vectors
+from attestation.virtual.vendor import Vendor
 
 FOLDER = Path(__file__).resolve().parents[2] / "vectors/virtual"
 INDEX = json.loads((FOLDER / "vectors.json").read_bytes())
@@ -63,8 +64,8 @@ def test_the_set_holds_no_private_key_and_nothing_unlisted() -> None:
     assert not [name for name in files if b"PRIVATE" in (FOLDER / name).read_bytes()]
 
 
-def test_the_set_can_be_made_again(tmp_path: Path) -> None:
-    write_vectors(tmp_path)
+def test_the_set_can_be_made_again(virtual_vendor: Vendor, tmp_path: Path) -> None:
+    write_vectors(tmp_path, virtual_vendor)
     assert json.loads((tmp_path / "vectors.json").read_bytes()) == INDEX
     for name, vector in VECTORS.items():
         again, kept = ((folder / f"reports/{name}.bin").read_bytes() for folder in (tmp_path, FOLDER))
