@@ -430,10 +430,8 @@ from attestation.virtual.chip import load_chip
 from attestation.virtual.launch import read_measured
 from attestation.virtual.platform import PORT, Machine, Program, run_program
 from attestation.virtual.vendor import load_vendor
-chip = load_chip(Path({str(virtual_world.chip)!r}))
-machine = Machine(
-    chip, chip.certificate_table(load_vendor(Path({str(virtual_world.vendor)!r}))), read_measured(Path({str(image)!r})), b""
-)
+chip, vendor = load_chip(Path({str(virtual_world.chip)!r})), load_vendor(Path({str(virtual_world.vendor)!r}))
+machine = Machine(chip, chip.certificate_table(vendor), read_measured(Path({str(image)!r})), b"")
 run = Path({str(tmp_path / "run")!r})
 words = (sys.executable, "-c", {guest!r}, str(run / PORT))
 sys.exit(run_program(machine, run, lambda: Program(words, run, {{"PATH": "/usr/bin"}})))
