@@ -274,11 +274,8 @@ class ServerJob:
             if user is None or not user.may("download"):
                 raise ApprovalRefused(self.id, (f"the recipient {recipient} may not download results any more",))
             recipients[recipient] = unb64(user.results_key, where=recipient)
-        files = {
-            MODEL_FILE: bytes(model.view),
-            JOB_FILE: json.dumps(document, indent=2, ensure_ascii=False).encode(),
-            **events,
-        }
+        text = json.dumps(document, indent=2, ensure_ascii=False).encode()
+        files = {MODEL_FILE: bytes(model.view), JOB_FILE: text, **events}
         sealed = seal_result(files, recipients, self.id, random=os.urandom)
         identity = self._party.identity()
         statement = Statement(

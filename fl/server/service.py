@@ -117,11 +117,11 @@ class FederationService:
             target=self._read_attendance, args=(attendance, requests), name=f"from {attendance.name}", daemon=True
         )
         own = self._party.identity().ear
-        yield pack(Lease(ear=own))
-        reader.start()
         self.attendances.add(attendance)
         self._party.tell(f"site {attendance.name} is connected")
+        reader.start()
         try:
+            yield pack(Lease(ear=own))
             while not attendance.ended:
                 frame = attendance.next_frame()
                 if frame is not None:

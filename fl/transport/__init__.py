@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read by grpc when it is imported; a failed handshake is told by us
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read by grpc when it is imported; failed handshakes are told by us

@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
+from cryptography import x509
 
 from attestation.errors import PeerRefused
 from attestation.identity import appraise_peer, dns_name
@@ -114,6 +115,8 @@ def connect(
     there is not that server, PeerLost if nothing is there.
     """
     certificate = fetch_certificate(address, tls_key=tls_key, certificate_pem=certificate_pem)
+    if _dns_names(certificate) != [dns_name("server", server)]:
+        raise PeerRefused((f"what answers there is not the server {server}: {_dns_names(certificate)}",), who=address)
     credentials = grpc.ssl_channel_credentials(
         root_certificates=ssl.DER_cert_to_PEM_cert(certificate).encode(),
         private_key=tls_key.encode(),
@@ -124,11 +127,18 @@ def connect(
     try:
         lease, _ = unpack(_LEASE, _one(channel, "Appraise", address), where=address)
         peer = appraise_peer(certificate, charter, at, role="server", ear=lease.ear)
-        if peer.name != server:
-            raise PeerRefused((f"it is the server {peer.name}, not {server}",), who=address)
         yield ServerConnection(channel, certificate, peer)
     finally:
         channel.close()
+
+
+def _dns_names(certificate: bytes) -> list[str]:
+    """The DNS names of a certificate that nobody has checked yet; none if it cannot be read."""
+    try:
+        found = x509.load_der_x509_certificate(certificate).extensions
+        return found.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)[:8]
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
+        return []
 
 
 def _one(channel: Any, method: str, where: str) -> bytes:

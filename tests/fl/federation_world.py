@@ -6,11 +6,10 @@ No broker runs: EARs and certificates are made here with a broker's keys, as its
 from __future__ import annotations
 
 import base64
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -25,9 +24,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from attestation.broker.keys import Issuer, create_issuer, load_issuer
+from attestation.ear import TYPE as EAR_TYPE
 from attestation.ear import EarDocument, sign_ear
 from attestation.hybrid import HybridPrivateKey
 from attestation.identity import Identity, spiffe_id
+from attestation.jws import read_jws
 from fl.environments.kit import Kit, KitFile
 from fl.environments.user_client import UserClient
 from fl.guard.limits import Limits
@@ -35,6 +36,7 @@ from fl.jobs.bundle import Bundle, make_bundle
 from fl.recipes.fedavg import FedAvgRecipe
 from fl.server import serve
 from fl.site import run as run_site
+from fl.tracking import add_experiment_tracking
 from fl.transport.memory import SealedMemory
 from policies.charter import Changes, Charter, amend, found, load_charter
 from policies.charter.proposal import files_of
@@ -133,6 +135,7 @@ class FederationWorld:
     told: list[str] = field(default_factory=list)
     ledger: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     _charter: Charter | None = None
+    _stops: dict[str, threading.Event] = field(default_factory=dict)
 
     def charter(self) -> Charter:
         if self._charter is None:
@@ -144,13 +147,8 @@ class FederationWorld:
         self._charter = None
 
     def approve(self, bundle: Bundle, sites: tuple[str, ...] = SITES, *, days: int = 1, job: str | None = None) -> None:
-        approval = BundleApproval(
-            bundle=bundle.digest,
-            job=job or bundle.settings.name,
-            sites=sites,
-            note="",
-            expires=now() + timedelta(days=days),
-        )
+        expires = now() + timedelta(days=days)
+        approval = BundleApproval(bundle=bundle.digest, job=job or bundle.settings.name, sites=sites, expires=expires)
         self.change(Changes(put=files_of([approval])))
 
     def record(self, kind: str, document: Mapping[str, Any]) -> str:
@@ -228,6 +226,13 @@ class FederationWorld:
             ear_expires=issued + timedelta(seconds=seconds),
         )
 
+    def renewed(self, identity: Identity, seconds: int) -> Identity:
+        """The same guest after a fresh attestation: the same keys, a newer EAR."""
+        payload = read_jws(identity.ear, self.broker_key.public_key(), typ=EAR_TYPE)
+        issued = int(now().timestamp())
+        document = EarDocument.model_validate({**payload, "iat": issued, "exp": issued + seconds})
+        return replace(identity, ear=sign_ear(document, self.broker_key))
+
     def kit(self, user: str, address: str) -> Kit:
         keys = self.users[user]
         charter = self.charter()
@@ -278,21 +283,26 @@ class FederationWorld:
         thread.start()
         try:
             assert ready.wait(10), "the server does not listen"
+            self._stops[addresses[0]] = stop
             yield addresses[0]
         finally:
             stop.set()
             thread.join(20)
             assert not thread.is_alive(), "the server does not stop"
 
+    def stop_server(self, address: str) -> None:
+        self._stops[address].set()
+
     @contextmanager
     def site(
-        self, address: str, name: str, *, number: float = 1.0, identity: Identity | None = None, **changes: Any
+        self, address: str, name: str, *, number: float = 1.0, identity: Any = None, **changes: Any
     ) -> Iterator[RunningSite]:
         """A running site whose data is one number, once it is connected or has ended."""
-        own = identity or self.identity("site", name)
+        found = identity or self.identity("site", name)
+        own = found if callable(found) else lambda: found
         running = RunningSite()
         arguments: dict[str, Any] = {
-            "identity": lambda: own,
+            "identity": own,
             "charter": self.charter,
             "clock": now,
             "server": address,
@@ -401,6 +411,7 @@ def make_job(folder: Path, script: str = TRAIN, **changes: Any) -> tuple[Bundle,
     code = folder / "code"
     code.mkdir(exist_ok=True)
     (code / "client.py").write_text(script)
+    tracking = changes.pop("tracking", False)
     arguments: dict[str, Any] = {
         "name": "trial",
         "initial_model": {"w": np.zeros(3, dtype=np.float32)},
@@ -411,6 +422,8 @@ def make_job(folder: Path, script: str = TRAIN, **changes: Any) -> tuple[Bundle,
         **changes,
     }
     recipe = FedAvgRecipe(**arguments)
+    if tracking:
+        add_experiment_tracking(recipe, tracking_type="tensorboard")
     return make_bundle(code, recipe.settings), recipe.first_model()
 
 
@@ -424,7 +437,3 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
             return False
         time.sleep(0.02)
     return True
-
-
-def as_text(value: Any) -> str:
-    return json.dumps(value, default=str)
