@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from appliance.commands.vm_boot import add_verbs
 from appliance.output import print_json
 from attestation.evidence.report import Product
 
@@ -182,3 +183,6 @@ def _number(text: str, option: str) -> int:
         return int(text, 0)
     except ValueError:
         raise Unusable(f"{text!r} is no number", where=option, do="Write it like 0x30000.") from None
+
+
+add_verbs(app)

@@ -8,11 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from cvm_image.build.errors import UnusableHost
+from cvm_image.build.guest.disks import write_init_data
 from cvm_image.build.store import Store
 from cvm_image.build.tools import Mount, Tools
 from cvm_image.qemu import Guest, Machine, place_hash_table, running, virtual_command
 
+SEEN = ("firmware.fd", "kernel", "initrd", "rootfs.erofs", "rootfs.verity")
+"""The files of an image that QEMU opens."""
+INIT_DATA = "initdata"
+"""Serial of the disk that carries init-data."""
+
 _IMAGE, _RUN, _DISKS = Path("/work/image"), Path("/work/run"), Path("/work/disks")
+_KVM = Path("/dev/kvm")
 
 
 def find_tools(store: Store, *, log: Path) -> Tools:
@@ -27,6 +34,63 @@ def find_tools(store: Store, *, log: Path) -> Tools:
     return Tools(max(made, key=lambda path: path.stat().st_mtime), log)
 
 
+def boot_command(
+    tools: Tools,
+    image: Path,
+    run: Path,
+    *,
+    machine: Machine | None = None,
+    files: Mapping[str, Path] | None = None,
+    disks: Mapping[str, Path] | None = None,
+    init_data: bytes | None = None,
+    table_of: Path | None = None,
+    table: bool = True,
+    console: Path | None = None,
+    kvm: bool = False,
+) -> list[str]:
+    """Return the command line that starts the image on the virtual platform; `run` takes this run's files.
+
+    `machine` gives memory, processors and network (paths of its own are ignored, but that it has a port: that is then
+    `run`/port.sock). `files` are copies to use in place of the image's own; `disks` more disks by serial; `init_data`
+    become a disk as the guest looks for it. The hash table is that of the image's own files; `table_of` takes that of
+    another image's, and `table` False gives none, as a host may try. The console goes to `console`, if that is given,
+    else to `run`/serial.log.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    address = place_hash_table(table_of or image, run / "hashes.bin")
+    if not table:
+        (run / "hashes.bin").write_bytes(bytes((run / "hashes.bin").stat().st_size))
+    named = dict(disks or {})
+    wanted = machine or Machine(image=_IMAGE, serial=_RUN)
+    readonly = wanted.readonly
+    if init_data is not None:
+        (run / "init-data.disk").write_bytes(write_init_data(init_data))
+        named[INIT_DATA] = run / "init-data.disk"
+        readonly |= {INIT_DATA}
+    wanted = replace(
+        wanted,
+        image=_IMAGE,
+        serial=_RUN / "serial.log" if console is None else console,
+        disks={name: _DISKS / name for name in named},
+        readonly=readonly,
+        port=None if wanted.port is None else _RUN / "port.sock",
+    )
+    own = {name: image / name for name in SEEN} | dict(files or {})
+    mounts = [Mount(path.resolve(), str(_IMAGE / name)) for name, path in own.items()]
+    mounts.append(Mount(run.resolve(), str(_RUN), writable=True))
+    mounts += [Mount(path.resolve(), str(_DISKS / name), writable=name not in readonly) for name, path in named.items()]
+    if kvm:
+        mounts.append(Mount(_KVM, str(_KVM), writable=True))
+    line = virtual_command(
+        wanted,
+        cmdline=(image / "cmdline").read_text("ascii"),
+        hash_table=_RUN / "hashes.bin",
+        table_address=address,
+        kvm=kvm,
+    )
+    return tools.command(line, mounts, network=wanted.network != "none")
+
+
 @contextlib.contextmanager
 def booted(
     tools: Tools,
@@ -35,42 +99,18 @@ def booted(
     *,
     machine: Machine | None = None,
     disks: Mapping[str, Path] | None = None,
+    init_data: bytes | None = None,
     table_of: Path | None = None,
     table: bool = True,
-    kvm: bool = False,
 ) -> Iterator[Guest]:
-    """Start the image on the virtual platform and yield the running guest; it is ended when the block is left.
+    """Start the image by `boot_command` and yield the running guest; it is ended when the block is left.
 
-    `run` is a folder for this run: `serial.log` is the guest's console, `qemu.log` QEMU's own words. `machine` gives
-    memory, processors, network and port (paths of its own are ignored), `disks` more disks by serial. The hash table is
-    that of the image's own files; `table_of` takes that of another image's, and `table` False gives none, as a host may
-    try.
+    `run`/serial.log is the guest's console, `run`/qemu.log takes QEMU's own words.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    serial, words = run / "serial.log", run / "qemu.log"
+    line = boot_command(
+        tools, image, run, machine=machine, disks=disks, init_data=init_data, table_of=table_of, table=table
+    )
+    serial = run / "serial.log"
     serial.unlink(missing_ok=True)
-    address = place_hash_table(table_of or image, run / "hashes.bin")
-    if not table:
-        (run / "hashes.bin").write_bytes(bytes((run / "hashes.bin").stat().st_size))
-    named = disks or {}
-    wanted = replace(
-        machine or Machine(image=_IMAGE, serial=_RUN / serial.name),
-        image=_IMAGE,
-        serial=_RUN / serial.name,
-        disks={name: _DISKS / name for name in named},
-    )
-    mounts = [Mount(image.resolve(), str(_IMAGE)), Mount(run.resolve(), str(_RUN), writable=True)]
-    mounts += [
-        Mount(path.resolve(), str(_DISKS / name), writable=name not in wanted.readonly) for name, path in named.items()
-    ]
-    if kvm:
-        mounts.append(Mount(Path("/dev/kvm"), "/dev/kvm", writable=True))
-    line = virtual_command(
-        wanted,
-        cmdline=(image / "cmdline").read_text("ascii"),
-        hash_table=_RUN / "hashes.bin",
-        table_address=address,
-        kvm=kvm,
-    )
-    with running(tools.command(line, mounts, network=wanted.network != "none"), serial=serial, words=words) as guest:
+    with running(line, serial=serial, words=run / "qemu.log") as guest:
         yield guest
