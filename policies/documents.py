@@ -27,6 +27,7 @@ from policies.forms import (
     Digest,
     Document,
     Instant,
+    Jurisdiction,
     Measurement,
     Name,
     PublicKey,
@@ -95,6 +96,7 @@ __all__ = [
     "ImageReference",
     "InitData",
     "Instant",
+    "Jurisdiction",
     "Measurement",
     "Member",
     "Name",
@@ -131,10 +133,11 @@ __all__ = [
 
 
 class Member(Document):
-    """A member of the consortium and the key that speaks for it."""
+    """A member of the consortium, the key that speaks for it, and where it is at home."""
 
     name: Name
     public_key: PublicKey
+    jurisdiction: Jurisdiction | None = None
 
 
 class BrokerEntry(Document):
@@ -284,7 +287,10 @@ class ImageReference(Document):
 
 
 class Enrolment(Document):
-    """One guest's place: target `enrolments/ROLE/NAME.json`. `chips` None: any chip of the charter's platform."""
+    """One guest's place: target `enrolments/ROLE/NAME.json`. `chips` None: any chip of the charter's platform.
+
+    `jurisdiction` is where the host stands, for policies that keep data or updates in some of them.
+    """
 
     role: Role
     name: Name
@@ -293,6 +299,7 @@ class Enrolment(Document):
     init_data_sha256: Digest
     chips: tuple[ChipId, ...] | None = Field(default=None, min_length=1, max_length=64)
     address: Address | None = None
+    jurisdiction: Jurisdiction | None = None
 
 
 class BundleApproval(Document):

@@ -78,6 +78,8 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Measurement = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{96}$")]
 ChipId = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{16}|[0-9a-f]{128})$")]
 """64 bytes (Milan, Genoa) or 8 bytes (Turin), as hex."""
+Jurisdiction = Annotated[str, StringConstraints(pattern=r"^[A-Z]{2}(-[A-Z0-9]{1,3})?$")]
+"""A country (ISO 3166-1 alpha-2) or a part of one (ISO 3166-2): `DE`, `US-CA`."""
 TrustDomain = Annotated[
     str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)+$")
 ]

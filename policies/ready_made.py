@@ -36,6 +36,7 @@ def release_policy(
     names: Iterable[str] = (),
     images: Iterable[str] = (),
     members: Iterable[str] = (),
+    jurisdictions: Iterable[str] = (),
     approved_init_data: Mapping[str, str] | None = None,
     max_session_age_seconds: int = 300,
     max_releases: int = 1000,
@@ -43,18 +44,19 @@ def release_policy(
 ) -> bytes:
     """Return a release policy: who may have a resource (target `members/OWNER/release/TYPE.TAG.rego`).
 
-    `roles` are required; empty `names`, `images`, `members` do not narrow it further. `approved_init_data` maps
-    "role/name" to the init-data digest that the owner approves itself, beyond the enrolment. `kbs` opens the resource
+    `roles` are required; empty `names`, `images`, `members`, `jurisdictions` do not narrow it further.
+    `approved_init_data` maps "role/name" to the init-data digest that the owner approves itself, beyond the enrolment. `kbs` opens the resource
     to stock guests over the Key Broker protocol as well, which binds less than our own.
 
     Raises MalformedDocument for what is no role, name, digest or positive number.
     """
     approved = dict(approved_init_data or {})
     sets = {"roles": sorted(set(roles)), "names": sorted(set(names)), "images": sorted(set(images))}
-    sets["members"] = sorted(set(members))
+    sets |= {"members": sorted(set(members)), "jurisdictions": sorted(set(jurisdictions))}
     wrong = [word for word in sets["roles"] if word not in ROLES]
     named = (*sets["names"], *sets["images"], *sets["members"])
     wrong += [word for word in named if not re.fullmatch(NAME_PATTERN, word)]
+    wrong += [word for word in sets["jurisdictions"] if not re.fullmatch(r"[A-Z]{2}(-[A-Z0-9]{1,3})?", word)]
     wrong += [
         f"{place} → {digest}"
         for place, digest in approved.items()

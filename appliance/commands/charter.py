@@ -427,6 +427,9 @@ def release_policy(
     name: Annotated[list[str] | None, typer.Option("--name", help="Only guests of this name.")] = None,
     image: Annotated[list[str] | None, typer.Option("--image", help="Only guests of this image.")] = None,
     member: Annotated[list[str] | None, typer.Option("--member", help="Only this member's guests.")] = None,
+    jurisdiction: Annotated[
+        list[str] | None, typer.Option("--jurisdiction", help="Only guests whose hosts stand there, as DE or US-CA.")
+    ] = None,
     approve: Annotated[
         list[str] | None,
         typer.Option("--approve", metavar="ROLE/NAME=DIGEST", help="Only places whose init-data the owner approves."),
@@ -444,6 +447,7 @@ def release_policy(
         names=name or (),
         images=image or (),
         members=member or (),
+        jurisdictions=jurisdiction or (),
         approved_init_data=approved,
         max_session_age_seconds=max_age,
         max_releases=max_releases,

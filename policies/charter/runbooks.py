@@ -30,17 +30,20 @@ def replace_member_key(charter: Charter, member: str, public_key: str) -> Change
     """
     _must_be_member(charter, member)
     members = tuple(
-        {"name": item.name, "public_key": public_key if item.name == member else item.public_key}
+        {**item.model_dump(), **({"public_key": public_key} if item.name == member else {})}
         for item in charter.consortium.members
     )
     return Changes(consortium=_with(charter.consortium, members=members))
 
 
-def member_joins(charter: Charter, member: str, public_key: str, *, threshold: int | None = None) -> Changes:
+def member_joins(
+    charter: Charter, member: str, public_key: str, *, threshold: int | None = None, jurisdiction: str | None = None
+) -> Changes:
     """A member joins; the threshold stays unless it is given."""
     if charter.consortium.member(member) is not None:
         raise refusal("this member belongs already", [member])
-    members = (*(item.model_dump() for item in charter.consortium.members), {"name": member, "public_key": public_key})
+    new = {"name": member, "public_key": public_key, "jurisdiction": jurisdiction}
+    members = (*(item.model_dump() for item in charter.consortium.members), new)
     number = charter.consortium.threshold if threshold is None else threshold
     return Changes(consortium=_with(charter.consortium, members=members, threshold=number))
 

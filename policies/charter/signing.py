@@ -47,6 +47,8 @@ AnyKey = Ed25519PrivateKey | SigningKey
 def current_charter(store: Mapping[str, bytes], root: bytes | None = None) -> Charter:
     """Return the charter in `store` whatever the time and without its timestamp: what a change starts from."""
     trusted = root or store.get(FIRST_ROOT, b"")
+    if newest_snapshot(store) == 0:
+        raise refusal("the charter to change does not hold", ["it has no snapshot"])
     charter, work = inspect(store, trusted, None, snapshot=newest_snapshot(store))
     if charter is None or work.shortfalls:
         raise refusal("the charter to change does not hold", all_reasons(work))

@@ -145,7 +145,11 @@ def _members(old: Consortium, new: Consortium) -> list[Change]:
         now = new.member(member.name)
         if now is None:
             changes.append(Change(f"Member {member.name} leaves; its key decides nothing any more."))
-        elif now.public_key != member.public_key:
+            continue
+        if now.jurisdiction != member.jurisdiction:
+            places = f"{member.jurisdiction or 'nowhere'} to {now.jurisdiction or 'nowhere'}"
+            changes.append(Change(f"Member {member.name} moves from {places}."))
+        if now.public_key != member.public_key:
             changes.append(
                 Change(
                     f"Member {member.name} gets another key.",
@@ -238,7 +242,8 @@ def _full(document: Document) -> list[str]:
         case Enrolment():
             lines = [f"init-data {document.init_data_sha256}"]
             lines += [f"chip {chip}" for chip in document.chips or ()]
-            return lines + ([f"address {document.address}"] if document.address else [])
+            lines += [f"address {document.address}"] if document.address else []
+            return lines + ([f"in {document.jurisdiction}"] if document.jurisdiction else [])
         case BundleApproval():
             return [f"bundle {document.bundle}"]
         case User():

@@ -14,6 +14,9 @@ images := set()
 # Members whose guests may have it, if the set is not empty.
 members := set()
 
+# Jurisdictions that the guest's host must stand in, if the set is not empty.
+jurisdictions := set()
+
 # Places that the owner has approved itself, "role/name" to the init-data's digest, if not empty.
 approved_init_data := {}
 
@@ -52,6 +55,12 @@ reasons contains "the guest's member is not one of those named" if not member_ma
 member_may if count(members) == 0
 
 member_may if input.ear.subject.member in members
+
+reasons contains "the guest's host is not in one of the jurisdictions named" if not jurisdiction_may
+
+jurisdiction_may if count(jurisdictions) == 0
+
+jurisdiction_may if input.enrolment.jurisdiction in jurisdictions
 
 reasons contains "the owner has not approved this guest's place and init-data" if not place_may
 

@@ -169,7 +169,7 @@ REQUEST = {
         "subject": {"role": "site", "name": "borealis", "member": "borealis-hospital", "image": "demo"},
         "submods": {"cpu0": {"ear.status": "affirming"}},
     },
-    "enrolment": {"role": "site", "name": "borealis", "init_data_sha256": "ef" * 32},
+    "enrolment": {"role": "site", "name": "borealis", "init_data_sha256": "ef" * 32, "jurisdiction": "DE"},
     "session": {"age_seconds": 3},
 }
 
@@ -185,6 +185,8 @@ REQUEST = {
         ({"roles": ["site"], "images": ["demo-2"]}, False),
         ({"roles": ["site"], "members": ["borealis-hospital"]}, True),
         ({"roles": ["site"], "members": ["acme-pharma"]}, False),
+        ({"roles": ["site"], "jurisdictions": ["DE", "US-CA"]}, True),
+        ({"roles": ["site"], "jurisdictions": ["FR"]}, False),
         ({"roles": ["site"], "approved_init_data": {"site/borealis": "ef" * 32}}, True),
         ({"roles": ["site"], "approved_init_data": {"site/borealis": "00" * 32}}, False),
         ({"roles": ["site"], "approved_init_data": {"site/cygnus": "ef" * 32}}, False),
@@ -208,6 +210,7 @@ def test_generated_release_policies(parts: dict[str, Any], allowed: bool) -> Non
         {"roles": ["site"], "names": ["x\n"]},
         {"roles": ["site"], "approved_init_data": {"site/a": "no digest"}},
         {"roles": ["site"], "max_releases": 0},
+        {"roles": ["site"], "jurisdictions": ["de"]},
     ],
 )
 def test_release_policies_of_nonsense_are_refused(parts: dict[str, Any]) -> None:
