@@ -25,9 +25,16 @@ def report_data(broker: str, charter_id: str, charter_version: int, nonce: bytes
 
     `nonce` is the broker's, NONCE_SIZE bytes; `keys` holds exactly PURPOSES. Raises Unusable.
     """
-    if sorted(keys) != list(PURPOSES):
+    return bound_report_data(broker, charter_id, charter_version, nonce, digests(keys))
+
+
+def bound_report_data(
+    broker: str, charter_id: str, charter_version: int, nonce: bytes, key_digests: Mapping[str, str]
+) -> bytes:
+    """The same from the keys' SHA-256 (hex) by purpose: what an auditor has of them. Raises Unusable."""
+    if sorted(key_digests) != list(PURPOSES):
         raise Unusable(
-            f"a guest binds the keys {', '.join(PURPOSES)}, not {', '.join(sorted(keys)) or 'none'}",
+            f"a guest binds the keys {', '.join(PURPOSES)}, not {', '.join(sorted(key_digests)) or 'none'}",
             where="keys",
             do="Send exactly these keys.",
         )
@@ -38,7 +45,7 @@ def report_data(broker: str, charter_id: str, charter_version: int, nonce: bytes
     document = {
         "broker": broker,
         "charter": {"id": charter_id, "version": charter_version},
-        "keys": digests(keys),
+        "keys": dict(key_digests),
         "nonce": b64(nonce),
     }
     return sha512(CONTEXT + canonical_bytes(document)).digest()

@@ -135,3 +135,7 @@ class CharterMoved(Refused):
 
     def __init__(self, reasons: tuple[str, ...]) -> None:
         super().__init__(reasons[0], where="charter", do="Fetch the charter again.", reasons=reasons)
+
+
+class EndorsementUnavailable(Unusable):
+    """A certificate or a revocation list that is neither at hand nor to be had now."""

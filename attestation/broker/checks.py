@@ -24,6 +24,19 @@ def check_deposit(
     token: str, resource: str, salt: bytes, value: bytes, broker: str, charter: Charter, at: datetime
 ) -> tuple[Deposit | None, tuple[str, ...]]:
     """What a deposit says, and every reason against it. Raises Unusable for what is no deposit."""
+    content, found = check_deposit_token(token, resource, broker, charter, at)
+    reasons = [*found]
+    if len(value) > MAX_SECRET:
+        reasons.append(f"the value has {len(value)} bytes, more than {MAX_SECRET}")
+    if content is not None and value_commitment(salt, value) != content.commitment:
+        reasons.append("the value is not the one that was signed")
+    return content, tuple(reasons)
+
+
+def check_deposit_token(
+    token: str, resource: str, broker: str, charter: Charter, at: datetime
+) -> tuple[Deposit | None, tuple[str, ...]]:
+    """What an owner signed, and every reason against it, the value apart. Raises Unusable for what is no deposit."""
     member_name = read_jws_header(token, typ=DEPOSIT_TYPE)
     owner = resource.partition("/")[0]
     member = charter.consortium.member(owner)
@@ -42,10 +55,6 @@ def check_deposit(
         reasons.append("the deposit is under another charter")
     if abs(parse_time(content.time, where="deposit") - at) > DEPOSIT_SKEW:
         reasons.append(f"the deposit was signed at {content.time}, not within {DEPOSIT_SKEW} of now")
-    if len(value) > MAX_SECRET:
-        reasons.append(f"the value has {len(value)} bytes, more than {MAX_SECRET}")
-    if value_commitment(salt, value) != content.commitment:
-        reasons.append("the value is not the one that was signed")
     return content, tuple(reasons)
 
 

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -25,8 +24,9 @@ from attestation.broker.charters import CharterFolder, LoadedCharter
 from attestation.broker.checks import check_csr, check_deposit
 from attestation.broker.journal import Note
 from attestation.broker.keys import Issuer, KeyEncryption, open_resource, seal_resource
-from attestation.broker.release import KBS_MODULE, Counters, decide_release
+from attestation.broker.release import Counters, decide_release
 from attestation.broker.release import Question as ReleaseQuestion
+from attestation.broker.rules import floor_rules, owner_rules
 from attestation.broker.sessions import (
     NONCE_SIZE,
     Protocol,
@@ -52,7 +52,6 @@ from attestation.ledger.entry import BROKER_KINDS
 from attestation.ledger.receipt import Receipt
 from attestation.messages import Deposit
 from policies.charter import Charter
-from policies.decisions import Rules
 from policies.errors import Refused, SealwrightError, Unusable
 
 TRIES: Final = 8
@@ -95,8 +94,8 @@ class Issued:
 
 
 def now() -> datetime:
-    """The time, UTC."""
-    return datetime.now(UTC)
+    """The time, UTC, in the whole seconds that every signed document has."""
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 class Broker:
@@ -161,6 +160,13 @@ class Broker:
 
     def _still_followed(self, charter: Charter) -> bool:
         return self._followed is not None and self._followed.charter.version == charter.version
+
+    def _demand_followed(self, charter: Charter) -> None:
+        if not self._still_followed(charter):
+            raise BrokerUnavailable("the charter moved on while this was decided", where="charter")
+
+    def _now_followed(self, charter: Charter) -> Charter:
+        return self._followed.charter if self._followed is not None else charter
 
     # --- sessions ---------------------------------------------------------------------------------------------------
 
@@ -244,7 +250,7 @@ class Broker:
             try:
                 spent = take_nonce(found, protocol, at)
             except SessionRefused as error:
-                _append(step, journal.call_denial("attest", session, error.reasons, charter, at))
+                _append(step, journal.call_denial("attest", session, error.reasons, self._now_followed(charter), at))
                 return None, error.reasons, b""
             moved = () if self._still_followed(charter) else ("the charter moved on meanwhile",)
             if reasons or moved or document is None:
@@ -369,7 +375,7 @@ class Broker:
             seconds=charter.consortium.credential_seconds,
         )
         note = journal.credential(ear, session, certificate, charter, at)
-        return Issued(certificate, await self._note(identifier, authorise, note), note.entry.to_bytes())
+        return Issued(certificate, await self._note(identifier, authorise, note, charter), note.entry.to_bytes())
 
     async def record(self, identifier: str, kind: str, document: Mapping[str, Any], authorise: Authorise) -> Issued:
         """Write down what an attested guest says."""
@@ -379,7 +385,7 @@ class Broker:
         if kind in BROKER_KINDS:
             raise Refused(f"entries of kind {kind} are the broker's own", where="record", do="Use a kind of your own.")
         note = journal.record(self._ear(session, charter, at), session, kind, document, charter, at)
-        return Issued(b"", await self._note(identifier, authorise, note), note.entry.to_bytes())
+        return Issued(b"", await self._note(identifier, authorise, note, charter), note.entry.to_bytes())
 
     # --- deposits ---------------------------------------------------------------------------------------------------
 
@@ -391,6 +397,7 @@ class Broker:
         stored = None if content is None or reasons else seal_resource(resource, content.serial, value, self._kek)
 
         def work(step: Transaction) -> tuple[str, ...]:
+            self._demand_followed(charter)
             old = step.resource(resource)
             against = reasons
             if content is not None and old is not None and content.serial <= old.serial:
@@ -422,13 +429,17 @@ class Broker:
             return authorise(session)
         except SealwrightError as error:
             if session is not None and session.protocol == protocol:
-                reasons = error.reasons if isinstance(error, Refused) else (error.what,)
-                note = journal.call_denial(what, session, reasons, charter, at)
-                await self.storage.transact(lambda step: _append(step, note))
+                reasons, denied = error.reasons if isinstance(error, Refused) else (error.what,), session
+                await self.storage.transact(
+                    lambda step: _append(
+                        step, journal.call_denial(what, denied, reasons, self._now_followed(charter), at)
+                    )
+                )
             raise
 
-    async def _note(self, identifier: str, authorise: Authorise, note: Note) -> Receipt:
+    async def _note(self, identifier: str, authorise: Authorise, note: Note, charter: Charter) -> Receipt:
         def work(step: Transaction) -> None:
+            self._demand_followed(charter)
             step.update_session(authorise(step.session(identifier)))
             _append(step, note)
 
@@ -443,18 +454,6 @@ class Broker:
         if gone:
             raise AppraisalRefused(gone, who=journal.place(ear.subject))
         return ear
-
-
-@lru_cache(maxsize=8)
-def floor_rules(text: str) -> Rules:
-    """The charter's floor, compiled once."""
-    return Rules({"floor.rego": text})
-
-
-@lru_cache(maxsize=256)
-def owner_rules(text: str) -> Rules:
-    """An owner's release policy, compiled once, with the rule that opens it to KBS guests."""
-    return Rules({"release.rego": text, "kbs.rego": KBS_MODULE})
 
 
 def _append(step: Transaction, note: Note) -> int:

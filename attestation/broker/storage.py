@@ -316,6 +316,7 @@ class Storage:
         """Run `work`, which only reads, on the calling thread. Raises BrokerUnavailable."""
         try:
             with self._engine.connect() as connection:
+                connection.exec_driver_sql("BEGIN")  # one snapshot for all that `work` reads
                 return work(Transaction(connection))
         except sa.exc.SQLAlchemyError as error:
             raise BrokerUnavailable(f"the database cannot be read: {_words(error)}", where="database") from error
@@ -440,6 +441,25 @@ def open_storage(url: str, origin: str, key: Ed25519PrivateKey, *, busy_seconds:
     return Storage(engine, origin, key)
 
 
+def read_database(path: Path, work: Callable[[Transaction], T]) -> T:
+    """Run `work`, which only reads, on a broker's database file, whether its broker runs or not.
+
+    Raises Unusable if there is no such database, BrokerUnavailable if it cannot be read.
+    """
+    if not path.is_file():
+        raise Unusable("there is no broker's database", where=str(path), do="Name the broker's folder or database.")
+    engine = sa.create_engine(f"sqlite:///{path.absolute()}", connect_args={"timeout": BUSY_SECONDS})
+    sa.event.listen(engine, "connect", _read_only)
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN")
+            return work(Transaction(connection))
+    except sa.exc.SQLAlchemyError as error:
+        raise BrokerUnavailable(f"the database cannot be read: {_words(error)}", where=str(path)) from error
+    finally:
+        engine.dispose()
+
+
 def check_head(transaction: Transaction, origin: str, key: Ed25519PrivateKey) -> None:
     """Check that the ledger's signed head is its tree's. Raises LedgerRefused."""
     size, head = transaction.size(), transaction.head()
@@ -469,3 +489,8 @@ def _configure(connection: Any, _record: Any) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _read_only(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None
+    connection.execute("PRAGMA query_only=ON")

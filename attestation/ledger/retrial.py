@@ -1,0 +1,309 @@
+"""Making a ledger's decisions again, one after another, from what stands behind them.
+
+A retrial keeps what the broker had to know at each moment: the charter that was followed, the EARs that were given, how
+often each resource was released, which deposit was the last. Each entry must follow from that and from its blobs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
+from attestation.binding import bound_report_data, kbs_report_data
+from attestation.broker.appraisal import Question as AppraisalQuestion
+from attestation.broker.appraisal import Verdict, appraise_guest, build_ear
+from attestation.broker.checks import check_deposit_token
+from attestation.broker.journal import place
+from attestation.broker.release import Counters, decide_release
+from attestation.broker.release import Question as ReleaseQuestion
+from attestation.broker.rules import floor_rules, owner_rules
+from attestation.canonical import format_time, unb64
+from attestation.ear import Ear, verify_ear
+from attestation.errors import PeerRefused
+from attestation.evidence.composite import SnpEvidence
+from attestation.identity import appraise_peer, enrolment_reasons
+from attestation.ledger.entry import Entry
+from policies.charter import Charter
+from policies.documents import BrokerEntry
+from policies.errors import Refused, SealwrightError
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One row of the story: who got what, by which evidence."""
+
+    number: int
+    time: datetime
+    kind: str
+    who: str
+    image: str | None
+    measurement: str | None
+    tcb: Mapping[str, Any] | None
+    what: str
+    outcome: str
+    platform: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {
+            "entry": self.number,
+            "time": format_time(self.time),
+            "kind": self.kind,
+            "who": self.who,
+            "image": self.image,
+            "measurement": self.measurement,
+            "tcb": None if self.tcb is None else dict(self.tcb),
+            "what": self.what,
+            "outcome": self.outcome,
+            "platform": self.platform,
+        }
+
+
+class Missing(Exception):
+    """A blob or a field that an entry needs and that is not there (told where it is missing)."""
+
+
+class Retrial:
+    """The state of a retrial; feed it good entries in their order."""
+
+    def __init__(self, broker: BrokerEntry | None, charters: Mapping[int, Charter], blobs: Mapping[str, bytes]) -> None:
+        self.decisions: list[Decision] = []
+        self._broker = broker
+        self._charters = charters
+        self._blobs = blobs
+        self._charter: Charter | None = None
+        self._ears: dict[str, tuple[str, datetime]] = {}
+        self._spent: set[str] = set()
+        self._serials: dict[str, int] = {}
+        self._releases: Counter[tuple[str, str]] = Counter()
+
+    def judge(self, number: int, entry: Entry) -> list[str]:
+        """Every reason why this entry does not follow from what stands behind it."""
+        if entry.kind == "charter":
+            self._charter = self._charters.get(number)
+            return []
+        if self._charter is None or self._broker is None:
+            return []  # the charter before it is named as a problem already
+        try:
+            return self._judge(number, entry, self._charter, self._broker)
+        except Missing:
+            return []  # the blob is named as a problem already
+        except SealwrightError as error:
+            return [error.what]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return [f"it lacks what an entry of its kind has ({type(error).__name__}: {error})"]
+
+    def _judge(self, number: int, entry: Entry, charter: Charter, broker: BrokerEntry) -> list[str]:
+        reasons = []
+        if entry.body["charter"] != {"id": charter.id, "version": charter.version}:
+            reasons.append("it follows another charter than the ledger named last")
+        if entry.kind == "appraisal":
+            return reasons + self._appraisal(number, entry, charter, broker)
+        if entry.kind == "denial":
+            return reasons + self._denial(number, entry, charter, broker)
+        if entry.kind == "deposit":
+            return reasons + self._deposit(number, entry, charter, broker)
+        ear, age, against = self._ear(entry, charter)
+        reasons += against
+        if entry.kind == "release":
+            return reasons + self._release(number, entry, charter, ear, age)
+        if entry.kind == "credential":
+            reasons += self._credential(entry, charter, ear)
+        self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, entry.kind, "recorded")
+        return reasons
+
+    # --- kinds ------------------------------------------------------------------------------------------------------
+
+    def _appraisal(self, number: int, entry: Entry, charter: Charter, broker: BrokerEntry) -> list[str]:
+        body = entry.body
+        verdict, reasons = self._appraise(entry, charter, broker), []
+        token = self._blob(body["ear"]).decode("ascii")
+        if body["session"] in self._spent:
+            reasons.append("its session's nonce was used before")
+        self._spent.add(body["session"])
+        self._ears[body["ear"]] = (body["session"], entry.time)
+        self._row(number, entry, verdict.who, _image(verdict), verdict.claims, "attest", "affirming")
+        if verdict.reasons:
+            return [*reasons, *(f"the evidence does not earn its EAR: {reason}" for reason in verdict.reasons)]
+        ear = verify_ear(token, charter, entry.time)
+        runtime = body["bound"] if body["protocol"] == "kbs" else None
+        expected = build_ear(
+            verdict,
+            charter,
+            broker=broker.name,
+            nonce=body["guest-nonce"],
+            keys=ear.keys if runtime is not None else body["bound"]["keys"],
+            at=entry.time,
+            runtime=runtime,
+        )
+        if ear.document != expected.model_copy(update={"iat": ear.document.iat, "exp": ear.document.exp}):
+            reasons.append("its EAR says something else than the evidence")
+        if abs(ear.issued_at - entry.time).total_seconds() > 1:
+            reasons.append("its EAR was signed at another time")
+        if body["subject"] != ear.subject.model_dump(mode="json"):
+            reasons.append("it names another place than its EAR")
+        return reasons
+
+    def _denial(self, number: int, entry: Entry, charter: Charter, broker: BrokerEntry) -> list[str]:
+        body = entry.body
+        what, said = body["what"], body["reasons"]
+        outcome = "refused: " + "; ".join(said)
+        if not said:
+            return ["it refuses without a reason"]
+        if what == "appraisal":
+            claims: Mapping[str, Any] = {}
+            self._spent.add(body["session"])
+            image, lacking = None, []
+            if body["evidence-kept"]:
+                verdict = self._appraise(entry, charter, broker)
+                claims, image = verdict.claims, _image(verdict)
+                lacking = [reason for reason in verdict.reasons if reason not in said]
+            self._row(number, entry, body["claimed"], image, claims, "attest", outcome)
+            return [f"it does not name a reason that the evidence gives: {reason}" for reason in lacking]
+        if what == "release":
+            ear, age, against = self._ear(entry, charter)
+            found = self._decide(entry, charter, ear, age)
+            self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, body["resource"], outcome)
+            return against + [f"it does not name a rule that is against it: {r}" for r in found if r not in said]
+        self._row(number, entry, body.get("resource", "session"), None, {}, what, outcome)
+        return []
+
+    def _release(self, number: int, entry: Entry, charter: Charter, ear: Ear, age: int) -> list[str]:
+        body = entry.body
+        resource = body["resource"]
+        reasons = [f"it should not have been released: {reason}" for reason in self._decide(entry, charter, ear, age)]
+        if self._serials.get(resource) != body["serial"]:
+            reasons.append(f"deposit {body['serial']} of {resource} is not the last one before it")
+        for key in self._count_keys(resource, ear):
+            self._releases[key] += 1
+        self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, resource, "released")
+        return reasons
+
+    def _decide(self, entry: Entry, charter: Charter, ear: Ear, age: int) -> tuple[str, ...]:
+        """The policies' verdict, on counters counted anew."""
+        body = entry.body
+        enrolment = charter.enrolment(ear.subject.role, ear.subject.name)
+        if enrolment is None:
+            return ("the guest's place is not enrolled",)
+        counted = Counters(*(self._releases[key] for key in self._count_keys(body["resource"], ear)))
+        against: tuple[str, ...] = ()
+        if body["counters"] != counted.as_dict():
+            against += ("its counters are not those of the ledger",)
+        if abs(body["age_seconds"] - age) > 1:
+            against += ("it is wrong about the session's age",)
+        question = ReleaseQuestion(
+            body["resource"], ear, enrolment, body["age_seconds"], body["protocol"], body["job"], counted, entry.time
+        )
+        floor, owner = charter.policy("floor.rego"), charter.release_policy(body["resource"])
+        return against + decide_release(
+            question,
+            None if floor is None else floor_rules(floor),
+            None if owner is None else owner_rules(owner),
+        )
+
+    def _deposit(self, number: int, entry: Entry, charter: Charter, broker: BrokerEntry) -> list[str]:
+        body = entry.body
+        token = self._blob(body["deposit"]).decode("ascii")
+        content, found = check_deposit_token(token, body["resource"], broker.name, charter, entry.time)
+        reasons = [*found]
+        if content is None or content.serial != body["serial"]:
+            reasons.append("its serial is not the signed one")
+        if body["serial"] <= self._serials.get(body["resource"], 0):
+            reasons.append("an older deposit was put in place of a newer one")
+        self._serials[body["resource"]] = body["serial"]
+        self._row(number, entry, body["resource"].partition("/")[0], None, {}, body["resource"], "deposited")
+        return reasons
+
+    def _credential(self, entry: Entry, charter: Charter, ear: Ear) -> list[str]:
+        certificate = self._blob(entry.body["certificate"])
+        try:
+            peer = appraise_peer(certificate, charter, entry.time)
+            issuer = x509.load_pem_x509_certificate(self._broker.issuer_certificate.encode()) if self._broker else None
+            if issuer is not None:
+                x509.load_der_x509_certificate(certificate).verify_directly_issued_by(issuer)
+        except PeerRefused as error:
+            return [f"its certificate does not hold: {reason}" for reason in error.reasons]
+        except (ValueError, TypeError, InvalidSignature):
+            return ["its certificate was issued by another broker"]
+        return [] if peer.ear.token == ear.token else ["its certificate carries another EAR"]
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    def _appraise(self, entry: Entry, charter: Charter, broker: BrokerEntry) -> Verdict:
+        body = entry.body
+        evidence, bound = body["evidence"], body["bound"]
+        init_data = None if evidence["init-data"] is None else self._blob(evidence["init-data"])
+        question = AppraisalQuestion(
+            SnpEvidence(self._blob(evidence["report"]), self._blob(evidence["certificates"])),
+            init_data,
+            expected_report_data(bound, body["protocol"], broker.name, charter),
+            body["protocol"],
+        )
+        return appraise_guest(question, charter, entry.time)
+
+    def _ear(self, entry: Entry, charter: Charter) -> tuple[Ear, int, list[str]]:
+        """The EAR that an entry names, which must have been given before, to this session, and still hold."""
+        body = entry.body
+        digest = body["ear"]
+        reasons = []
+        session, given = self._ears.get(digest, ("", entry.time))
+        if digest not in self._ears or session != body["session"]:
+            reasons.append("its EAR was not given before in its session")
+        try:
+            ear = verify_ear(self._blob(digest).decode("ascii"), charter, entry.time)
+        except Refused as error:
+            raise Refused(
+                f"its EAR does not hold: {'; '.join(error.reasons)}", where="entry", do="Do not rely on it."
+            ) from error
+        reasons += enrolment_reasons(ear, charter)
+        if body["subject"] != ear.subject.model_dump(mode="json"):
+            reasons.append("it names another place than its EAR")
+        return ear, max(0, int((entry.time - given).total_seconds())), reasons
+
+    def _count_keys(self, resource: str, ear: Ear) -> tuple[tuple[str, str], ...]:
+        return (
+            (resource, ""),
+            (resource, f"guest {place(ear.subject)}"),
+            (resource, f"boot {ear.claims.get('report_id')}"),
+        )
+
+    def _blob(self, digest: str) -> bytes:
+        if digest not in self._blobs:
+            raise Missing(digest)
+        return self._blobs[digest]
+
+    def _row(
+        self, number: int, entry: Entry, who: str, image: str | None, claims: Mapping[str, Any], what: str, outcome: str
+    ) -> None:
+        tcb = claims.get("reported_tcb")
+        self.decisions.append(
+            Decision(
+                number,
+                entry.time,
+                entry.kind,
+                who,
+                image,
+                claims.get("measurement"),
+                tcb if isinstance(tcb, dict) else None,
+                what,
+                outcome,
+                claims.get("platform"),
+            )
+        )
+
+
+def expected_report_data(bound: Mapping[str, Any], protocol: str, broker: str, charter: Charter) -> bytes:
+    """What REPORT_DATA had to be, from what the ledger says was bound."""
+    if protocol == "kbs":
+        return kbs_report_data(bound["nonce"], bound["tee-pubkey"], bound["additional-evidence"])
+    return bound_report_data(broker, charter.id, charter.version, unb64(bound["nonce"], where="nonce"), bound["keys"])
+
+
+def _image(verdict: Verdict) -> str | None:
+    return verdict.subject.image if verdict.subject else None
