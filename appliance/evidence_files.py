@@ -13,7 +13,7 @@ from attestation.endorsements.sources import from_certificate_table, from_files,
 from attestation.errors import MalformedEvidence
 from attestation.evidence.composite import SnpEvidence
 from attestation.evidence.hcl import MAGIC, HclEvidence, parse_hcl_report
-from attestation.evidence.report import REPORT_SIZE
+from attestation.evidence.report import REPORT_SIZE, parse_report
 from attestation.verifier import Appraisal, Expected, Profile, verify_hcl, verify_snp
 from policies.errors import Unusable
 
@@ -35,8 +35,12 @@ class SnpFile:
         return verify_snp(self.report, self.endorsements, profile, expected, at)
 
 
-def read_evidence(path: Path, *, vek: Path | None, chain: Path | None, crls: Sequence[Path]) -> SnpFile:
+def read_evidence(
+    path: Path, *, vek: Path | None, chain: Path | None, crls: Sequence[Path], cache: Path | None = None
+) -> SnpFile:
     """Read evidence and what vouches for it; a VEK given by file goes before one that the evidence brings.
+
+    What is missing then is looked for in the folder `cache` (`seal evidence preload`).
 
     Raises:
         Unusable: a file is missing, a directory, empty, too large, or not what it was given for.
@@ -46,12 +50,23 @@ def read_evidence(path: Path, *, vek: Path | None, chain: Path | None, crls: Seq
     try:
         evidence = _read_snp(raw)
         if isinstance(evidence, HclEvidence):
-            return SnpFile(evidence.hcl.report, given, evidence)
+            found = given if given.vek is not None else replace(given, vek=evidence.vek)
+            return SnpFile(evidence.hcl.report, _from_cache(found, evidence.hcl.report, cache), evidence)
         brought = from_certificate_table(evidence.certificates, intermediates=given.intermediates, crls=given.crls)
     except MalformedEvidence as error:
         where = str(path) if error.where == "evidence" else f"{path}: {error.where}"
         raise MalformedEvidence(error.what, where=where, do=error.do) from error
-    return SnpFile(evidence.report, brought if given.vek is None else replace(brought, vek=given.vek))
+    found = brought if given.vek is None else replace(brought, vek=given.vek)
+    return SnpFile(evidence.report, _from_cache(found, evidence.report, cache))
+
+
+def _from_cache(endorsements: Endorsements, report: bytes, cache: Path | None) -> Endorsements:
+    if cache is None:
+        return endorsements
+    from attestation.endorsements.kds import complete
+    from attestation.endorsements.kds_cache import KdsCache
+
+    return complete(endorsements, parse_report(report, strict=False), KdsCache(cache))
 
 
 def _read_snp(raw: bytes) -> SnpEvidence | HclEvidence:

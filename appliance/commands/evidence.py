@@ -51,6 +51,10 @@ IdBlockFiles = Annotated[
     tuple[Path, Path] | None,
     typer.Option("--id-block", metavar="ID-BLOCK ID-AUTH", help="The ID block it must have been launched with."),
 ]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option("--cache", metavar="FOLDER", help="Take what is missing out of this cache of endorsements."),
+]
 AtTime = Annotated[
     str | None, typer.Option("--at", metavar="RFC3339", help="The time of verification, e.g. 2026-03-01T12:00:00Z.")
 ]
@@ -89,6 +93,7 @@ def verify(
     nonce: NonceHex = None,
     report_data: ReportDataHex = None,
     id_block: IdBlockFiles = None,
+    cache: CacheFolder = None,
     at: AtTime = None,
     as_json: AsJson = False,
 ) -> None:
@@ -106,13 +111,65 @@ def verify(
         return
     profile = SHOW if policy is None else _profile(policy)
     expected = Expected(report_data=_report_data(nonce, report_data), id_block=_id_block(id_block))
-    evidence = read_evidence(report, vek=vek, chain=chain, crls=crl or ())
+    evidence = read_evidence(report, vek=vek, chain=chain, crls=crl or (), cache=cache)
     appraisal = evidence.appraise(profile, expected, moment)
     if as_json:
         print_json(appraisal.to_json())
     else:
         print_appraisal(appraisal, str(report), moment)
     raise typer.Exit(0 if appraisal.affirming else 1)
+
+
+@app.command(epilog="Example: seal evidence preload endorsements.tar.gz --cache /var/cache/sealwright/kds")
+def preload(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="Folders, tar or zip archives, or single files.")
+    ],
+    cache: Annotated[Path, typer.Option("--cache", metavar="FOLDER", help="The cache to fill.")],
+    as_json: AsJson = False,
+) -> None:
+    """Fill a cache of VCEKs, authorities and revocation lists, for a machine without a network."""
+    from attestation.endorsements.kds_cache import KdsCache
+
+    stored = [name for source in sources for name in KdsCache(cache).preload(source)]
+    if not stored:
+        raise Unusable(
+            "there is no endorsement of AMD's in it", where=", ".join(map(str, sources)), do="Check what was given."
+        )
+    _print_stored(stored, cache, as_json)
+
+
+@app.command(epilog="Example (needs a network): seal evidence fetch report.bin --cache /var/cache/sealwright/kds")
+def fetch(
+    report: ReportFile,
+    cache: Annotated[Path, typer.Option("--cache", metavar="FOLDER", help="The cache to fill.")],
+    product: Annotated[
+        Literal["Milan", "Genoa", "Turin"] | None,
+        typer.Option(help="The product line, for reports before version 3, which do not name it."),
+    ] = None,
+    service: Annotated[
+        str, typer.Option("--service", metavar="URL", help="AMD's key distribution service, or a mirror of it.")
+    ] = "https://kdsintf.amd.com",
+    as_json: AsJson = False,
+) -> None:
+    """Fetch the certificates of a report's chip and its revocation list from AMD into a cache, once."""
+    from attestation.endorsements.kds import KdsClient, https_fetch
+    from attestation.endorsements.kds_cache import KdsCache
+    from attestation.evidence.composite import SnpEvidence
+    from attestation.evidence.report import Product
+
+    evidence = SnpEvidence(read_evidence(report, vek=None, chain=None, crls=()).report)
+    client = KdsClient(KdsCache(cache), https_fetch(), base=service.rstrip("/"))
+    client.endorse(evidence, product=None if product is None else Product(product), revocation=True)
+    stored = sorted(str(one.relative_to(cache)) for one in cache.rglob("*") if one.suffix in {".der", ".pem"})
+    _print_stored(stored, cache, as_json)
+
+
+def _print_stored(stored: list[str], cache: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({"cache": str(cache), "stored": stored})
+    else:
+        typer.echo("\n".join(stored))
 
 
 @app.command(epilog="Example: seal evidence policy --profile broker > appraisal.toml")
