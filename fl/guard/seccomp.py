@@ -19,10 +19,9 @@ inotify and fanotify go: they would tell what the host does with the folders tha
 from __future__ import annotations
 
 import errno
-import os
-from typing import Any, Final
+from typing import Final
 
-from fl.errors import SandboxUnusable
+from fl.guard.libseccomp import ALLOW, Filter, equals, error, has_none_of, is_not
 
 _FILES: Final = """
     access close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2 fadvise64 fallocate fchdir
@@ -114,76 +113,42 @@ F_NOTIFY: Final = 1026
 PR_SET_DUMPABLE: Final = 4
 PR_SET_SECCOMP: Final = 22
 
-LOW: Final = 0xFFFFFFFF
-"""The kernel takes these arguments as 32 bits; their upper halves are the caller's to fill."""
-
 
 def launch_filter(*, devices: bool) -> bytes:
     """The allow-list, as an array of `struct sock_filter`. With `devices` (a GPU) its drivers' ioctls are allowed.
 
-    Raises SandboxUnusable if libseccomp is not installed.
+    Raises SandboxFailed if libseccomp is not installed.
     """
-    sc = _library()
-    rules = sc.SyscallFilter(sc.ERRNO(errno.ENOSYS))
-    rules.set_attr(sc.Attr.ACT_BADARCH, sc.KILL_PROCESS)
+    rules = Filter(error(errno.ENOSYS))
     for name in sorted(ALLOWED):
-        _add(rules, sc, sc.ALLOW, name)
+        rules.add(ALLOW, name)
     for name in sorted(FORBIDDEN):
-        _add(rules, sc, sc.ERRNO(errno.EPERM), name)
-    _add(rules, sc, sc.ALLOW, "clone", sc.Arg(0, sc.MASKED_EQ, CLONE_NAMESPACES, 0))
+        rules.add(error(errno.EPERM), name)
+    rules.add(ALLOW, "clone", has_none_of(0, CLONE_NAMESPACES))
     for name in ("socket", "socketpair"):
-        _add(rules, sc, sc.ALLOW, name, sc.Arg(0, sc.MASKED_EQ, LOW, AF_UNIX))
+        rules.add(ALLOW, name, equals(0, AF_UNIX))
     for option in SOCKET_OPTIONS:
-        level, which = sc.Arg(1, sc.MASKED_EQ, LOW, SOL_SOCKET), sc.Arg(2, sc.MASKED_EQ, LOW, option)
-        _add(rules, sc, sc.ALLOW, "setsockopt", level, which)
+        rules.add(ALLOW, "setsockopt", equals(1, SOL_SOCKET), equals(2, option))
     for option in PRCTL_OPTIONS:
-        _add(rules, sc, sc.ALLOW, "prctl", sc.Arg(0, sc.MASKED_EQ, LOW, option))
+        rules.add(ALLOW, "prctl", equals(0, option))
     if devices:
-        _add(rules, sc, sc.ALLOW, "ioctl")
+        rules.add(ALLOW, "ioctl")
     else:
         for request in TERMINAL_QUERIES:
-            _add(rules, sc, sc.ALLOW, "ioctl", sc.Arg(1, sc.MASKED_EQ, LOW, request))
-    return _export(rules)
+            rules.add(ALLOW, "ioctl", equals(1, request))
+    return rules.export()
 
 
 def script_filter() -> bytes:
     """What is taken away when the script begins: execution, and changes to the limits and filters it runs under."""
-    sc = _library()
-    refused = sc.ERRNO(errno.EPERM)
-    rules = sc.SyscallFilter(sc.ALLOW)
-    rules.set_attr(sc.Attr.ACT_BADARCH, sc.KILL_PROCESS)
+    refused = error(errno.EPERM)
+    rules = Filter(ALLOW)
     for name in ("execve", "execveat", "setrlimit", "seccomp"):
-        _add(rules, sc, refused, name)
-    _add(rules, sc, refused, "prlimit64", sc.Arg(2, sc.NE, 0))
+        rules.add(refused, name)
+    rules.add(refused, "prlimit64", is_not(2, 0))
     for option in (PR_SET_DUMPABLE, PR_SET_SECCOMP):
-        _add(rules, sc, refused, "prctl", sc.Arg(0, sc.MASKED_EQ, LOW, option))
+        rules.add(refused, "prctl", equals(0, option))
     for request in TERMINAL_INJECTION:
-        _add(rules, sc, refused, "ioctl", sc.Arg(1, sc.MASKED_EQ, LOW, request))
-    _add(rules, sc, refused, "fcntl", sc.Arg(1, sc.MASKED_EQ, LOW, F_NOTIFY))
-    return _export(rules)
-
-
-def _library() -> Any:
-    # pyseccomp is written without types.
-    try:
-        import pyseccomp
-    except (ImportError, OSError, RuntimeError) as error:
-        raise SandboxUnusable(
-            f"libseccomp cannot be loaded: {error}", do="Install it: sudo apt-get install -y libseccomp2"
-        ) from error
-    return pyseccomp
-
-
-def _add(rules: Any, sc: Any, action: int, name: str, *arguments: Any) -> None:
-    number = sc.resolve_syscall(sc.Arch.NATIVE, name)
-    if number < 0:
-        # Not of this architecture, or newer than this libseccomp: the default, ENOSYS, is what it gets.
-        return
-    rules.add_rule(action, number, *arguments)
-
-
-def _export(rules: Any) -> bytes:
-    with os.fdopen(os.memfd_create("filter", os.MFD_CLOEXEC), "w+b") as file:
-        rules.export_bpf(file)
-        file.seek(0)
-        return file.read()
+        rules.add(refused, "ioctl", equals(1, request))
+    rules.add(refused, "fcntl", equals(1, F_NOTIFY))
+    return rules.export()

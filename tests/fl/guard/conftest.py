@@ -11,8 +11,10 @@ from collections.abc import Callable
 import pytest
 from hostile_scripts import PRELUDE, SMALL, Attack
 
+from fl.guard.libseccomp import call_number
 from fl.guard.limits import Limits
 from fl.guard.sandbox import Sandbox
+from fl.guard.seccomp import ALLOWED, FORBIDDEN
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,13 +32,9 @@ def _sandboxes_can_be_made() -> None:
 @pytest.fixture(scope="session")
 def numbers() -> bytes:
     """System call numbers by name, for scripts that call the kernel directly."""
-    import pyseccomp
-
-    from fl.guard.seccomp import ALLOWED, FORBIDDEN
-
     names = sorted(ALLOWED | FORBIDDEN | {"clone", "clone3", "socket", "socketpair", "ioctl", "prctl"})
-    found = {name: pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) for name in names}
-    return json.dumps({name: number for name, number in found.items() if number >= 0}).encode()
+    found = {name: call_number(name) for name in names}
+    return json.dumps({name: number for name, number in found.items() if number is not None}).encode()
 
 
 @pytest.fixture
