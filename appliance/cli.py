@@ -42,14 +42,18 @@ class Nouns(TyperGroup):
         return list(NOUNS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in NOUNS:
-            return None
-        if "--help" in sys.argv[1:2] or len(sys.argv) == 1:  # the list of nouns needs no noun's imports
-            return TyperCommand(cmd_name, help=NOUNS[cmd_name])
-        module = importlib.import_module(f"appliance.commands.{cmd_name}")
+        """A noun as the list of nouns shows it, which needs no noun's imports."""
+        return TyperCommand(cmd_name, help=NOUNS[cmd_name]) if cmd_name in NOUNS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The noun that was named, loaded."""
+        name, _, rest = super().resolve_command(ctx, args)
+        if name not in NOUNS:
+            return name, None, rest
+        module = importlib.import_module(f"appliance.commands.{name}")
         command = get_command(module.app)
-        command.name = cmd_name
-        return command
+        command.name = name
+        return name, command, rest
 
 
 app = typer.Typer(cls=Nouns, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
