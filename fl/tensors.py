@@ -38,8 +38,8 @@ MAX_HEADER: Final = 16 << 20
 MAX_TENSORS: Final = 100_000
 MAX_NAME: Final = 512
 MAX_RANK: Final = 16
-BLOCK: Final = 1 << 20
-"""Elements that are converted or checked at a time, so that temporary memory stays small beside a model."""
+BLOCK: Final = 1 << 18
+"""Elements that are converted or checked at a time, so that temporary memory fits a processor's cache."""
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 

@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from fl.jobs.progress import JobEvent
-from fl.jobs.settings import JobSettings
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -16,8 +15,9 @@ if TYPE_CHECKING:
 class Display:
     """Shows rounds, sites and mean metrics while a job runs."""
 
-    def __init__(self, settings: JobSettings, stream: TextIO) -> None:
-        self._settings = settings
+    def __init__(self, name: str, num_rounds: int, stream: TextIO) -> None:
+        self._name = name
+        self._num_rounds = num_rounds
         self._stream = stream
         self._live: Live | None = None
         self._round: int | None = None
@@ -36,24 +36,31 @@ class Display:
         elif event.kind == "update" and event.site:
             self._sites[event.site] = "sent its update"
         elif event.kind in {"lost", "refused"} and event.site:
-            self._sites[event.site] = f"[red]{event.kind}[/red]: {event.text}"
+            from rich.markup import escape
+
+            self._sites[event.site] = f"[red]{event.kind}[/red]: {escape(event.text)}"
         elif event.kind == "aggregated" and event.round is not None:
             self._metrics.append((event.round, event.values))
         if self._live is not None and event.kind != "value":
             self._live.update(self._render())
 
+    @property
+    def live(self) -> bool:
+        """Whether there is a terminal that shows the progress."""
+        return self._live is not None
+
     def _render(self) -> Table:
         from rich.table import Table
 
-        table = Table(title=f"{self._settings.name}: {self._settings.recipe}", title_justify="left")
+        table = Table(title=self._name, title_justify="left")
         table.add_column("round")
         table.add_column("mean metrics")
         for round_, values in self._metrics[-8:]:
             words = ", ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:6])
-            table.add_row(f"{round_ + 1} of {self._settings.num_rounds}", words or "-")
+            table.add_row(f"{round_ + 1} of {self._num_rounds}", words or "-")
         if self._round is not None and self._round >= len(self._metrics):
             sites = "\n".join(f"{name}: {state}" for name, state in list(self._sites.items())[:20])
-            table.add_row(f"{self._round + 1} of {self._settings.num_rounds}", sites)
+            table.add_row(f"{self._round + 1} of {self._num_rounds}", sites)
         return table
 
     def __enter__(self) -> Self:
@@ -71,3 +78,18 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def line_of(event: JobEvent) -> str:
+    """An event as one line of plain text; empty for values that scripts log."""
+    values = ", ".join(f"{name} {value:.4g}" for name, value in list(event.values.items())[:6])
+    round_ = "" if event.round is None else f"round {event.round + 1}"
+    return {
+        "status": f"the job is {event.text}",
+        "joined": f"{event.site} has joined",
+        "lost": f"{event.site} is lost: {event.text}",
+        "refused": f"{event.site} is refused: {event.text}",
+        "round": f"{round_} begins",
+        "update": f"{round_}: {event.site} sent its update {values}".rstrip(),
+        "aggregated": f"{round_} is done: {values or 'no metrics'}",
+    }.get(event.kind, "")

@@ -126,7 +126,7 @@ class _Simulation:
             at_once=self._env.at_once,
         )
         try:
-            with Display(settings, sys.stderr) as display:
+            with Display(settings.name, settings.num_rounds, sys.stderr) as display:
                 observers.append(display.observe)
                 self._run_workflow(federation)
         except JobFailed as failure:

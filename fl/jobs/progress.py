@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def one_line(text: str) -> str:
+    """`text` without anything that a terminal could take for more than letters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+Line: TypeAlias = Annotated[str, Field(max_length=2000), AfterValidator(one_line)]
+"""A sentence that someone else wrote and that people will read in a terminal."""
 
 
 class Status(StrEnum):
@@ -36,5 +45,5 @@ class JobEvent(BaseModel):
     site: str | None = None
     round: int | None = None
     weight: float | None = None
-    values: Annotated[dict[str, float], Field(max_length=256)] = {}
-    text: str = ""
+    values: Annotated[dict[Line, float], Field(max_length=256)] = {}
+    text: Line = ""

@@ -40,7 +40,7 @@ def open_first_model(sealed: bytes, model_key: bytes, job: str, *, max_bytes: in
 class SealedResult:
     """A result: its files sealed once under a key of their own, and that key sealed to each recipient."""
 
-    payload: bytes
+    payload: bytes | bytearray
     keys: Mapping[str, bytes]
 
 
@@ -49,7 +49,9 @@ def seal_result(
 ) -> SealedResult:
     """Seal `files` of `job` to each recipient's raw hybrid public key."""
     key = random(KEY_SIZE)
-    payload = b"".join(seal(files, key, salt=random(SALT_SIZE)))
+    payload = bytearray()
+    for piece in seal(files, key, salt=random(SALT_SIZE)):
+        payload += piece
     return SealedResult(
         payload, {name: seal_to_key(key, public, info=_result_info(job, name)) for name, public in recipients.items()}
     )

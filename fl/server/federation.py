@@ -111,6 +111,7 @@ class Federation:
 
     def lose(self, name: str, reason: str, *, kind: str = "lost") -> None:
         """A site is out of the job, with the reason that people will read. Later calls change nothing."""
+        reason = reason[:2000]
         with self._lock:
             if name in self._lost:
                 return

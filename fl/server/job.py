@@ -256,8 +256,9 @@ class ServerJob:
     def _first_model(self) -> SealedMemory:
         """The first model, opened in memory, if it is what the record says and what the bundle declares."""
         record = self.signed.record
-        raw = open_first_model(self._sealed_model, self._model_key, self.id, max_bytes=record.model_size)
-        memory = SealedMemory.of(raw)
+        sealed, self._sealed_model = self._sealed_model, b""
+        memory = SealedMemory.of(open_first_model(sealed, self._model_key, self.id, max_bytes=record.model_size))
+        del sealed
         if memory.size != record.model_size or memory.digest != record.model_sha256:
             raise ApprovalRefused(self.id, ("the first model is not the one that the record names",))
         admit_update(memory.view, self.bundle.settings.schema_of_model, site=record.submitter)

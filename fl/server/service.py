@@ -203,7 +203,7 @@ class FederationService:
         try:
             with self._pulls:
                 yield pack(Pull(offset=0))
-                memory = assemble(requests, size=head.size, sha256=head.sha256, where=name)
+                memory = assemble(requests, size=head.size, sha256=None, where=name)
                 job.deliver(name, head, memory)
         except UpdateRefused as refusal:
             yield pack(_verdict(refusal.reasons))

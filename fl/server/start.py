@@ -14,6 +14,7 @@ from fl.errors import PeerLost
 from fl.party import Party
 from fl.server.service import FederationService
 from fl.transport.channel import TRANSPORT_OPTIONS
+from policies.errors import Refused
 
 if TYPE_CHECKING:
     from attestation.identity import Identity
@@ -87,11 +88,16 @@ def _credentials(party: Party) -> grpc.ServerCredentials:
         )
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
-        newest = _configuration_key(party)
-        if newest == current[0]:
+        try:
+            newest = _configuration_key(party)
+            if newest == current[0]:
+                return None
+            renewed = configuration()
+        except Refused as error:  # no lease: whoever connects finds the old EAR, which has ended, and refuses it
+            party.tell(f"the server has no current certificate: {error.what}")
             return None
         current[0] = newest
-        return configuration()
+        return renewed
 
     credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
         configuration(),

@@ -37,7 +37,7 @@ class ServerLink(Protocol):
     def send(self, frame: Ready | Left | Logged) -> None:
         """Send a frame on the attendance."""
 
-    def fetch(self, what: Fetch, *, size: int, digest: str | None, seconds: float) -> SealedMemory:
+    def fetch(self, what: Fetch, *, size: int, seconds: float) -> SealedMemory:
         """Pull a transfer. Raises PeerLost, MalformedMessage."""
 
     def deliver(self, head: Deliver, memory: SealedMemory, *, seconds: float) -> Verdict:
@@ -109,7 +109,7 @@ class SiteJob:
         if not 0 < prepare.bundle_size <= MAX_BUNDLE:
             raise MalformedMessage(f"the bundle has {prepare.bundle_size} bytes", where="bundle")
         request = Fetch(job=self.id, what="bundle", sha256=signed.record.bundle, offset=0)
-        with self._link.fetch(request, size=prepare.bundle_size, digest=None, seconds=60) as memory:
+        with self._link.fetch(request, size=prepare.bundle_size, seconds=60) as memory:
             bundle = parse_bundle(bytes(memory.view))
         self._approve(signed, bundle, self._party.clock())
         return signed, bundle
@@ -155,7 +155,7 @@ class SiteJob:
             raise MalformedMessage(f"the model has {task.model_size} bytes, more than {limit}", where="task")
         seconds = float(settings.round_seconds)
         request = Fetch(job=self.id, what="model", sha256=task.model_sha256, offset=0)
-        with self._link.fetch(request, size=task.model_size, digest=task.model_sha256, seconds=seconds) as model:
+        with self._link.fetch(request, size=task.model_size, seconds=seconds) as model:
             answer, memory = session.train(
                 task.round,
                 task.total_rounds,
@@ -176,7 +176,6 @@ class SiteJob:
             params_type=answer.params_type,
             weight=answer.weight,
             metrics=answer.metrics,
-            sha256=memory.digest,
             size=memory.size,
         )
 

@@ -76,11 +76,11 @@ class Attending:
         """Send a frame on the attendance."""
         self._outbox.put(pack(frame))
 
-    def fetch(self, what: Fetch, *, size: int, digest: str | None, seconds: float) -> SealedMemory:
+    def fetch(self, what: Fetch, *, size: int, seconds: float) -> SealedMemory:
         """Pull a transfer of `size` bytes. Raises PeerLost, Refused, MalformedMessage."""
         call = self._connection.ask("Fetch", what, timeout=seconds)
         try:
-            return assemble(call, size=size, sha256=digest, where=f"{what.what} of {what.job}")
+            return assemble(call, size=size, sha256=None, where=f"{what.what} of {what.job}")
         except grpc.RpcError as error:
             raise peer_error(error, where=self._where) from error
         finally:

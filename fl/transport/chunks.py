@@ -1,7 +1,8 @@
 """Transfers in chunks: served from memory as they are pulled, assembled within bounds, checked before they are used.
 
-Each chunk carries its offset and the CRC-32 of its bytes, which finds damage early and cheaply (TLS has authenticated
-them already); the whole has to have the promised size and SHA-256 before its receiver gets to see it.
+Each chunk carries its offset and the CRC-32 of its bytes, which finds damage early and cheaply; TLS between attested
+keys has authenticated them. The whole has to have the promised size before its receiver gets to see it, and the
+promised SHA-256 where that stands in a signed document. A model's content address is computed once, where it is made.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ def serve_chunks(data: Buffer, offset: int = 0) -> Iterator[bytes]:
 
 
 def assemble(frames: Iterable[bytes], *, size: int, sha256: str | None, where: str) -> SealedMemory:
-    """The transfer of exactly `size` bytes in `frames`, whole and sealed, with the digest `sha256` (None: any).
+    """The transfer of exactly `size` bytes in `frames`, whole and sealed, with the digest `sha256` (None: not asked).
 
     Memory is taken for `size`, which the caller has bounded; frames after the last chunk are left unread. Raises
     MalformedMessage for a chunk out of place, too long, damaged or missing, and for another digest.
     """
     if size < 1:
         raise MalformedMessage("the transfer is empty", where=where)
-    hasher = hashlib.sha256()
+    hasher = None if sha256 is None else hashlib.sha256()
     at = 0
     with DraftMemory(size) as draft:
         for raw in frames:
@@ -48,15 +49,13 @@ def assemble(frames: Iterable[bytes], *, size: int, sha256: str | None, where: s
             if zlib.crc32(piece) != head.crc32:
                 raise MalformedMessage(f"the chunk at {at} is damaged", where=where)
             draft.view[at : at + len(piece)] = piece
-            hasher.update(piece)
+            if hasher is not None:
+                hasher.update(piece)
             at += len(piece)
             if at == size:
                 break
         if at != size:
             raise MalformedMessage(f"the transfer ended after {at} of {size} bytes", where=where)
-        digest = hasher.hexdigest()
-        if sha256 is not None and not hmac.compare_digest(digest, sha256):
-            raise MalformedMessage(f"the transfer's SHA-256 is {digest}, not {sha256}", where=where)
-        memory = SealedMemory(*draft.seal())
-        memory.know_digest(digest)
-        return memory
+        if hasher is not None and sha256 is not None and not hmac.compare_digest(hasher.hexdigest(), sha256):
+            raise MalformedMessage(f"the transfer's SHA-256 is {hasher.hexdigest()}, not {sha256}", where=where)
+        return SealedMemory(*draft.seal())

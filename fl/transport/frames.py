@@ -12,20 +12,19 @@ from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fl.errors import MalformedMessage
-from fl.jobs.progress import JobEvent, Status
+from fl.jobs.progress import JobEvent, Line, Status
 from fl.jobs.record import JobId, Time, UserName
 from fl.jobs.settings import MAX_MODEL, Digest, Name
 from fl.jobs.statement import SignedStatement
 from fl.tensors import Buffer
 
 MAX_HEADER: Final = 256 << 10
-CHUNK: Final = 1 << 20
+CHUNK: Final = 256 << 10
 """Bytes of payload in a chunk frame; the last of a transfer has fewer."""
 MAX_FRAME: Final = MAX_HEADER + CHUNK + 4
 METHOD_PREFIX: Final = "/sealwright.fl.v1.Federation/"
 
 Token: TypeAlias = Annotated[str, Field(max_length=128 << 10)]
-Reason: TypeAlias = Annotated[str, Field(max_length=2000)]
 Size: TypeAlias = Annotated[int, Field(ge=0, le=MAX_MODEL)]
 
 
@@ -74,7 +73,7 @@ class Left(Frame):
 
     kind: Literal["left"] = "left"
     job: JobId
-    reasons: Annotated[tuple[Reason, ...], Field(min_length=1, max_length=64, strict=False)]
+    reasons: Annotated[tuple[Line, ...], Field(min_length=1, max_length=64, strict=False)]
 
 
 class Logged(Frame):
@@ -82,7 +81,7 @@ class Logged(Frame):
 
     kind: Literal["logged"] = "logged"
     job: JobId
-    key: Annotated[str, Field(min_length=1, max_length=128)]
+    key: Annotated[Line, Field(min_length=1, max_length=128)]
     value: float
     step: Annotated[int, Field(ge=0, lt=1 << 48)]
 
@@ -92,7 +91,7 @@ class Finish(Frame):
 
     kind: Literal["finish"] = "finish"
     job: JobId
-    why: Reason
+    why: Line
 
 
 class Fetch(Frame):
@@ -106,7 +105,7 @@ class Fetch(Frame):
 
 
 class Chunk(Frame):
-    """A piece of a transfer, with the CRC-32 of its payload; the whole is checked by its SHA-256."""
+    """A piece of a transfer, with the CRC-32 of its payload."""
 
     kind: Literal["chunk"] = "chunk"
     offset: Size
@@ -122,7 +121,6 @@ class Deliver(Frame):
     params_type: Literal["FULL", "DIFF"]
     weight: float
     metrics: Annotated[dict[str, float], Field(max_length=64)]
-    sha256: Digest
     size: Size
 
 
@@ -138,7 +136,7 @@ class Verdict(Frame):
 
     kind: Literal["verdict"] = "verdict"
     accepted: bool
-    reasons: Annotated[tuple[Reason, ...], Field(max_length=64, strict=False)] = ()
+    reasons: Annotated[tuple[Line, ...], Field(max_length=64, strict=False)] = ()
 
 
 class Submit(Frame):
@@ -174,8 +172,8 @@ class JobReport(Frame):
     created: Time
     round: int | None
     num_rounds: int
-    sites: Annotated[dict[str, Reason], Field(max_length=4096)]
-    reasons: Annotated[tuple[Reason, ...], Field(max_length=64, strict=False)] = ()
+    sites: Annotated[dict[str, Line], Field(max_length=4096)]
+    reasons: Annotated[tuple[Line, ...], Field(max_length=64, strict=False)] = ()
 
 
 class Reports(Frame):

@@ -67,10 +67,6 @@ class SealedMemory:
             self._digest = hashlib.sha256(self._mapping).hexdigest()
         return self._digest
 
-    def know_digest(self, digest: str) -> None:
-        """Take note of the content address, which whoever wrote the file has computed on the way."""
-        self._digest = digest
-
     def close(self) -> None:
         """Give the descriptor back. The mapping goes when the last array over it goes."""
         if self.descriptor >= 0:

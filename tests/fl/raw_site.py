@@ -52,15 +52,12 @@ class RawSite:
 
     def deliver(self, task: Train, data: bytes, chunks: list[bytes] | None = None, **changes: Any) -> Verdict:
         """Deliver `data` (or raw `chunks` of it); the server's verdict. Raises grpc.RpcError."""
-        from hashlib import sha256
-
         fields: dict[str, Any] = {
             "job": task.job,
             "round": task.round,
             "params_type": "FULL",
             "weight": 1.0,
             "metrics": {},
-            "sha256": sha256(data).hexdigest(),
             "size": len(data),
         }
         frames = [pack(Deliver(**{**fields, **changes})), *(chunks if chunks is not None else serve_chunks(data))]

@@ -1,0 +1,238 @@
+"""`seal job`: bundle a recipe, submit it with a user's kit, watch it, download its result, stop it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from appliance.output import print_json
+from policies.errors import Refused, Unusable
+
+if TYPE_CHECKING:
+    from fl.environments.prod import ProdEnv
+    from fl.jobs.bundle import Bundle
+    from fl.transport.frames import JobReport
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Bundle, submit, watch and download federated jobs.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+KitFolder = Annotated[Path, typer.Option("--kit", metavar="DIR", help="Your kit's folder.", envvar="SEAL_KIT")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as `submit` and `list` tell it.")]
+BundleFile = Annotated[Path, typer.Argument(metavar="BUNDLE", help="job.bundle, as `seal job bundle` made it.")]
+
+
+@app.command(epilog="Example: seal job bundle examples/breast_cancer/job.py --out build/bundle")
+def bundle(
+    script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="The script that makes and executes the recipe.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where job.bundle and model.safetensors go.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make the bundle of a recipe: every file of its folder and its settings, under one digest to be approved.
+
+    The script is run as its author runs it, but the recipe's `execute` writes the bundle and ends it.
+    """
+    from fl.jobs.bundle import parse_bundle
+    from fl.recipes.recipe import EXPORT_VARIABLE
+
+    if not script.is_file():
+        raise Unusable(f"there is no file {script}", where="SCRIPT", do="Name the script that executes the recipe.")
+    with tempfile.TemporaryDirectory(prefix="sealwright-") as scratch:
+        environment = {**os.environ, EXPORT_VARIABLE: scratch, "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run([sys.executable, str(script)], env=environment, stdout=sys.stderr, check=False)
+        made = Path(scratch) / "job.bundle"
+        if done.returncode != 0 or not made.is_file():
+            raise Unusable(
+                f"{script.name} ended with status {done.returncode} without executing a recipe",
+                where=str(script),
+                do="Run it in SimEnv first; it has to reach recipe.execute(...).",
+            )
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("job.bundle", "model.safetensors"):
+            (out / name).write_bytes((Path(scratch) / name).read_bytes())
+    _show(parse_bundle((out / "job.bundle").read_bytes()), as_json=as_json)
+
+
+@app.command(epilog="Example: seal job show build/bundle/job.bundle")
+def show(
+    file: BundleFile,
+    print_file: Annotated[str | None, typer.Option("--file", metavar="PATH", help="Print this file's content.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in a bundle: its digest, settings and files; or one file's content."""
+    found = _read_bundle(file)
+    if print_file is None:
+        _show(found, as_json=as_json)
+        return
+    content = found.files.get(print_file)
+    if content is None:
+        raise Unusable(f"the bundle has no file {print_file}", where=str(file), do="`seal job show` lists its files.")
+    text = content.decode(errors="backslashreplace")
+    if as_json:
+        print_json({"path": print_file, "content": text})
+    else:
+        sys.stdout.write("".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text))
+
+
+@app.command(
+    epilog="Example: seal job submit build/bundle/job.bundle --model build/bundle/model.safetensors --kit kit/"
+)
+def submit(
+    file: BundleFile,
+    model: Annotated[Path, typer.Option("--model", metavar="FILE", help="The first model (safetensors).")],
+    kit: KitFolder,
+    site: Annotated[list[str] | None, typer.Option("--site", help="A site (default: all that may run it).")] = None,
+    recipient: Annotated[
+        list[str] | None, typer.Option("--recipient", metavar="MEMBER/USER", help="Who gets the result (default: you).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit an approved bundle with a first model; prints the job's id."""
+    from fl.environments.prod import ProdEnv
+    from fl.guard.gate import admit_update
+    from fl.transport.memory import SealedMemory
+
+    found = _read_bundle(file)
+    if not model.is_file():
+        raise Unusable(f"there is no file {model}", where="--model", do="`seal job bundle` writes it.")
+    env = ProdEnv(kit, sites=site, recipients=recipient)
+    with SealedMemory.of(model.read_bytes()) as memory:
+        admit_update(memory.view, found.settings.schema_of_model, site=str(model))
+        run = env.submit(found, memory)
+    if as_json:
+        print_json({"job": run.get_job_id()})
+    else:
+        sys.stdout.write(run.get_job_id() + "\n")
+
+
+@app.command(name="list", epilog="Example: seal job list --kit kit/")
+def list_jobs(kit: KitFolder, as_json: AsJson = False) -> None:
+    """List the server's jobs, and the sites that are connected."""
+    with _env(kit).connected() as (client, _):
+        reports = client.reports()
+    if as_json:
+        print_json(reports.model_dump(mode="json", exclude={"kind"}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("job", "status", "round", "submitter", "created")
+    for report in reports.jobs:
+        table.add_row(report.job, report.status.value, _round_of(report), report.submitter, report.created)
+    console = Console()
+    console.print(table)
+    console.print(f"connected sites: {', '.join(reports.sites) or 'none'}")
+
+
+@app.command(epilog="Example: seal job status trial-20260131-120000-0a1b2c3d --kit kit/")
+def status(job: JobName, kit: KitFolder, as_json: AsJson = False) -> None:
+    """Tell a job's state; ends with 1 if it failed or was stopped."""
+    with _env(kit).connected() as (client, _):
+        report = client.report(job)
+    _tell(report, as_json=as_json)
+
+
+@app.command(epilog="Example: seal job watch trial-20260131-120000-0a1b2c3d --kit kit/")
+def watch(job: JobName, kit: KitFolder, as_json: AsJson = False) -> None:
+    """Follow a job until it is over: live in a terminal, a line for each event else; ends with 1 if it failed."""
+    from fl.environments.display import Display, line_of
+
+    with _env(kit).connected() as (client, _):
+        report = client.report(job)
+        with Display(report.name, report.num_rounds, sys.stderr) as display:
+            for event in client.watch(job):
+                display.observe(event)
+                if not display.live and not as_json and (line := line_of(event)):
+                    sys.stdout.write(line + "\n")
+                    sys.stdout.flush()
+        report = client.report(job)
+    _tell(report, as_json=as_json)
+
+
+@app.command(epilog="Example: seal job download trial-20260131-120000-0a1b2c3d --kit kit/ --out result/")
+def download(
+    job: JobName,
+    kit: KitFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that is made.")],
+    as_json: AsJson = False,
+) -> None:
+    """Download a job's result, verify its statement and its place in the ledger, and open it."""
+    if out.exists() and any(out.iterdir()):
+        raise Unusable(f"{out} is not empty", where="--out", do="Name a folder that is to be made.")
+    with _env(kit).connected() as (client, current):
+        folder = client.download(job, out, ledger=(current.broker.origin, current.broker.key))
+    if as_json:
+        print_json({"job": job, "folder": str(folder), "files": sorted(path.name for path in folder.iterdir())})
+    else:
+        sys.stdout.write(f"{folder}\n")
+
+
+@app.command(epilog="Example: seal job abort trial-20260131-120000-0a1b2c3d --kit kit/")
+def abort(job: JobName, kit: KitFolder, as_json: AsJson = False) -> None:
+    """Stop a job: your own, or any if you have the right to operate."""
+    with _env(kit).connected() as (client, _):
+        client.abort(job)
+    if as_json:
+        print_json({"job": job, "aborted": True})
+    else:
+        sys.stderr.write(f"{job} is being stopped\n")
+
+
+def _env(kit: Path) -> ProdEnv:
+    from fl.environments.prod import ProdEnv
+
+    return ProdEnv(kit)
+
+
+def _read_bundle(file: Path) -> Bundle:
+    from fl.jobs.bundle import MAX_BUNDLE, parse_bundle
+
+    try:
+        with file.open("rb") as stream:
+            return parse_bundle(stream.read(MAX_BUNDLE + 1))
+    except OSError as error:
+        raise Unusable(f"{file} cannot be read: {error.strerror}", where="BUNDLE", do="Name a job.bundle.") from error
+
+
+def _show(found: Bundle, *, as_json: bool) -> None:
+    settings = found.settings
+    if as_json:
+        print_json({"digest": found.digest, **found.manifest.model_dump(mode="json")})
+        return
+    parameters = sum(spec.elements for spec in settings.schema_of_model.values())
+    lines = [
+        f"digest   {found.digest}",
+        f"job      {settings.name}: {settings.recipe}, {settings.num_rounds} rounds, {settings.min_clients}+ sites",
+        f"script   {settings.train_script} {' '.join(settings.train_args)}".rstrip(),
+        f"model    {parameters} numbers in {len(settings.model)} tensors, {settings.framework}, {settings.params_type}",
+        *(f"file     {file.sha256[:16]}  {file.size:>8}  {file.path}" for file in found.manifest.files),
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _round_of(report: JobReport) -> str:
+    return "-" if report.round is None else f"{report.round + 1} of {report.num_rounds}"
+
+
+def _tell(report: JobReport, *, as_json: bool) -> None:
+    body: dict[str, Any] = report.model_dump(mode="json", exclude={"kind"})
+    if as_json:
+        print_json(body)
+    else:
+        sys.stdout.write(f"{report.job}: {report.status.value}, round {_round_of(report)}\n")
+        for name, state in report.sites.items():
+            sys.stdout.write(f"  {name}: {state}\n")
+    if report.status.value in {"failed", "aborted"}:
+        if as_json:
+            raise typer.Exit(1)
+        raise Refused(
+            f"job {report.job} {report.status.value}",
+            where="job",
+            do="See the reasons; `seal job watch` has every event.",
+            reasons=report.reasons or ("no reason was given",),
+        )
