@@ -389,7 +389,7 @@ class ServerAddress(Document):
 class InitData(Document):
     """What the host tells a guest at launch, bound to its evidence by HOST_DATA (SHA-256 of the file's bytes)."""
 
-    version: Literal[1]
+    version: int = Field(ge=1, le=1)  # not Literal[1], which takes `true` for 1
     algorithm: Literal["sha256"]
     charter: Digest
     role: Role

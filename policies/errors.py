@@ -44,3 +44,7 @@ class CharterRefused(Refused):
 
 class ProposalRefused(Refused):
     """A proposal that cannot be made, signed or published as it stands; `.reasons` has every reason."""
+
+
+class KitRefused(Refused):
+    """A kit that is not as its maker signed it, or not what its charter says; `.reasons` names every file and reason."""

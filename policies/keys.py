@@ -54,8 +54,8 @@ def read_secret(path: Path, limit: int = KEY_FILE_LIMIT) -> bytes:
         raise UnusableKey(
             f"the key file cannot be opened: {error.strerror}", where=str(path), do="Name the file that holds the key."
         ) from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise UnusableKey("this is not a regular file", where=str(path), do="Name the file that holds the key.")
         if status.st_mode & 0o077:
@@ -68,7 +68,9 @@ def read_secret(path: Path, limit: int = KEY_FILE_LIMIT) -> bytes:
             raise UnusableKey("this key belongs to another user", where=str(path), do="Copy it to a file of your own.")
         if status.st_size > limit:
             raise UnusableKey("this is too large to be a key", where=str(path), do="Name the file that holds the key.")
-        return file.read(limit)
+        return os.read(descriptor, limit)
+    finally:
+        os.close(descriptor)
 
 
 def private_pem(key: Ed25519PrivateKey) -> bytes:

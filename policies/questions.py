@@ -1,16 +1,21 @@
-"""What the charter's rules would say: the same packages, in the same order, as where they decide.
+"""The questions that a charter's rules answer, and the documents in which they are put.
 
-`seal charter test-policy` asks here; so can anybody who holds a charter.
+What is checked whatever the charter says (attestation, enrolment, approval, rights) is code, where it is needed. Rules
+come on top: a release needs both the floor and the owner's policy, and has neither by default; `appraisal.rego` and
+`admission.rego` are a consortium's further demands, and without them there are none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 from policies.charter import Charter
 from policies.decisions import Decision, Rules
+from policies.documents import Enrolment, Role, User, format_time
 
 Subject = Literal["release", "appraisal", "admission"]
 SUBJECTS: Final[tuple[Subject, ...]] = ("release", "appraisal", "admission")
@@ -29,12 +34,13 @@ def ask(
 ) -> tuple[Answer, ...]:
     """Return the answer of every set of rules that decides on `subject`; it is allowed only if all allow it.
 
-    For a release, those are the floor and the policy of the owner of `resource`, each evaluated apart. A set of rules
-    that is not there denies.
+    For a release, those are the floor and the policy of the owner of `resource`, each evaluated apart; one that is not
+    there denies. Other subjects have one set, or none.
     """
     if subject != "release":
-        name = f"{subject}.rego"
-        return (_answer(f"policies/{name}", charter.policy(name), f"sealwright.{subject}", document),)
+        file = f"policies/{subject}.rego"
+        text = charter.policy(f"{subject}.rego")
+        return () if text is None else (_answer(file, text, f"sealwright.{subject}", document),)
     owner = charter.release_policy(resource) if resource and resource.count("/") == 2 else None
     return (
         _answer("policies/floor.rego", charter.policy("floor.rego"), "sealwright.floor", document),
@@ -45,4 +51,72 @@ def ask(
 def _answer(file: str, text: str | None, package: str, document: Mapping[str, Any]) -> Answer:
     if text is None:
         return Answer(file, Decision(False, ("it is not in the charter, so nothing is allowed",)))
-    return Answer(file, Rules({file: text}).decide(package, document))
+    return Answer(file, _rules(file, text).decide(package, document))
+
+
+@lru_cache(maxsize=64)
+def _rules(file: str, text: str) -> Rules:
+    return Rules({file: text})
+
+
+def appraisal_reasons(
+    charter: Charter, appraisal: Mapping[str, Any], enrolment: Enrolment, at: datetime
+) -> tuple[str, ...]:
+    """Return what the consortium's further demands (`policies/appraisal.rego`) say against a guest.
+
+    `appraisal` is what `Appraisal.to_json()` gives. The rules see the enrolment and its image beside it.
+    """
+    image = charter.image(enrolment.image)
+    document = {
+        "appraisal": appraisal,
+        "at": format_time(at),
+        "charter": _charter(charter),
+        "enrolment": enrolment.model_dump(mode="json"),
+        "image": None if image is None else image.model_dump(mode="json"),
+    }
+    return _against(ask(charter, "appraisal", document))
+
+
+def admission_reasons(charter: Charter, job: Mapping[str, Any], role: Role, name: str, at: datetime) -> tuple[str, ...]:
+    """Return what the consortium's further demands (`policies/admission.rego`) say against a job at one guest.
+
+    `job` is the record as a mapping (job, name, bundle, roster, server, recipients, rounds, min_sites, submitter);
+    `role` and `name` are the guest that asks: the server or one of the sites.
+    """
+    return _against(ask(charter, "admission", admission_document(charter, job, role, name, at)))
+
+
+def admission_document(charter: Charter, job: Mapping[str, Any], role: Role, name: str, at: datetime) -> dict[str, Any]:
+    """Return the `input` of the admission rules."""
+    approval = charter.bundle(str(job.get("bundle")))
+    recipients = [_user(charter, recipient) for recipient in job.get("recipients", ())]
+    places = (charter.enrolment("site", str(site)) for site in job.get("roster", ()))
+    return {
+        "at": format_time(at),
+        "bundle": None if approval is None else approval.model_dump(mode="json"),
+        "charter": _charter(charter),
+        "here": {"role": role, "name": name},
+        "job": dict(job),
+        "recipients": [person for person in recipients if person is not None],
+        "sites": [place.model_dump(mode="json") for place in places if place is not None],
+        "submitter": _user(charter, job.get("submitter")),
+    }
+
+
+def _charter(charter: Charter) -> dict[str, Any]:
+    return {
+        "id": charter.id,
+        "members": {member.name: {"jurisdiction": member.jurisdiction} for member in charter.consortium.members},
+        "platform": charter.consortium.platform,
+        "version": charter.version,
+    }
+
+
+def _user(charter: Charter, name: object) -> dict[str, Any] | None:
+    member, _, own = str(name).partition("/")
+    user: User | None = charter.user(member, own)
+    return None if user is None else {"member": user.member, "name": user.name, "rights": list(user.rights)}
+
+
+def _against(answers: tuple[Answer, ...]) -> tuple[str, ...]:
+    return tuple(f"{answer.file}: {reason}" for answer in answers for reason in answer.decision.reasons)

@@ -13,8 +13,10 @@ from policies.documents import NAME_PATTERN, ROLES
 from policies.errors import MalformedDocument
 
 _FOLDER: Final = Path(__file__).with_name("rego")
-READY_MADE: Final = ("admission", "appraisal", "floor", "release")
+READY_MADE: Final = ("admission", "appraisal", "export", "floor", "peers", "release")
 """Names of the modules; each is the package `sealwright.NAME`."""
+FOUNDING: Final = ("admission", "appraisal", "floor")
+"""Those that a new charter begins with."""
 
 
 @cache
@@ -27,7 +29,7 @@ def ready_made(name: str) -> str:
 
 def shared_policies() -> dict[str, bytes]:
     """Return the ready-made policies that a charter shares, as target files (path → bytes): what founding puts in."""
-    return {f"policies/{name}.rego": ready_made(name).encode("utf-8") for name in READY_MADE if name != "release"}
+    return {f"policies/{name}.rego": ready_made(name).encode("utf-8") for name in FOUNDING}
 
 
 def release_policy(
@@ -45,8 +47,8 @@ def release_policy(
     """Return a release policy: who may have a resource (target `members/OWNER/release/TYPE.TAG.rego`).
 
     `roles` are required; empty `names`, `images`, `members`, `jurisdictions` do not narrow it further.
-    `approved_init_data` maps "role/name" to the init-data digest that the owner approves itself, beyond the enrolment. `kbs` opens the resource
-    to stock guests over the Key Broker protocol as well, which binds less than our own.
+    `approved_init_data` maps "role/name" to the init-data digest that the owner approves itself, beyond the enrolment.
+    `kbs` opens the resource to stock guests over the Key Broker protocol as well, which binds less than our own.
 
     Raises MalformedDocument for what is no role, name, digest or positive number.
     """

@@ -64,14 +64,17 @@ def read_store(folder: Path) -> dict[str, bytes]:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise MalformedDocument(f"cannot be read: {error.strerror}", where=str(path), do=do) from error
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(file.fileno())
+        try:
+            status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise MalformedDocument("this is not a regular file", where=str(path), do=do)
             total += status.st_size
             if status.st_size > FILE_LIMIT or total > STORE_LIMIT or len(store) >= FILE_COUNT_LIMIT:
                 raise MalformedDocument("too large to be a charter", where=str(path), do=do)
-            store[name] = file.read(FILE_LIMIT)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                store[name] = file.read(FILE_LIMIT)
+        finally:
+            os.close(descriptor)
     return store
 
 

@@ -54,7 +54,7 @@ def given(package: str) -> dict[str, Any]:
 
 
 def test_every_package_has_tests() -> None:
-    assert PACKAGES == ["admission", "appraisal", "floor", "release"]
+    assert PACKAGES == ["admission", "appraisal", "export", "floor", "peers", "release"]
     assert [path.stem.removesuffix("_test") for path in TESTS] == PACKAGES
     assert len(rego_tests()) >= 45
 
@@ -87,6 +87,8 @@ UNREAD = {
     # what the ready-made rules do not look at, so that its absence changes nothing
     "admission": {("bundle", "job"), ("bundle", "note"), ("job", "job"), ("job", "name"), ("job", "server")},
     "appraisal": {("appraisal", "claims", "chip_id"), ("enrolment", "name")},
+    "export": {("from", "name"), ("job", "recipients"), ("to", "jurisdiction")},
+    "peers": {("here", "name"), ("peer", "jurisdiction"), ("peer", "member"), ("peer", "name")},
     "floor": {
         ("at",),
         ("counters",),
