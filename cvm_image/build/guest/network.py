@@ -20,7 +20,7 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _IFF_UP = 1
 _RTF_UP, _RTF_GATEWAY = 1, 2
 _ETHERNET = 1
-_ROUTE = "L16s16s16sHhLPhPLLH"
+_ROUTE = "L16s16s16sHhLPhPLLH6x"
 """`struct rtentry` of linux/route.h: destination, gateway, mask, flags; the rest is zero."""
 
 

@@ -5,20 +5,21 @@ These need root, mmdebstrap and bubblewrap, and packages from the mirror that th
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from building import build_or_skip, copy_recipe, say
 
 from attestation.evidence.launch import measure_launch
 from cvm_image.build.disk import SECTOR, read_argument
-from cvm_image.build.errors import BootFailed, BuildFailed, MissingInput, UnusableHost
+from cvm_image.build.errors import BootFailed, NotReproduced, UnusableLock
 from cvm_image.build.image import build_image
+from cvm_image.build.inspection import inspect_image
 from cvm_image.build.launching import booted, find_tools
-from cvm_image.build.locking import lock_recipe
+from cvm_image.build.lock import lock_path
+from cvm_image.build.reproduction import reproduce
 from cvm_image.build.store import Store, default_cache
 from cvm_image.build.tools import Tools
 from cvm_image.manifest import MANIFEST, verify_manifest
@@ -42,36 +43,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> SigningKeys:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe")
-    shutil.copytree(RECIPES / "minimal", folder / "minimal")
-    for name in ("minimal.toml", "minimal.lock.json"):
-        shutil.copyfile(RECIPES / name, folder / name)
-    return folder / "minimal.toml"
-
-
-def say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    return copy_recipe(RECIPES, "minimal", tmp_path_factory.mktemp("recipe") / "copy")
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory, recipe: Path, keys: SigningKeys) -> Path:
-    if os.geteuid() != 0:
-        pytest.skip("building an image needs root")
-    for program in ("mmdebstrap", "bwrap"):
-        if shutil.which(program) is None:
-            pytest.skip(f"building an image needs {program}: appliance/setup.sh mmdebstrap bubblewrap")
-    store = Store(default_cache())
-    output = tmp_path_factory.mktemp("image") / "first"
-    try:
-        build_image(recipe, output, store=store, keys=keys, say=say)
-    except (MissingInput, BuildFailed, UnusableHost) as gone:
-        say(f"the locked packages are not to be had ({gone.what}); locking anew")
-        try:
-            lock_recipe(recipe, store=store, say=say)
-        except (BuildFailed, UnusableHost, MissingInput) as error:
-            pytest.skip(f"no packages can be had here: {error.what}")
-        build_image(recipe, output, store=store, keys=keys, say=say)
-    return output
+    return build_or_skip(recipe, tmp_path_factory.mktemp("image") / "first", keys)
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +137,33 @@ def test_a_changed_byte_of_the_root_stops_the_guest_before_its_init(
     assert MARKER not in console
     assert "corrupted" in console
     assert "verity" in console
+
+
+def test_an_auditor_rebuilds_the_image_and_sees_a_change_of_the_lock(image: Path, recipe: Path, tmp_path: Path) -> None:
+    store = Store(default_cache())
+    assert "rootfs.erofs" in reproduce(image, recipe, store=store, say=say, offline=True)
+    other = copy_recipe(recipe.parent, "minimal", tmp_path / "other")
+    (other.parent / "minimal/usr/lib/sealwright/init").write_text("#!/usr/bin/busybox sh\necho another\n")
+    with pytest.raises(NotReproduced) as differs:
+        reproduce(image, other, store=store, say=say, offline=True)
+    assert {reason.partition(":")[0] for reason in differs.value.reasons} == {
+        "cmdline",
+        "rootfs.erofs",
+        "rootfs.verity",
+        "sbom.cdx.json",
+    }
+    lock = lock_path(other)
+    lock.write_text(lock.read_text().replace('"epoch": 1', '"epoch": 2', 1))
+    with pytest.raises(UnusableLock, match="another lock"):
+        reproduce(image, other, store=store, say=say, offline=True)
+
+
+def test_inspection_names_what_is_open_in_an_image_that_has_a_shell(image: Path, tools: Tools) -> None:
+    found = {finding.check: finding for finding in inspect_image(image, tools)}
+    open_checks = {check for check, finding in found.items() if not finding.ok}
+    assert "there is no shell" in open_checks
+    assert "there is no way to log in" in open_checks
+    assert "bash" in found["there is no shell"].seen
+    assert found["every driver is signed by the kernel's maker"].ok
+    assert found["the command line's root hash is that of root and verity tree"].ok
+    assert found["the packages are those of the bill of materials"].ok

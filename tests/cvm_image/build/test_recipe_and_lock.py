@@ -119,4 +119,4 @@ def test_every_recipe_of_the_project_has_its_lock(path: Path) -> None:
     assert set(recipe.base.packages) <= names
     assert lock.kernel
     assert lock.firmware
-    assert "http" not in lock_path(path).read_text()
+    assert "://" not in lock_path(path).read_text()

@@ -1,0 +1,156 @@
+"""What a guest's role can see and do: each attempt that should fail is made, and the outcome told as one JSON line."""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import hashlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from attestation.attester.boot import read_boot
+
+
+def main(guest: Path) -> int:
+    """Tell everything, answer connections on 8443 if the init-data say so, end with 0."""
+    boot = read_boot(guest)
+    nonce = hashlib.sha512(boot.init_data).digest()
+    evidence = boot.attester().evidence(nonce)
+    told = {
+        "init_data": boot.init_data.decode(),
+        "disks": sorted(boot.disks),
+        "data": {name: path.read_bytes()[:16].hex() for name, path in boot.disks.items()},
+        "report": base64.b64encode(evidence.report).decode(),
+        "certificates": base64.b64encode(evidence.certificates).decode(),
+        "attempts": {name: outcome(attempt) for name, attempt in ATTEMPTS.items()},
+        "processes": sorted(processes()),
+        "listening": listening(),
+        "writable": [line.split()[1] for line in mounts() if line.split()[2] not in VOLATILE and writable(line)],
+        "lockdown": Path("/sys/kernel/security/lockdown").read_text().strip(),
+        "capabilities": next(line.split()[1] for line in status() if line.startswith("CapBnd")),
+        "new_privileges": next(line.split()[1] for line in status() if line.startswith("NoNewPrivs")),
+    }
+    sys.stdout.write(json.dumps({"probe": told}) + "\n")
+    sys.stdout.flush()
+    return 0
+
+
+VOLATILE = {"tmpfs", "devtmpfs", "proc", "sysfs", "devpts", "cgroup2", "configfs", "securityfs", "mqueue"}
+
+
+def outcome(attempt: Callable[[], object]) -> str:
+    """How an attempt ended: the error's name, or what it got."""
+    try:
+        return f"done: {attempt()}"
+    except (OSError, ImportError) as error:
+        return type(error).__name__ if not isinstance(error, OSError) else f"errno {error.errno}"
+
+
+def write_root() -> object:
+    """Change a file of the verified root."""
+    return Path("/etc/passwd").write_text("x")
+
+
+def write_disk() -> object:
+    """Write to the disk of the root."""
+    with Path("/dev/vda").open("r+b") as disk:
+        return disk.write(b"x")
+
+
+def load_module() -> object:
+    """init_module(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(175, b"x" * 64, 64, b"") != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return "loaded"
+
+
+def write_memory() -> object:
+    """Open the machine's memory."""
+    with Path("/dev/mem").open("r+b") as memory:
+        return len(memory.read(1))
+
+
+def run_from_tmp() -> object:
+    """Run a program that was written at run time."""
+    path = Path("/tmp/program")  # noqa: S108
+    path.write_text("#!/usr/bin/python3\n")
+    path.chmod(0o755)
+    os.posix_spawn(path, [str(path)], {})
+    return "ran"
+
+
+def start_shell() -> object:
+    """Start any shell."""
+    for shell in ("/bin/sh", "/bin/bash", "/bin/dash", "/bin/busybox"):
+        if Path(shell).exists():
+            return shell
+    raise FileNotFoundError(2, "no shell")
+
+
+def connect_elsewhere() -> object:
+    """Connect to a port that the recipe does not name."""
+    with socket.socket() as connection:
+        connection.settimeout(2)
+        return connection.connect(("10.0.2.2", 22))
+
+
+def set_clock() -> object:
+    """Set the system's clock."""
+    import time
+
+    return time.clock_settime(time.CLOCK_REALTIME, 0)
+
+
+ATTEMPTS: dict[str, Callable[[], object]] = {
+    "write root": write_root,
+    "write disk": write_disk,
+    "load module": load_module,
+    "write memory": write_memory,
+    "run from tmp": run_from_tmp,
+    "start shell": start_shell,
+    "connect elsewhere": connect_elsewhere,
+    "set clock": set_clock,
+}
+
+
+def processes() -> list[str]:
+    """Every process that is no kernel thread."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if words[0]:
+                found.append(words[0].decode())
+    return found
+
+
+def listening() -> list[str]:
+    """Local ports in the state LISTEN, and all UDP ports."""
+    found = []
+    for table, states in (("tcp", {"0A"}), ("udp", {"07"})):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] in states:
+                found.append(f"{table} {int(fields[1].rpartition(':')[2], 16)}")
+    return found
+
+
+def mounts() -> list[str]:
+    """The mount table."""
+    return Path("/proc/mounts").read_text().splitlines()
+
+
+def writable(line: str) -> bool:
+    """Whether a mount is read-write."""
+    return "rw" in line.split()[3].split(",")
+
+
+def status() -> list[str]:
+    """What the kernel says of this process."""
+    return Path("/proc/self/status").read_text().splitlines()
