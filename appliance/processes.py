@@ -70,10 +70,15 @@ class Processes:
         """Where the process of this name writes, or wrote."""
         return self._logs / f"{name}.log"
 
-    def dead(self) -> Watched | None:
-        """The first process found to have ended although nobody stopped it, or None."""
-        with self._lock:
-            return next((watched for watched in self._running.values() if watched.process.poll() is not None), None)
+    def dead(self, *, within: float = 0.0) -> Watched | None:
+        """The first process found to have ended although nobody stopped it, looked for during `within` seconds."""
+        deadline = time.monotonic() + within
+        while True:
+            with self._lock:
+                ended = [watched for watched in self._running.values() if watched.process.poll() is not None]
+            if ended or time.monotonic() >= deadline:
+                return ended[0] if ended else None
+            time.sleep(0.05)
 
     def stop(self, name: str) -> None:
         """End one process and wait for it; does nothing if it is not running."""

@@ -49,6 +49,8 @@ def _print(report: Report, out: Path) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
     console.print(
         f"\nCharter {report.charter[:16]}… on the [bold]{report.platform}[/] platform: no hardware was involved.\n"
     )
@@ -57,27 +59,28 @@ def _print(report: Report, out: Path) -> None:
     console.print(_attacks(report))
     console.print(
         f"\nAccuracy {report.accuracy:.4f} on the owner's test set; {report.pooled_accuracy:.4f} if all data had been "
-        f"pooled.\nAll of it: {out}/report.json. Check the story yourself, offline:\n"
-        f"  seal audit verify {out}/audit --trust {out}/root.json"
+        f"pooled. Everything: {out}/report.json\nCheck the story yourself, offline: "
+        f"seal audit verify {out}/audit --trust {out}/root.json",
+        soft_wrap=True,
     )
 
 
 def _decisions(report: Report) -> Table:
     from rich.table import Table
 
+    from appliance.demo.display import brief
+
     table = Table("entry", "who", "image", "measurement", "TCB", "decision", box=None, pad_edge=False)
     for row in report.decisions:
-        tcb = "" if row["tcb"] is None else ".".join(str(level) for level in row["tcb"].values() if level is not None)
-        measurement = (row["measurement"] or "")[:12]
         refused = row["kind"] == "denial"
-        words = f"{row['what']}: {row['outcome']}" if row["what"] else row["outcome"]
+        words = f"{row['what']} {row['outcome']}" if row["what"] else row["outcome"]
         table.add_row(
             str(row["entry"]),
             row["who"],
             row["image"] or "",
-            measurement,
-            tcb,
-            f"[{'red' if refused else 'green'}]{words}[/]",
+            f"{row['measurement'][:12]}…" if row["measurement"] else "",
+            tcb_words(row["tcb"]),
+            f"[{'red' if refused else 'green'}]{brief(words)}[/]",
         )
     return table
 
@@ -85,7 +88,15 @@ def _decisions(report: Report) -> Table:
 def _attacks(report: Report) -> Table:
     from rich.table import Table
 
+    from appliance.demo.display import brief
+
     table = Table("attack", "refused by", "because", box=None, pad_edge=False)
     for attack in report.attacks:
-        table.add_row(attack.attack, attack.refused_by, "; ".join(attack.reasons))
+        table.add_row(attack.attack, attack.refused_by, "; ".join(brief(reason) for reason in attack.reasons))
     return table
+
+
+def tcb_words(tcb: dict[str, int | None] | None) -> str:
+    """A TCB in AMD's order: [FMC,] boot loader, TEE, SNP, microcode."""
+    levels = [] if tcb is None else [tcb.get(part) for part in ("fmc", "bootloader", "tee", "snp", "microcode")]
+    return ".".join(str(level) for level in levels if level is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -73,3 +74,8 @@ class Display:
             mark = self._spinner if running else Text("✗", "red") if step.failed else Text("✓", "green")
             table.add_row(mark, f"{elapsed:.1f} s", step.title, step.detail)
         return table
+
+
+def brief(words: str) -> str:
+    """The words with long hexadecimal numbers cut short."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{16,}\b", r"\1…", words)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from appliance.demo import attacks, job
 from appliance.demo.attacks import AttackSucceeded, Repelled
-from appliance.demo.display import Display, Step
+from appliance.demo.display import Display, Step, brief
 from appliance.demo.guests import honest_start, start_broker, start_guest, wait_for_event
 from appliance.demo.setting import (
     BROKER,
@@ -44,6 +44,8 @@ LEAST_ACCURACY: Final = 0.94
 LARGEST_LOSS: Final = 0.02
 """How much accuracy federated training may cost against training on the pooled data."""
 WATCH_SECONDS: Final = 0.2
+SETTLE_SECONDS: Final = 2.0
+"""A failed step may be the first sign of a process's death: how long to look for one before the step is blamed."""
 
 
 @dataclass
@@ -92,7 +94,7 @@ def run_demo(folder: Path, display: Display) -> Report:
                     if dead is not None:
                         raise died(dead) from None
         if isinstance(ended, BaseException):
-            dead = processes.dead()
+            dead = processes.dead(within=SETTLE_SECONDS)
             if dead is not None:
                 raise died(dead) from ended
             if isinstance(ended, AttackSucceeded):
@@ -142,7 +144,7 @@ def _tell(folder: Path, processes: Processes, display: Display) -> Report:
         with display.step(f"Attack: {attack.title}") as step:
             repelled = attack(setting, processes)
             report.attacks.append(repelled)
-            step.detail = f"refused: {repelled.reasons[0]}"
+            step.detail = f"refused: {brief(repelled.reasons[0])}"
     with display.step("An auditor checks the whole story offline") as step:
         audit(setting, report)
         step.detail = f"{report.audit['entries']} ledger entries, {report.audit['files']} files"
