@@ -208,19 +208,23 @@ def sign_answer(answer: Answer, key: Ed25519PrivateKey) -> str:
 
 
 def read_answer(token: str, key: Ed25519PublicKey, *, broker: str, request: str, nonce: str) -> Answer:
-    """Check that `token` is this broker's answer to this very request. Raises AnswerRefused or Unusable."""
+    """Check that `token` is this broker's answer to this very request. Raises AnswerRefused or Unusable.
+
+    A refusal may have no nonce: a broker that does not know the session does not know the guest's nonce either.
+    """
     try:
         payload = read_jws(token, key, typ=ANSWER_TYPE)
     except Refused as error:
         raise AnswerRefused((f"the answer is not signed by broker {broker}",)) from error
+    status = payload.get("status")
     reasons = [
         f"the answer is about another {word}"
         for word, expected in (("broker", broker), ("request", request), ("nonce", nonce))
-        if payload.get(word) != expected
+        if payload.get(word) != expected and (word, payload.get("nonce"), status) != ("nonce", "", "refused")
     ]
     if reasons:
         raise AnswerRefused(tuple(reasons))
-    status, result, why, time = (payload.get(key) for key in ("status", "result", "reasons", "time"))
+    result, why, time = (payload.get(word) for word in ("result", "reasons", "time"))
     if status not in ("done", "refused") or not isinstance(result, dict) or not isinstance(time, str):
         raise Unusable("this is no broker's answer", where="answer", do="Check the broker's version.")
     if not isinstance(why, list) or not all(isinstance(reason, str) for reason in why):

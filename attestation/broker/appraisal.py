@@ -6,7 +6,8 @@ The host chooses a guest's init-data, so it earns nothing by itself. An EAR is g
 2. it names this charter's root;
 3. the place it names is enrolled, with this very init-data, on this chip if chips are listed;
 4. the report verifies under the charter's appraisal profile, with the REPORT_DATA that the session expects and the
-   measurement of an approved image: the enrolled one, approved for this role.
+   measurement of an approved image: the enrolled one, approved for this role;
+5. the charter's further demands (`policies/appraisal.rego`, if it has any) are met.
 
 An auditor runs the same function over the same bytes years later (attestation.broker.audit).
 """
@@ -31,6 +32,7 @@ from attestation.verifier import BROKER, Appraisal, Expected, Profile, load_prof
 from policies.charter import Charter
 from policies.documents import INIT_DATA_LIMIT, Enrolment, InitData, VirtualRoot, parse_init_data
 from policies.errors import SealwrightError
+from policies.questions import appraisal_reasons
 
 KBS_INIT_DATA_KEY: Final = "sealwright.toml"
 """Where a CoCo init-data document (`[data]`) carries ours."""
@@ -81,6 +83,8 @@ def appraise_guest(question: Question, charter: Charter, at: datetime) -> Verdic
     subject = None
     if appraisal is not None and enrolment is not None:
         subject = _place(appraisal, enrolment, charter, reasons)
+        if not reasons:
+            reasons += appraisal_reasons(charter, appraisal.to_json(), enrolment, at)
     return Verdict(tuple(reasons), init, enrolment, subject, appraisal)
 
 

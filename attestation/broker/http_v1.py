@@ -61,8 +61,9 @@ class Call:
     def authorise(self, session: Session | None) -> Session:
         """Check the proof against the session's attested key, and that its counter is new."""
         at = self.broker.clock()
+        if session is not None:
+            self.nonce = session.guest_nonce
         session = attested_session(session, "v1", at)
-        self.nonce = session.guest_nonce
         counter = self.check(session.key("sign"))
         return use(session, "v1", at, counter=counter)
 

@@ -92,8 +92,8 @@ def export_bundle(reader: LedgerReader, folder: Path) -> int:
 
     Raises Unusable if the folder is not empty or the database has lost something.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise Unusable("the folder is not empty", where=str(folder), do="Name a new folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Unusable("there is something here already", where=str(folder), do="Name a new folder.")
     head = reader.head()
     for number in range(head.size):
         (raw,) = reader.entries(number, number + 1)
@@ -171,8 +171,11 @@ def _copy(path: Path, blobs: Callable[[str], bytes | None], digest: str) -> None
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise Unusable(f"it cannot be written: {error.strerror}", where=str(path), do="Name another folder.") from error
 
 
 def strays(files: Mapping[str, Path], known: set[str]) -> list[str]:

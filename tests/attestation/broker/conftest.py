@@ -15,15 +15,23 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from attestation.binding import report_data
 from attestation.broker.config import create_broker
+from attestation.canonical import b64, unb64
 from attestation.client import BrokerClient, GuestSession
+from attestation.errors import BrokerRefused
 from attestation.evidence.composite import SnpEvidence
 from attestation.evidence.report import Product
+from attestation.hybrid import HybridPrivateKey
+from attestation.messages import Call, sign_proof
 from attestation.virtual.chip import Chip
 from attestation.virtual.processor import LaunchContext, report_for
 from attestation.virtual.vendor import Vendor
@@ -316,3 +324,91 @@ def guests(world: World, broker: BrokerProcess) -> Iterator[Callable[..., GuestS
     yield make
     for guest in made:
         guest.close()
+
+
+class RawGuest:
+    """A guest that makes each call by hand, so that any part of any call can be another's."""
+
+    def __init__(self, world: World, entry: BrokerEntry, attester: ChipAttester, init_data: bytes) -> None:
+        self.world = world
+        self.entry = entry
+        self.attester = attester
+        self.init_data = init_data
+        self.client = BrokerClient(entry, "virtual.trial")
+        self.sign_key = Ed25519PrivateKey.generate()
+        self.tls_key = ec.generate_private_key(ec.SECP256R1())
+        self.kem_key = HybridPrivateKey.generate()
+        self.guest_nonce = b64(os.urandom(32))
+        self.session = ""
+        self.nonce = b""
+        self.counter = 0
+
+    def keys(self) -> dict[str, bytes]:
+        spki = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
+        return {
+            "kem": self.kem_key.public_bytes(),
+            "sign": self.sign_key.public_key().public_bytes(*spki),
+            "tls": self.tls_key.public_key().public_bytes(*spki),
+        }
+
+    def open(self) -> RawGuest:
+        body = json.dumps({"nonce": self.guest_nonce}).encode()
+        result = self.client.answer("POST", "/v1/sessions", body, nonce=self.guest_nonce).result
+        self.session, self.nonce, self.counter = result["session"], unb64(result["nonce"], where="t"), 0
+        return self
+
+    def evidence(self, *, broker: str | None = None, keys: Mapping[str, bytes] | None = None) -> SnpEvidence:
+        charter = self.world.charter()
+        data = report_data(broker or self.entry.name, charter.id, charter.version, self.nonce, keys or self.keys())
+        return self.attester.evidence(data)
+
+    def attest_body(self, evidence: SnpEvidence, **changes: Any) -> bytes:
+        message = {
+            "evidence": {"certificates": b64(evidence.certificates), "report": b64(evidence.report)},
+            "init_data": b64(self.init_data),
+            "keys": {purpose: b64(key) for purpose, key in self.keys().items()},
+            "session": self.session,
+        }
+        return json.dumps({**message, **changes}).encode()
+
+    def proof(self, method: str, path: str, body: bytes, *, key: Ed25519PrivateKey | None = None) -> str:
+        self.counter += 1
+        call = Call(self.entry.name, method, path, body, self.session, self.counter)
+        return sign_proof(call, key or self.sign_key)
+
+    def post(self, path: str, body: bytes, *, proof: str | None = None) -> dict[str, Any]:
+        signed = proof or self.proof("POST", path, body)
+        return self.client.answer("POST", path, body, nonce=self.guest_nonce, proof=signed).result
+
+    def attest(self, evidence: SnpEvidence | None = None, **changes: Any) -> dict[str, Any]:
+        return self.post("/v1/attest", self.attest_body(evidence or self.evidence(), **changes))
+
+    def refused(self, evidence: SnpEvidence | None = None, **changes: Any) -> tuple[str, ...]:
+        """Why an attestation is refused; fails if it is not."""
+        with pytest.raises(BrokerRefused) as refused:
+            self.attest(evidence, **changes)
+        return refused.value.reasons
+
+
+@pytest.fixture
+def raw_guests(world: World, broker: BrokerProcess) -> Iterator[Callable[..., RawGuest]]:
+    """Makes raw guests with an open session; `init_data` and launch settings can be anything."""
+    made: list[RawGuest] = []
+
+    def make(role: str = "site", name: str = "north", *, init_data: bytes | None = None, **overrides: Any) -> RawGuest:
+        raw = init_data if init_data is not None else world.init_data[f"{role}/{name}"]
+        settings = {"host_data": sha256(raw).digest(), **overrides}
+        made.append(RawGuest(world, broker.entry, world.attester(role, name, **settings), raw))
+        return made[-1].open()
+
+    yield make
+    for guest in made:
+        guest.client.close()
+
+
+@pytest.fixture(scope="session")
+def tools() -> SimpleNamespace:
+    """The makers of this file, for tests that need a second world."""
+    return SimpleNamespace(
+        found_world=found_world, start_broker=start_broker, RawGuest=RawGuest, deposit_all=deposit_all
+    )
