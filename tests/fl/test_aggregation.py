@@ -81,8 +81,8 @@ MODEL = {"w": np.zeros((2, 2), dtype=np.float32), "n": np.zeros(1, dtype=np.int6
     [
         ({"w": None}, "'w' is missing"),
         ({"x": np.zeros(1, dtype=np.float32)}, "'x' is not in the model"),
-        ({"w": np.zeros((4,), dtype=np.float32)}, r"F32 \[4\], not F32 \[2, 2\]"),
-        ({"w": np.zeros((2, 2), dtype=np.float64)}, r"F64 \[2, 2\], not F32"),
+        ({"w": np.zeros((4,), dtype=np.float32)}, r"F32 \[4\], not the model's F32 \[2, 2\]"),
+        ({"w": np.zeros((2, 2), dtype=np.float64)}, r"F64 \[2, 2\], not the model's F32"),
         ({"w": np.array([[0, 0], [0, np.nan]], dtype=np.float32)}, "holds a NaN"),
         ({"w": np.array([[0, np.inf], [0, 0]], dtype=np.float32)}, "holds an infinity"),
         ({"w": np.array([[0, -1e30], [0, 0]], dtype=np.float32)}, "magnitude 1e\\+30"),
