@@ -18,7 +18,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from appliance.kit import UserKeys, create_user_keys
+from appliance.kits.user_keys import UserKeys, create_user_keys
 from attestation.broker.config import create_broker
 from attestation.evidence.report import Product
 from attestation.virtual.chip import Chip, create_chip

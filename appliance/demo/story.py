@@ -16,15 +16,19 @@ from appliance.demo.guests import honest_start, start_broker, start_guest, wait_
 from appliance.demo.setting import (
     BROKER,
     MODEL_KEY,
+    OWNER,
+    SCIENTIST,
     SERVER,
     SITES,
     Setting,
     admit,
     data_key,
     found_consortium,
+    now,
     seal_site_data,
 )
-from appliance.kit import write_user_kit
+from appliance.kits.making import make_user_kit, write_kit
+from appliance.kits.user_keys import write_user_keys
 from appliance.processes import Processes, died
 from attestation.broker.config import CONFIG_NAME, load_config
 from attestation.broker.server import open_broker
@@ -35,6 +39,7 @@ from fl.environments.prod import ProdEnv
 from fl.jobs.bundle import make_bundle
 from policies.documents import ServerAddress
 from policies.errors import Refused
+from policies.kits import LOCAL
 
 if TYPE_CHECKING:
     from fl.jobs.progress import JobEvent
@@ -158,9 +163,9 @@ def write_root(setting: Setting) -> None:
     (setting.folder / "broker/root.json").write_bytes(setting.first_root)
     (setting.folder / "root.json").write_bytes(setting.first_root)
     server = ServerAddress(name=SERVER, address=setting.server_address)
-    write_user_kit(
-        setting.kit, setting.scientist, setting.charter(), setting.first_root, server, model_key=setting.model_key
-    )
+    kit = make_user_kit(setting.store, f"{OWNER}/{SCIENTIST}", server, setting.members[OWNER], now())
+    write_kit(kit, setting.kit)
+    write_user_keys(setting.kit / LOCAL, setting.scientist, model_key=setting.model_key)
 
 
 def deposit_keys(setting: Setting) -> None:

@@ -1,18 +1,20 @@
 """A user's kit: the folder with which a data scientist reaches the consortium's brokers and FL server.
 
-    root.json     the charter's first root: the one thing that is trusted beforehand
+    kit.dsse.json every file's SHA-256, signed by a member (`policies.kits`): checked before anything is used
+    root.json     the charter's first root
     kit.toml      member, user, charter, [[brokers]] name and url, [server] name and address
-    tls.key, tls.pem   the user's TLS key and self-signed certificate (the charter names it)
-    signing.key   Ed25519 key with which job records are signed
-    results.key   the 96 secret bytes of the hybrid key to which results are sealed
-    model.key     the 32 bytes under which first models are sealed (only submitters have it)
+    local/        made on the user's machine, and no part of the kit:
+        tls.key, tls.pem   the user's TLS key and self-signed certificate (the charter names it)
+        signing.key   Ed25519 key with which job records are signed
+        results.key   the 96 secret bytes of the hybrid key to which results are sealed
+        model.key     the 32 bytes under which first models are sealed (only submitters have it)
+        root.json     the root that the user trusts beforehand, if it was put there: the kit must be for it
 
 Files with keys are readable by their owner alone, or they are refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from attestation.hybrid import HybridPrivateKey
 from fl.errors import KitUnusable
 from policies.documents import BrokerAddress, Digest, Document, Name, ServerAddress, parse_toml
 from policies.keys import load_private_key, read_secret
+from policies.kits import LOCAL, USER_FILE, open_signed_kit
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from attestation.client import BrokerClient
     from policies.charter import Charter
 
-MAX_ROOT: Final = 4 << 20
 MODEL_KEY_SIZE: Final = 32
 
 
@@ -76,27 +78,35 @@ class CurrentCharter:
 
 
 def open_kit(folder: Path) -> Kit:
-    """Read a kit. Raises KitUnusable, or UnusableKey for a key file that others may read."""
+    """Verify and read a kit.
+
+    Raises KitRefused, naming each file that was changed, is missing or foreign; KitUnusable for what is no user's kit,
+    or whose keys are missing; UnusableKey for a key file that others may read.
+    """
     if not folder.is_dir():
         raise KitUnusable("there is no such folder", where=str(folder))
+    signed = open_signed_kit(folder)
+    if signed.manifest.role != "user":
+        raise KitUnusable(f"this is the kit of {signed.manifest.place}, not of a user", where=str(folder))
+    file = parse_toml(KitFile, signed.files[USER_FILE], str(folder / USER_FILE))
+    manifest = signed.manifest
+    if (file.member, file.user, file.charter) != (manifest.member, manifest.name, manifest.charter):
+        raise KitUnusable("kit.toml is for somebody else than the kit", where=str(folder))
+    keys = folder / LOCAL
     try:
-        file = parse_toml(KitFile, _read(folder / "kit.toml", 64 << 10), str(folder / "kit.toml"))
-        root = _read(folder / "root.json", MAX_ROOT)
-        results = HybridPrivateKey.from_bytes(read_secret(folder / "results.key"))
-        model = read_secret(folder / "model.key") if (folder / "model.key").exists() else None
+        certificate = _read(keys / "tls.pem", 64 << 10).decode("ascii")
+        model = read_secret(keys / "model.key") if (keys / "model.key").exists() else None
         kit = Kit(
             file,
-            root,
-            read_secret(folder / "tls.key").decode("ascii"),
-            _read(folder / "tls.pem", 64 << 10).decode("ascii"),
-            load_private_key(folder / "signing.key"),
-            results,
+            signed.root,
+            read_secret(keys / "tls.key").decode("ascii"),
+            certificate,
+            load_private_key(keys / "signing.key"),
+            HybridPrivateKey.from_bytes(read_secret(keys / "results.key")),
             model,
         )
     except (OSError, UnicodeDecodeError) as error:
-        raise KitUnusable(f"a file of the kit cannot be read: {error}", where=str(folder)) from error
-    if hashlib.sha256(root).hexdigest() != file.charter:
-        raise KitUnusable("root.json is not the root of the charter that kit.toml names", where=str(folder))
+        raise KitUnusable(f"a file in local/ cannot be read: {error}", where=str(folder)) from error
     if model is not None and len(model) != MODEL_KEY_SIZE:
         raise KitUnusable(f"model.key has {len(model)} bytes, not {MODEL_KEY_SIZE}", where=str(folder))
     return kit

@@ -1,8 +1,10 @@
-"""Making a user's keys and kit: what `fl.environments.kit` opens."""
+"""A user's keys: made on the user's own machine, in a folder that becomes the `local/` of the user's kit.
+
+Only the request travels: the public halves, as the member puts them into the charter.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -18,11 +20,12 @@ from cryptography.x509.oid import NameOID
 
 from attestation.canonical import b64
 from attestation.hybrid import HybridPrivateKey
-from policies.charter import Charter
-from policies.documents import Right, ServerAddress, User, user_spiffe_id
+from policies.documents import Right, User, parse_document, user_spiffe_id
+from policies.errors import MalformedDocument, Unusable
 from policies.keys import private_pem, public_pem, write_secret
 
 CERTIFICATE_DAYS: Final = 365
+REQUEST: Final = "request.json"
 _BACKDATED: Final = timedelta(minutes=1)
 
 
@@ -70,23 +73,15 @@ def create_user_keys(trust_domain: str, member: str, name: str, at: datetime) ->
     return UserKeys(member, name, key, pem, Ed25519PrivateKey.generate(), HybridPrivateKey.generate())
 
 
-def write_user_kit(
-    folder: Path,
-    keys: UserKeys,
-    charter: Charter,
-    root: bytes,
-    server: ServerAddress,
-    *,
-    model_key: bytes | None = None,
-) -> None:
-    """Write the kit of a user of `charter` (whose first root is `root`) to a new folder, keys 0600."""
+def write_user_keys(folder: Path, keys: UserKeys, *, model_key: bytes | None = None) -> None:
+    """Write a person's keys into a new folder (0700), each in a file of mode 0600.
+
+    `model_key`, 32 bytes, is what first models are sealed under: for those who submit jobs. Raises Unusable if the
+    folder is there already.
+    """
+    if folder.exists():
+        raise Unusable("there is something already", where=str(folder), do="Name a new folder.")
     folder.mkdir(mode=0o700, parents=True)
-    lines = [f"member = {_quoted(keys.member)}", f"user = {_quoted(keys.name)}", f"charter = {_quoted(charter.id)}"]
-    for broker in charter.consortium.brokers:
-        lines += ["", "[[brokers]]", f"name = {_quoted(broker.name)}", f"url = {_quoted(broker.url)}"]
-    lines += ["", "[server]", f"name = {_quoted(server.name)}", f"address = {_quoted(server.address)}", ""]
-    (folder / "kit.toml").write_text("\n".join(lines), "utf-8")
-    (folder / "root.json").write_bytes(root)
     (folder / "tls.pem").write_text(keys.tls_certificate, "ascii")
     tls_key = keys.tls_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     write_secret(folder / "tls.key", tls_key)
@@ -94,7 +89,16 @@ def write_user_kit(
     write_secret(folder / "results.key", keys.results_key.private_bytes())
     if model_key is not None:
         write_secret(folder / "model.key", model_key)
+    (folder / REQUEST).write_bytes(keys.document(rights=()).to_bytes())
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text)
+def user_of_request(raw: bytes, where: str, *, member: str, name: str, rights: Iterable[Right]) -> User:
+    """The user that a request asks for, with the rights that the plan gives. Raises MalformedDocument for another's."""
+    asked = parse_document(User, raw, where)
+    if (asked.member, asked.name) != (member, name):
+        raise MalformedDocument(
+            f"this is the request of {asked.member}/{asked.name}, not of {member}/{name}",
+            where=where,
+            do="Name the right file.",
+        )
+    return asked.model_copy(update={"rights": tuple(rights)})
