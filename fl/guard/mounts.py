@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def view(packages: Sequence[Path] | None) -> View:
     if not _covered(interpreter, binds):
         binds[interpreter] = str(interpreter)
     site_paths = []
-    for number, folder in enumerate(_site_folders()):
+    for number, folder in enumerate(_site_folders(dict(binds))):
         inside = f"/site/{number}"
         if _covered(folder, binds):
             inside = str(folder)
@@ -105,15 +106,20 @@ def _locations(name: str) -> list[Path]:
     return [Path(location).resolve() for location in spec.submodule_search_locations]
 
 
-def _site_folders() -> Iterator[Path]:
-    seen = set()
+def _site_folders(binds: dict[Path, str]) -> Iterator[Path]:
+    """The folders of installed packages on this process's own `sys.path`, in its order.
+
+    They are those that are called so, and those in a part of the system that is shown anyway (a measured image has its
+    wheels below /usr/lib). Any other entry, such as a checkout of the sources, may hold what no script should see.
+    """
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    seen = {library, library / "lib-dynload"}
     for entry in sys.path:
-        folder = Path(entry)
-        if folder.name in {"site-packages", "dist-packages"} and folder.is_dir():
-            real = folder.resolve()
-            if real not in seen:
-                seen.add(real)
-                yield real
+        folder = Path(entry).resolve()
+        if entry and folder.is_dir() and folder not in seen:
+            seen.add(folder)
+            if folder.name in {"site-packages", "dist-packages"} or _covered(folder, binds):
+                yield folder
 
 
 def _add_packages(packages: Sequence[Path], binds: dict[Path, str]) -> list[str]:

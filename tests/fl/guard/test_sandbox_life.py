@@ -20,6 +20,7 @@ from hostile_scripts import SMALL, Attacker
 
 from fl.errors import SandboxFailed, SandboxUnusable
 from fl.guard import control_groups
+from fl.guard.mounts import view
 from fl.guard.sandbox import Sandbox, unprivileged_user
 
 HELLO = {"client.py": b"print('hello')\n"}
@@ -220,6 +221,20 @@ def test_large_data_arrives_whole() -> None:
         outcome = process.wait(10)
     assert outcome is not None
     assert outcome.log.decode().strip() == hashlib.sha256(raw).hexdigest()
+
+
+def test_what_of_sys_path_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed packages, by name or by being part of the system; never a folder that merely is on the path."""
+    (tmp_path / "lib" / "site-packages").mkdir(parents=True)
+    system = next(path for path in Path("/usr/lib").iterdir() if path.is_dir() and not path.is_symlink())
+    checkout = Path(__file__).resolve().parents[3]
+    monkeypatch.setattr(
+        sys, "path", ["", str(checkout), str(tmp_path), str(tmp_path / "lib/site-packages"), str(system)]
+    )
+    shown = view(())
+    assert shown.site_paths == ("/site/0", str(system))
+    assert (tmp_path / "lib/site-packages", "/site/0") in shown.binds
+    assert not {checkout, tmp_path} & {source for source, _ in shown.binds}
 
 
 @pytest.mark.parametrize(
