@@ -5,7 +5,8 @@ The rules, all of which are checked and every broken one told:
 - it names this server; a site is on its roster; every site on the roster is enrolled, every recipient may download;
 - the bundle has the record's digest, the charter's `code` role approves that digest for this job's name and all the
   roster's sites, and the approval has not expired;
-- rounds and the least number of sites are those of the approved bundle.
+- rounds and the least number of sites are those of the approved bundle;
+- the charter's further demands (`policies/admission.rego`, if it has any) are met.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from fl.errors import ApprovalRefused
 from fl.jobs.bundle import Bundle
 from fl.jobs.record import RECORD_TYPE, JobRecord, parse_record
 from policies.errors import SealwrightError
+from policies.questions import admission_reasons
 
 if TYPE_CHECKING:
     from policies.charter import Charter
-    from policies.documents import User
+    from policies.documents import Role, User
 
 MAX_AGE: Final = timedelta(hours=24)
 """A record that was signed longer ago starts nothing."""
@@ -78,6 +80,9 @@ def approve(
         *_record_reasons(signed, charter, received or at, server=server, site=site),
         *_bundle_reasons(record, bundle, charter, at),
     )
+    if not reasons:
+        here: tuple[Role, str] = ("server", server) if site is None else ("site", site)
+        reasons = admission_reasons(charter, record.model_dump(mode="json"), *here, at)
     if reasons:
         raise ApprovalRefused(record.job, reasons)
 

@@ -11,6 +11,7 @@ from policies.charter.layout import json_target, role_of
 from policies.documents import RIGHTS_SETS, Consortium, Right, User, from_table
 from policies.errors import MalformedDocument
 
+PLAN: Final = "deployment"
 _FILE: Final = "_file"
 _DO: Final = "Correct the file; docs/reference/charter.md lists its fields."
 
@@ -20,9 +21,12 @@ def read_consortium(raw: bytes, where: str, read: Callable[[str], bytes]) -> Con
 
     Any key or certificate may stand in a file of its own: `public_key_file = "acme.pub"` instead of `public_key`. A
     broker may stand in the file that `seal broker init` made: `entry_file = "broker/entry.json"` and nothing else.
-    `read` returns a file's content. Raises MalformedDocument for whatever does not fit.
+    `read` returns a file's content. The table PLAN (where hosts stand, for `seal charter kit`) is nothing that members
+    sign, and is passed over. Raises MalformedDocument for whatever does not fit.
     """
-    return from_table(Consortium, _with_files(_table(raw, where), where, read), where)
+    table = _table(raw, where)
+    table.pop(PLAN, None)
+    return from_table(Consortium, _with_files(table, where, read), where)
 
 
 def _table(raw: bytes, where: str) -> dict[str, Any]:

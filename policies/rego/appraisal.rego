@@ -6,6 +6,9 @@ import rego.v1
 # An image below this security version (SVN) is refused although its reference values are still there.
 min_svn := 0
 
+# Checks that the verifier must not have left unjudged for want of something to judge by.
+judged := {"freshness", "init-data", "measurement", "revocation"}
+
 default allow := false
 
 allow if count(reasons) == 0
@@ -14,9 +17,13 @@ reasons contains "the appraisal is not affirming" if not affirming
 
 affirming if input.appraisal.status == "affirming"
 
-reasons contains "the verifier left something unjudged" if not all_judged
+reasons contains "the verifier left freshness, init-data, measurement or revocation unjudged" if not all_judged
 
-all_judged if count(input.appraisal["not-judged"]) == 0
+all_judged if {
+	unjudged := {name | some name in input.appraisal["not-judged"]}
+	count(unjudged & judged) == 0
+	is_array(input.appraisal["not-judged"])
+}
 
 reasons contains "the evidence is of another platform than the charter" if not same_platform
 

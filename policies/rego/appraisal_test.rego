@@ -6,7 +6,7 @@ import rego.v1
 given := {
 	"appraisal": {
 		"status": "affirming",
-		"not-judged": [],
+		"not-judged": ["tcb-minimum"],
 		"claims": {"platform": "virtual", "measurement": "ab", "host_data": "ef", "chip_id": "01"},
 	},
 	"charter": {"platform": "virtual"},
@@ -17,7 +17,8 @@ given := {
 test_sound_evidence_is_allowed if { data.sealwright.appraisal.allow }
 
 test_unjudged_is_denied if {
-	data.sealwright.appraisal.reasons == {"the verifier left something unjudged"} with input.appraisal["not-judged"] as ["crl"]
+	data.sealwright.appraisal.reasons == {"the verifier left freshness, init-data, measurement or revocation unjudged"}
+		with input.appraisal["not-judged"] as ["tcb-minimum", "revocation"]
 }
 
 test_other_platform_is_denied if { not data.sealwright.appraisal.allow with input.appraisal.claims.platform as "hardware" }
