@@ -16,7 +16,7 @@ TCB_SIZE = 8
 # Byte positions: bootloader, tee, snp, microcode, fmc; AMD 56860, "TCB_VERSION structure" and its Turin form.
 _CLASSIC = (0, 1, 6, 7, None)
 _TURIN = (1, 2, 3, 7, 0)
-_RESERVED = {Product.MILAN: slice(2, 6), Product.GENOA: slice(2, 6), Product.TURIN: slice(4, 7)}
+_CLASSIC_RESERVED, _TURIN_RESERVED = slice(2, 6), slice(4, 7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Tcb:
 
 def nonzero_tcb_reserved(raw: bytes, product: Product) -> bool:
     """True if a byte that this product's layout reserves is not zero."""
-    return any(raw[_RESERVED[product]])
+    return any(raw[_TURIN_RESERVED if product is Product.TURIN else _CLASSIC_RESERVED])
 
 
 def decode_tcb(raw: bytes, product: Product, *, strict: bool = True) -> Tcb:

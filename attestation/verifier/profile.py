@@ -222,7 +222,9 @@ class TcbRules(ProfileSection):
 
     def of(self, product: Product) -> ProductFloors:
         """The floors of this product line."""
-        return {Product.MILAN: self.milan, Product.GENOA: self.genoa, Product.TURIN: self.turin}[product]
+        if product is Product.MILAN:
+            return self.milan
+        return self.genoa if product is Product.GENOA else self.turin
 
 
 class MitigationRules(ProfileSection):

@@ -41,12 +41,12 @@ ALWAYS = frozenset(
 
 # Without these a claim is not asserted, whatever else of it was judged.
 _NEEDED = {
-    Claim.INSTANCE_IDENTITY: ("freshness", "revocation"),
-    Claim.EXECUTABLES: ("measurement",),
+    Claim.INSTANCE_IDENTITY.value: ("freshness", "revocation"),
+    Claim.EXECUTABLES.value: ("measurement",),
 }
 
 # AR4SI: 2 for each, but executables 3: what is measured is what was loaded at boot.
-_AFFIRMED = {Claim.EXECUTABLES: 3}
+_AFFIRMED = {claim.value: 3 if claim is Claim.EXECUTABLES else 2 for claim in Claim}
 _AFFIRMED_WITHOUT_INIT_DATA = 3  # configuration: no known weakness, but not a known configuration
 _WARNING = 32
 _CONTRAINDICATED = 96
@@ -121,7 +121,7 @@ def _appraise(case: Case) -> Appraisal:
     severities = case.profile.severities
     failures: list[Failure] = []
     not_judged: list[str] = []
-    worst: dict[Claim, int] = {}
+    worst: dict[str, int] = {}
     authentic = True
     for one in ORDERED:
         name = one.name
@@ -138,11 +138,11 @@ def _appraise(case: Case) -> Appraisal:
         if name in ALWAYS:
             authentic = False
         value = _WARNING if severity == "warn" else _CONTRAINDICATED
-        worst[one.claim] = max(value, worst.get(one.claim, 0))
+        worst[one.claim.value] = max(value, worst.get(one.claim.value, 0))
     for name in case.profile.required:
         if name in not_judged or severities[name] == "allow":
             failures.append(Failure(name, "not judged", f"a judgement, which profile {case.profile.name!r} demands"))
-            worst[CHECKS[name].claim] = _CONTRAINDICATED
+            worst[CHECKS[name].claim.value] = _CONTRAINDICATED
     status = _status(case, failures, worst)
     vector = dict.fromkeys(VECTOR_NAMES, 0) if status == "none" else _vector(worst, not_judged, severities, authentic)
     return Appraisal(
@@ -155,7 +155,7 @@ def _appraise(case: Case) -> Appraisal:
     )
 
 
-def _status(case: Case, failures: list[Failure], worst: dict[Claim, int]) -> Status:
+def _status(case: Case, failures: list[Failure], worst: dict[str, int]) -> Status:
     if not case.chain.validities:
         return "none"  # there is no certificate: nothing was said by anybody
     if not failures:
@@ -164,22 +164,25 @@ def _status(case: Case, failures: list[Failure], worst: dict[Claim, int]) -> Sta
 
 
 def _vector(
-    worst: dict[Claim, int], not_judged: list[str], severities: dict[str, Any], authentic: bool
+    worst: dict[str, int], not_judged: list[str], severities: dict[str, Any], authentic: bool
 ) -> dict[str, int]:
     vector = dict.fromkeys(VECTOR_NAMES, 0)
-    for claim in Claim:
-        needed = _NEEDED.get(claim, ())
+
+    def unjudged(name: str) -> bool:
+        return name in not_judged or severities[name] == "allow"
+
+    for claim, affirmed in _AFFIRMED.items():
         if not authentic:
             value = _NOT_AUTHENTIC
         elif claim in worst:
             value = worst[claim]
-        elif any(name in not_judged or severities[name] == "allow" for name in needed):
+        elif any(map(unjudged, _NEEDED.get(claim, ()))):
             value = 0
-        elif claim is Claim.CONFIGURATION and ("init-data" in not_judged or severities["init-data"] == "allow"):
+        elif claim == Claim.CONFIGURATION.value and unjudged("init-data"):
             value = _AFFIRMED_WITHOUT_INIT_DATA
         else:
-            value = _AFFIRMED.get(claim, 2)
-        vector[claim.value] = value
+            value = affirmed
+        vector[claim] = value
     return vector
 
 

@@ -38,8 +38,11 @@ def provisional_firmware(case: Case) -> Verdict:
     return None
 
 
+_NO_FLOORS = ProductFloors()
+
+
 def _floors(case: Case) -> ProductFloors:
-    return ProductFloors() if case.product is None else case.profile.tcb.of(case.product)
+    return _NO_FLOORS if case.product is None else case.profile.tcb.of(case.product)
 
 
 def _floor(name: str, tcb: Tcb | None, floor: TcbFloor | None) -> Verdict:
