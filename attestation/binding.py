@@ -8,7 +8,7 @@ another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from hashlib import sha384, sha512
+from hashlib import sha256, sha384, sha512
 from typing import Any, Final
 
 from attestation.canonical import b64, canonical_bytes, digests
@@ -55,3 +55,8 @@ def kbs_report_data(nonce: str, tee_pubkey: Mapping[str, Any], additional_eviden
     """REPORT_DATA of a KBS 0.4.0 attester: SHA-384 over the canonical runtime data, zero-padded to 64 bytes."""
     document = {"additional-evidence": additional_evidence, "nonce": nonce, "tee-pubkey": dict(tee_pubkey)}
     return sha384(canonical_bytes(document)).digest().ljust(64, b"\0")
+
+
+def tee_key_digest(jwk: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a KBS guest's key as canonical JSON: `keys.tee` of its EAR."""
+    return sha256(canonical_bytes(dict(jwk))).hexdigest()

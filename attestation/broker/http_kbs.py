@@ -13,17 +13,16 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from pydantic import Field, StringConstraints
 
-from attestation.binding import kbs_report_data
+from attestation.binding import kbs_report_data, tee_key_digest
 from attestation.broker.exchange import BROKER, METRICS, count_client, json_response, log, read_body
 from attestation.broker.jwe import encrypt_jwe, load_tee_key
 from attestation.broker.sessions import Session, attested_session
-from attestation.canonical import b64, canonical_bytes
+from attestation.canonical import b64
 from attestation.ear import verify_ear
 from attestation.errors import BrokerUnavailable, MalformedEvidence, SessionRefused
 from attestation.evidence.composite import SnpEvidence
@@ -191,8 +190,3 @@ async def _caller(request: web.Request) -> tuple[str, str | None]:
     at = broker.clock()
     ear = verify_ear(token.strip(), (await broker.charter(at)).charter, at)
     return ear.document.nonce, token.strip()
-
-
-def tee_key_digest(jwk: dict[str, Any]) -> str:
-    """SHA-256 (hex) of the key's canonical JSON: `keys.tee` in the EAR."""
-    return sha256(canonical_bytes(jwk)).hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
-from attestation.binding import bound_report_data, kbs_report_data
+from attestation.binding import bound_report_data, kbs_report_data, tee_key_digest
 from attestation.broker.appraisal import Question as AppraisalQuestion
 from attestation.broker.appraisal import Verdict, appraise_guest, build_ear
 from attestation.broker.checks import check_deposit_token
@@ -138,7 +138,7 @@ class Retrial:
             charter,
             broker=broker.name,
             nonce=body["guest-nonce"],
-            keys=ear.keys if runtime is not None else body["bound"]["keys"],
+            keys=body["bound"]["keys"] if runtime is None else {"tee": tee_key_digest(runtime["tee-pubkey"])},
             at=entry.time,
             runtime=runtime,
         )

@@ -25,12 +25,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from attestation.binding import report_data
 from attestation.broker.config import create_broker
+from attestation.broker.storage import read_database
 from attestation.canonical import b64, unb64
 from attestation.client import BrokerClient, GuestSession
 from attestation.errors import BrokerRefused
 from attestation.evidence.composite import SnpEvidence
 from attestation.evidence.report import Product
 from attestation.hybrid import HybridPrivateKey
+from attestation.ledger.audit import AuditReport, verify_audit
+from attestation.ledger.bundle import export_bundle
 from attestation.messages import Call, sign_proof
 from attestation.virtual.chip import Chip
 from attestation.virtual.processor import LaunchContext, report_for
@@ -412,3 +415,15 @@ def tools() -> SimpleNamespace:
     return SimpleNamespace(
         found_world=found_world, start_broker=start_broker, RawGuest=RawGuest, deposit_all=deposit_all
     )
+
+
+@pytest.fixture
+def audited(tmp_path: Path) -> Callable[[BrokerProcess, World], AuditReport]:
+    """Exports a broker's ledger as it is now and audits it."""
+
+    def audit(broker: BrokerProcess, world: World) -> AuditReport:
+        folder = tmp_path / "audited"
+        read_database(broker.folder / "state/broker.sqlite", lambda step: export_bundle(step, folder))
+        return verify_audit(folder, world.root)
+
+    return audit

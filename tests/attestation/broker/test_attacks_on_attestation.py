@@ -209,3 +209,7 @@ def test_a_client_pinned_to_the_charter_talks_to_no_fake_broker(
     finally:
         client.close()
         fake.stop()
+
+
+def test_the_ledger_of_all_this_holds(broker: Any, world: Any, audited: Any) -> None:
+    assert audited(broker, world).problems == ()

@@ -272,3 +272,7 @@ def test_health_metrics_ledger_and_proofs(broker: Any) -> None:
     check_receipt(receipt, first, client.origin, client.key)
     assert json.loads(call("GET", "/v1/ledger/proof?old=1")[1])["old"] == 1
     client.close()
+
+
+def test_the_ledger_of_all_this_holds(broker: Any, world: Any, audited: Any) -> None:
+    assert audited(broker, world).problems == ()

@@ -86,3 +86,7 @@ def test_a_renewal_keeps_the_key_and_moves_the_ear(guests: Guests) -> None:
     assert first.ear != second.ear
     peer = appraise_peer(first.certificate_der, guest.charter, guest.now(), ear=second.ear)
     assert peer.ear.token == second.ear
+
+
+def test_the_ledger_of_all_this_holds(broker: Any, world: Any, audited: Any) -> None:
+    assert audited(broker, world).problems == ()
