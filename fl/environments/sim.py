@@ -156,7 +156,7 @@ class _Simulation:
                 federation.finish("the job is over")
                 for client in clients:
                     client.stop()
-                processes.wait_for_exits(END_SECONDS)
+            processes.wait_for_exits(END_SECONDS)  # after a failure nobody is waited for: leaving ends them all
 
     def _start_client(self, name: str, processes: ClientProcesses, federation: Federation) -> _Client:
         work = self._folder / name

@@ -33,7 +33,7 @@ class JobRecord(BaseModel):
     name: Name
     bundle: Digest
     server: Name
-    roster: Annotated[tuple[Name, ...], Field(min_length=1, max_length=4096, strict=False)]
+    roster: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000, strict=False)]
     recipients: Annotated[tuple[UserName, ...], Field(min_length=1, max_length=64, strict=False)]
     rounds: int = Field(ge=1)
     min_sites: int = Field(ge=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from attestation.canonical import unb64
-from fl.errors import ApprovalRefused, JobAborted, UpdateRefused
+from fl.errors import ApprovalRefused, JobAborted, MalformedMessage, UpdateRefused
 from fl.guard.approval import SignedRecord, approve
 from fl.guard.gate import admit_update
 from fl.jobs.bundle import Bundle
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 JOIN_SECONDS: Final = 60.0
 """How long a starting job waits for the sites of its roster."""
+REPORTED_SITES: Final = 300
+"""A report tells of so many sites, of those that are lost first."""
 MAX_EVENTS: Final = 200_000
 """A job keeps so many events for those who watch it; of logged values beyond, only the tracking knows."""
 
@@ -93,6 +95,7 @@ class ServerJob:
         self._served: SealedMemory | None = None
         self._tracking: Callable[[JobEvent], None] | None = None
         self._stopped_by: str | None = None
+        self._logged: dict[str, int] = {}
         self.result: tuple[SealedResult, SignedStatement, str] | None = None
         settings = bundle.settings
         self._federation = Federation(
@@ -129,8 +132,12 @@ class ServerJob:
         if self.status is Status.RUNNING and name in self.signed.record.roster:
             self._federation.lose(name, reason)
 
-    def logged(self, name: str, key: str, value: float, step: int) -> None:
-        """A site's script logged a number."""
+    def logged(self, name: str, key: str, value: float, step: int, *, most: int) -> None:
+        """A site's script logged a number. Raises MalformedMessage after `most` of one site in one round."""
+        with self._changed:
+            count = self._logged[name] = self._logged.get(name, 0) + 1
+        if count > most:
+            raise MalformedMessage(f"the site has logged more than {most} values in a round", where=name)
         self._federation.value(name, key, value, step)
 
     def serve_model(self, model: SealedMemory) -> None:
@@ -158,11 +165,12 @@ class ServerJob:
         self._stopped_by = by
         self._federation.abort(by)
 
-    def report(self) -> JobReport:
-        """The job's state, for its users."""
+    def report(self, *, details: bool = True) -> JobReport:
+        """The job's state, for its users; `details` adds what became of each site, and the reasons."""
         history = self._history
         with self._changed:
-            sites = {name: state[:2000] for name, state in history.sites.items()}
+            told = sorted(history.sites.items(), key=lambda item: item[1] == "in the job") if details else []
+        sites = {name: state[:300] for name, state in told[:REPORTED_SITES]}
         return JobReport(
             job=self.id,
             name=history.settings.name,
@@ -172,7 +180,7 @@ class ServerJob:
             round=history.rounds[-1]["round"] if history.rounds else None,
             num_rounds=history.settings.num_rounds,
             sites=sites,
-            reasons=tuple(reason[:2000] for reason in history.reasons[:64]),
+            reasons=tuple(reason[:1000] for reason in history.reasons[:64]) if details else (),
         )
 
     def watch(self, *, alive: Callable[[], bool]) -> Iterator[JobEvent]:
@@ -324,6 +332,7 @@ class ServerJob:
     def _observe(self, event: JobEvent) -> None:
         if event.kind == "round":
             self._check()  # a bundle that was revoked, or a submitter without rights, ends here
+            self._logged.clear()
         with self._changed:
             self._history.observe(event)
             if event.kind != "value" or len(self._events) < MAX_EVENTS:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
@@ -56,8 +58,16 @@ MAX_RUNNING: Final = 4
 """Jobs that run side by side; more wait in the queue."""
 MAX_JOBS: Final = 200
 """Jobs that the server remembers; the oldest that are over go first."""
-PULLS_AT_ONCE: Final = 2
+MAX_CALLS_EACH: Final = 32
+"""Calls of one caller at the same time."""
+PULLS_AT_ONCE: Final = 8
 """Updates that are received at the same time; the others wait at their sites."""
+STALL_SECONDS: Final = 10.0
+"""A caller that is in the middle of sending something and sends nothing for so long is cut off."""
+MAX_LOGGED_A_ROUND: Final = 20_000
+"""Values that a site may log in a round. An honest site's own bound is half of it."""
+LISTED_JOBS: Final = 100
+LISTED_SITES: Final = 1000
 SEALING_OVERHEAD: Final = 1 << 20
 
 T = TypeVar("T")
@@ -73,6 +83,7 @@ class FederationService:
         self._lock = threading.Lock()
         self._jobs: dict[str, ServerJob] = {}
         self._pulls = threading.BoundedSemaphore(PULLS_AT_ONCE)
+        self._calls: dict[bytes, int] = {}
         self._runners = ThreadPoolExecutor(MAX_RUNNING, thread_name_prefix="job")
         self.attendances = Attendances(self._site_joined, self._site_left)
 
@@ -110,7 +121,8 @@ class FederationService:
 
     def _attend(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         certificate = _certificate(context)
-        lease = _first(requests, Lease)
+        with unstalled(context) as progress:
+            lease = _first(progress(requests), Lease)
         attendance = Attendance(self._party, certificate, lease.ear)
         context.add_callback(lambda: attendance.end("its connection ended"))
         reader = threading.Thread(
@@ -152,7 +164,7 @@ class FederationService:
                 elif isinstance(frame, Left):
                     job.left(name, "; ".join(frame.reasons))
                 elif isinstance(frame, Logged):
-                    job.logged(name, frame.key, frame.value, frame.step)
+                    job.logged(name, frame.key, frame.value, frame.step, most=MAX_LOGGED_A_ROUND)
         except SealwrightError as error:
             reasons = error.reasons if isinstance(error, Refused) else (error.what,)
             attendance.end("; ".join(reasons))
@@ -191,6 +203,10 @@ class FederationService:
         return serve_chunks(model.view, head.offset)
 
     def _deliver(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        with unstalled(context) as progress:
+            yield from self._receive_update(progress(requests), context)
+
+    def _receive_update(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         head = _first(requests, Deliver)
         attendance, job = self._attending(context, head.job)
         name = attendance.name
@@ -217,6 +233,10 @@ class FederationService:
 
     def _submit(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         user = self._user(context, "submit")
+        with unstalled(context) as progress:
+            yield from self._receive_job(user, progress(requests))
+
+    def _receive_job(self, user: User, requests: Iterator[bytes]) -> Iterator[bytes]:
         head = _first(requests, Submit)
         charter = self._party.charter()
         signed = read_record(head.record, charter)
@@ -263,7 +283,8 @@ class FederationService:
         self._user(context, "view")
         _only(request, List)
         sites = tuple(attendance.name for attendance in self.attendances.all())
-        yield pack(Reports(jobs=tuple(job.report() for job in self._all_jobs()), sites=sites))
+        newest = self._all_jobs()[-LISTED_JOBS:]
+        yield pack(Reports(jobs=tuple(job.report(details=False) for job in newest), sites=sites[:LISTED_SITES]))
 
     def _report(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         yield pack(self._job_for(request, context, "view")[0].report())
@@ -331,7 +352,8 @@ class FederationService:
 
         def answer(request: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
             try:
-                yield from method(request, context)
+                with self._counted(_certificate(context)):
+                    yield from method(request, context)
             except SealwrightError as error:
                 self._party.tell(f"refused {context.peer()}: {error.what}")
                 refused = isinstance(error, Refused)
@@ -339,6 +361,55 @@ class FederationService:
                 context.abort(code, refusal_details(error))
 
         return answer
+
+    @contextmanager
+    def _counted(self, certificate: bytes) -> Iterator[None]:
+        """One of a caller's calls. Raises PeerLost when it has MAX_CALLS_EACH under way already."""
+        with self._lock:
+            if self._calls.get(certificate, 0) >= MAX_CALLS_EACH:
+                raise PeerLost(f"the caller has {MAX_CALLS_EACH} calls under way already", where="call")
+            self._calls[certificate] = self._calls.get(certificate, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls[certificate] -= 1
+                if not self._calls[certificate]:
+                    del self._calls[certificate]
+
+
+@contextmanager
+def unstalled(context: grpc.ServicerContext) -> Iterator[Callable[[Iterator[bytes]], Iterator[bytes]]]:
+    """Gives a wrapper for the frames that a caller sends: when none comes for STALL_SECONDS, the call is cancelled."""
+    waiting_since: list[float | None] = [None]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(STALL_SECONDS / 4):
+            since = waiting_since[0]
+            if since is not None and time.monotonic() - since > STALL_SECONDS:
+                context.cancel()
+                return
+
+    def progress(frames: Iterator[bytes]) -> Iterator[bytes]:
+        while True:
+            waiting_since[0] = time.monotonic()
+            try:
+                frame = next(frames)
+            except StopIteration:
+                return
+            except grpc.RpcError as error:
+                raise MalformedMessage("the caller stopped sending in the middle", where="call") from error
+            finally:
+                waiting_since[0] = None
+            yield frame
+
+    watcher = threading.Thread(target=watch, name="stall", daemon=True)
+    watcher.start()
+    try:
+        yield progress
+    finally:
+        over.set()
 
 
 def refusal_details(error: SealwrightError) -> str:

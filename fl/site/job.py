@@ -17,7 +17,7 @@ from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
 from fl.jobs.settings import JobSettings
 from fl.party import Party
 from fl.site.script import END_SECONDS, ScriptSession
-from fl.transport.frames import Deliver, Fetch, Finish, Left, Logged, Prepare, Ready, Train, Verdict
+from fl.transport.frames import Deliver, Fetch, Left, Logged, Prepare, Ready, Train, Verdict
 from fl.transport.local import Answer, ScriptSocket
 from fl.transport.memory import SealedMemory
 from policies.errors import Refused, SealwrightError
@@ -68,15 +68,19 @@ class SiteJob:
         self._tasks: SimpleQueue[Train | None] = SimpleQueue()
         self._stopped = threading.Event()
         self._process: SandboxedProcess | None = None
+        self._training = False
         self.thread = threading.Thread(target=self._run, name=f"job {self.id}", daemon=True)
 
     def train(self, task: Train) -> None:
         """The server gave a task."""
         self._tasks.put(task)
 
-    def finish(self, _frame: Finish | None = None) -> None:
-        """The job is over for this site."""
+    def finish(self) -> None:
+        """The job is over for this site. A script that is in the middle of a round is ended."""
         self._tasks.put(None)
+        process = self._process
+        if self._training and process is not None:
+            process.kill()
 
     def stop(self) -> None:
         """End the job at once, whatever its script does."""
@@ -141,7 +145,9 @@ class SiteJob:
                 self._link.send(Ready(job=self.id))
                 while (task := self._tasks.get()) is not None:
                     check()
+                    self._training = True
                     self._train(session, settings, task, limit)
+                    self._training = False
                 if self._stopped.is_set():
                     raise ScriptFailed(self._site, "was stopped")
                 session.end()

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -28,7 +29,7 @@ from fl.jobs.sealing import seal_first_model
 from fl.model import tensors_of
 from fl.tensors import encode
 from fl.transport.channel import connect
-from fl.transport.frames import MAX_FRAME, Chunk, Fetch, Lease, List, Logged, Ready, Submit, Train, pack
+from fl.transport.frames import MAX_FRAME, Chunk, Deliver, Fetch, Lease, List, Logged, Ready, Submit, Train, pack
 from fl.transport.memory import SealedMemory
 from policies.errors import Refused, SealwrightError
 
@@ -279,6 +280,66 @@ def test_a_job_that_its_site_was_not_asked_to_join_takes_no_update(
         with pytest.raises(grpc.RpcError) as caught:
             site.deliver(task, GOOD)
         assert "does not attend" in status_of(caught.value)[1]
+
+
+def test_a_site_that_stops_sending_in_the_middle_is_cut_off(
+    world: FederationWorld, server: str, job: tuple[Bundle, SealedMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fl.server.service.STALL_SECONDS", 0.4)
+    with (
+        world.site(server, SITES[0], number=2.0),
+        raw_site(world, server, world.identity("site", HOSTILE)) as site,
+        world.client(server) as client,
+    ):
+        mine = client.submit(*job, roster=None, recipients=[ADA])
+        task, stalled = site.join(), SimpleQueue[bytes | None]()
+        stalled.put(pack(Deliver(job=task.job, round=0, params_type="FULL", weight=1.0, metrics={}, size=len(GOOD))))
+        call = site.connection.call("Deliver", iter(stalled.get, None), timeout=30)
+        frames = iter(call)
+        next(frames)  # the server pulls, and nothing comes
+        assert [event.text for event in client.watch(mine, timeout=20)][-1] == "finished"
+        assert "its delivery failed" in client.report(mine).sites[HOSTILE]
+        stalled.put(None)
+
+
+def test_idle_calls_are_few_and_short(world: FederationWorld, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fl.server.service.STALL_SECONDS", 0.4)
+    monkeypatch.setattr("fl.server.service.MAX_CALLS_EACH", 4)
+    with raw_site(world, server, world.identity("site", HOSTILE)) as site:
+        silent: SimpleQueue[bytes | None] = SimpleQueue()
+        idle = [iter(site.connection.call("Deliver", iter(silent.get, None), timeout=30)) for _ in range(3)]
+        assert wait_until(lambda: _refused(site, "calls under way already"))
+        for call in idle:
+            with pytest.raises(grpc.RpcError):
+                next(call)
+            silent.put(None)
+        assert wait_until(lambda: _refused(site, "no job another"))
+
+
+def _refused(site: RawSite, reason: str) -> bool:
+    request = Fetch(job="another", what="model", sha256="0" * 64, offset=0)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(iter(site.connection.ask("Fetch", request, timeout=10)))
+    return reason in status_of(caught.value)[1]
+
+
+def test_a_site_that_floods_the_log_is_cut_off(
+    world: FederationWorld, server: str, job: tuple[Bundle, SealedMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fl.server.service.MAX_LOGGED_A_ROUND", 50)
+    with (
+        world.site(server, SITES[0], number=2.0),
+        raw_site(world, server, world.identity("site", HOSTILE)) as site,
+        world.client(server) as client,
+    ):
+        mine = client.submit(*job, roster=None, recipients=[ADA])
+        task = site.join()
+        for number in range(60):
+            site.say(Logged(job=task.job, key="k\x1b[2J", value=1.0, step=number))
+        events = list(client.watch(mine, timeout=20))
+        assert "more than 50 values" in client.report(mine).sites[HOSTILE]
+    assert sum(event.kind == "value" and event.site == HOSTILE for event in events) == 50
+    assert not any("\x1b" in name for event in events for name in event.values)
 
 
 # --- submissions ------------------------------------------------------------------------------------------------------

@@ -182,6 +182,8 @@ def test_a_user_who_may_stops_a_job(world: FederationWorld, server: str, tmp_pat
         with world.client(server, "borealis-hospital/ole") as operator:
             operator.abort(job)
         assert statuses(client, job) == ["running", "aborted"]
+        told = f"job {job}: the training script of"
+        assert wait_until(lambda: sum(line.startswith(told) for line in world.told) == 2), "a script was not ended"
         assert time.monotonic() - began < 5
         assert client.report(job).reasons == (f"job {job} was stopped by borealis-hospital/ole",)
         with pytest.raises(Refused, match="has no result"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,46 @@ def test_one_failing_client_of_three_is_left_out(tmp_path: Path) -> None:
     run = recipe_of(tmp_path, script).execute(SimEnv(num_clients=3, workspace_root=tmp_path / "runs"))
     assert run.get_status() == "finished"
     assert "ended with status 1: ill" in (run.get_result() / "job.json").read_text()
+
+
+def test_after_a_failure_nobody_is_waited_for(tmp_path: Path) -> None:
+    script = (
+        "import time\nfrom fl import client as flare\nflare.init()\nflare.receive()\n"
+        "if flare.get_site_name() == 'site-1':\n    raise SystemExit('ill')\ntime.sleep(60)\n"
+    )
+    began = time.monotonic()
+    run = recipe_of(tmp_path, script).execute(SimEnv(num_clients=2, workspace_root=tmp_path / "runs"))
+    assert run.get_status() == "failed"
+    assert time.monotonic() - began < 15
+
+
+def test_an_interrupt_ends_every_process(tmp_path: Path) -> None:
+    (tmp_path / "client.py").write_text(
+        "import os, pathlib, time\nfrom fl import client as flare\nflare.init()\nflare.receive()\n"
+        "pathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    (tmp_path / "job.py").write_text(
+        "import numpy as np\nfrom fl import FedAvgRecipe, SimEnv\n"
+        "recipe = FedAvgRecipe(name='stuck', min_clients=2, initial_model={'w': np.zeros(1)},"
+        " train_script='client.py')\n"
+        f"recipe.execute(SimEnv(num_clients=2, workspace_root={str(tmp_path / 'runs')!r}))\n"
+    )
+    process = subprocess.Popen([sys.executable, tmp_path / "job.py"], stderr=subprocess.PIPE)
+    try:
+        end = time.monotonic() + 30
+        while len(pids := list(tmp_path.glob("runs/*/*/pid"))) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        children = [int(path.read_text()) for path in pids]
+        assert len(children) == 2
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) != 0
+        while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+        assert '"aborted"' in next(tmp_path.glob("runs/*/job.json")).read_text()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_killed_client_is_named(tmp_path: Path) -> None:
