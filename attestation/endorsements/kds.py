@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from attestation.endorsements.certificates import load_certificate, load_crl, split_pem
 from attestation.endorsements.chain import Endorsements
 from attestation.endorsements.kds_cache import KdsCache
@@ -21,6 +23,14 @@ from attestation.endorsements.kds_urls import KDS, Line, chain_path, crl_path, v
 from attestation.endorsements.sources import from_certificate_table
 from attestation.endorsements.vek import read_vek_extensions
 from attestation.errors import EndorsementUnavailable, MalformedEndorsement
+from attestation.evidence.certificate_table import (
+    ARK_GUID,
+    ASK_GUID,
+    CRL_GUID,
+    VCEK_GUID,
+    VLEK_GUID,
+    encode_certificate_table,
+)
 from attestation.evidence.composite import SnpEvidence
 from attestation.evidence.report import SIGNING_KEY_VLEK, Product, Report, parse_report, product_of
 from attestation.evidence.tcb import Tcb, decode_tcb
@@ -124,6 +134,32 @@ class KdsClient:
             crls=brought.crls + ((self.crl(family, line),) if revocation else ()),
         )
 
+    def complete_evidence(self, evidence: SnpEvidence, *, product: Product | None = None) -> SnpEvidence:
+        """The same report with a whole certificate table: VEK, authorities and revocation list.
+
+        A broker stores this form, so that an auditor finds beside the report all that its verdict rested on.
+
+        Raises: as `endorse`.
+        """
+        report = parse_report(evidence.report)
+        family: Line = "vlek" if report.signing_key == SIGNING_KEY_VLEK else "vcek"
+        found = self.endorse(evidence, product=product)
+        line = product or _product(report)
+        authorities = self.chain(family, line)
+        if found.vek is None or len(authorities) != 2:
+            raise EndorsementUnavailable(
+                f"the chain for {line.value} holds {len(authorities)} certificates, not two",
+                where=str(self.cache.chain_file(family, line)),
+                do="Fetch or preload it again.",
+            )
+        entries = (
+            (VLEK_GUID if family == "vlek" else VCEK_GUID, _der(found.vek)),
+            (ASK_GUID, _der(authorities[0])),
+            (ARK_GUID, _der(authorities[1])),
+            (CRL_GUID, self.crl(family, line)),
+        )
+        return SnpEvidence(evidence.report, encode_certificate_table(entries))
+
     def vcek(self, product: Product, chip_id: bytes, tcb: Tcb) -> bytes:
         """One chip's VCEK for one TCB, DER."""
         path = self.cache.vcek_file(product, chip_id, tcb)
@@ -218,6 +254,10 @@ class KdsClient:
                 do="Try again later, or preload the cache.",
             )
         self.sleep(pause)
+
+
+def _der(certificate: bytes) -> bytes:
+    return load_certificate(certificate).public_bytes(Encoding.DER)
 
 
 def complete(endorsements: Endorsements, report: Report, cache: KdsCache) -> Endorsements:

@@ -18,6 +18,13 @@ from attestation.endorsements.kds import Answer, Fetch, KdsClient, https_fetch
 from attestation.endorsements.kds_cache import KdsCache
 from attestation.endorsements.kds_urls import chain_path, crl_path, vcek_path
 from attestation.errors import EndorsementUnavailable, MalformedEndorsement
+from attestation.evidence.certificate_table import (
+    ARK_GUID,
+    ASK_GUID,
+    CRL_GUID,
+    VCEK_GUID,
+    parse_certificate_table,
+)
 from attestation.evidence.composite import SnpEvidence
 from attestation.evidence.report import Product
 from attestation.evidence.tcb import Tcb
@@ -201,6 +208,25 @@ def test_a_report_is_endorsed_by_host_cache_and_service(
     assert client.endorse(older, product=MILAN).vek == body
     with pytest.raises(EndorsementUnavailable, match="VLEK"):
         client.endorse(SnpEvidence(sign_report(chip, key_info=1 << 2)))
+
+
+def test_evidence_is_completed_for_who_keeps_it(tmp_path: Path, virtual_chips: Mapping[Product, Chip]) -> None:
+    chip = virtual_chips[MILAN]
+    answers = {
+        vcek_path(MILAN, chip.chip_id, chip.tcb): vcek(chip.chip_id, chip.tcb),
+        chain_path("vcek", MILAN): chain(),
+        crl_path("vcek", MILAN): revocation_list(),
+    }
+    bare = SnpEvidence(sign_report(chip))
+    completed = Service(answers).client(tmp_path).complete_evidence(bare)
+    assert completed.report == bare.report
+    table = dict(parse_certificate_table(completed.certificates))
+    assert set(table) == {VCEK_GUID, ASK_GUID, ARK_GUID, CRL_GUID}
+    assert table[VCEK_GUID] == answers[vcek_path(MILAN, chip.chip_id, chip.tcb)]
+    assert KdsClient(KdsCache(tmp_path)).complete_evidence(bare) == completed
+    Path(tmp_path / "vcek/Milan/cert_chain.pem").write_bytes(chain() * 2)
+    with pytest.raises(EndorsementUnavailable, match="4 certificates"):
+        KdsClient(KdsCache(tmp_path)).complete_evidence(bare)
 
 
 def archive_of(kind: str, files: Mapping[str, bytes], folder: Path) -> Path:
