@@ -27,7 +27,7 @@ def verify_image(folder: Path, builder: Ed25519PublicKey) -> ImageManifest:
     reason, and UnusableImage if there is no manifest.
     """
     manifest = verify_manifest(read_manifest_file(folder), builder)
-    reasons = _file_reasons(folder, manifest)
+    reasons = changed_files(folder, manifest)
     if not reasons:
         reasons = [*_measurement_reasons(folder, manifest), *_root_reasons(folder, manifest)]
     if reasons:
@@ -61,7 +61,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_reasons(folder: Path, manifest: ImageManifest) -> list[str]:
+def changed_files(folder: Path, manifest: ImageManifest) -> list[str]:
+    """Return which files of the folder are missing, changed, or not in the manifest (whose signer is not asked)."""
     reasons: list[str] = []
     for name, digest in manifest.files.items():
         path = folder / name

@@ -47,4 +47,4 @@ class ProposalRefused(Refused):
 
 
 class KitRefused(Refused):
-    """A kit that is not as its maker signed it, or not what its charter says; `.reasons` names every file and reason."""
+    """A kit that is not as its maker signed it, or not what its charter says; `.reasons` names every file."""

@@ -24,6 +24,7 @@ from appliance.charter_files import (
     tell,
     write_file,
 )
+from appliance.commands.charter_kit import add_verbs
 from appliance.output import print_json
 from policies.errors import ProposalRefused, Unusable
 
@@ -507,3 +508,6 @@ def question(
             for reason in rules["reasons"]:
                 typer.echo(f"        {reason}")
     raise typer.Exit(0 if list(body.values())[-1]["allowed"] else 1)
+
+
+add_verbs(app)

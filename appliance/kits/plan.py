@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from policies.charter import Charter
+from policies.charter.written import PLAN
 from policies.documents import (
     RIGHTS_SETS,
     Address,
@@ -37,7 +38,6 @@ from policies.errors import MalformedDocument, Unusable
 from policies.forms import must_be_unique
 from policies.kits import HostEntry
 
-DEPLOYMENT: Final = "deployment"
 ANYWHERE: Final = "0.0.0.0"  # noqa: S104 - where a broker listens unless the plan says otherwise
 GuestRole = Literal["server", "site", "inner", "gateway"]
 RightsSet = Literal["project-admin", "org-admin", "lead", "member"]
@@ -159,7 +159,7 @@ def read_plan(raw: bytes, where: str) -> Plan:
         table = tomllib.loads(raw.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise MalformedDocument(f"not valid TOML: {error}", where=where, do=do) from error
-    planned = table.get(DEPLOYMENT)
+    planned = table.get(PLAN)
     if not isinstance(planned, dict):
         raise MalformedDocument("there is no table [deployment]", where=where, do=do)
     return from_table(Plan, planned, where)
