@@ -8,8 +8,9 @@ APT := bubblewrap erofs-utils cryptsetup-bin
 JOBS ?= 2
 
 SLICE ?= 0/1
+SECONDS ?= 20
 
-.PHONY: help setup demo test test-long lint format bench docs lock clean
+.PHONY: help setup demo test test-long fuzz gpu-sdk lint format bench docs lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,6 +32,15 @@ test: setup ## Run the tests in parallel.
 
 test-long: setup ## Run the tests that take more than seconds (SLICE=1/3: the second third of them).
 	$(PY) -m pytest -n $(JOBS) -m long --slice $(SLICE)
+
+fuzz: setup ## Fuzz every reader of hostile input, SECONDS (20) each; what breaks one is kept in build/fuzz.
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris
+	$(PY) tests/fuzz/run.py --seconds $(SECONDS)
+
+gpu-sdk: ## Make the environment of NVIDIA's attestation SDK, which collects GPU evidence, in build/gpu-sdk.
+	$(PYTHON) -m venv build/gpu-sdk
+	build/gpu-sdk/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints-gpu-sdk.txt nv-attestation-sdk
 
 lint: setup ## Format check, lint, types, layers.
 	$(VENV)/bin/ruff format --check .
