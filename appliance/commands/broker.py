@@ -41,14 +41,16 @@ def init(
     )
 
 
-@app.command(epilog="Example: seal broker run broker/broker.toml")
+@app.command(epilog="Examples: seal broker run kits/broker-one; seal broker run broker/broker.toml")
 def run(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The broker's settings (broker.toml).")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The broker's settings (broker.toml), or its kit.")],
     as_json: AsJson = False,
 ) -> None:
     """Run a broker until it is told to end (SIGTERM). Its log is JSON on standard error; one line says `ready`."""
+    from appliance.kits.starting import broker_settings
     from attestation.broker.server import run_broker
+    from policies.kits import is_kit
 
-    run_broker(config.absolute())
+    run_broker((broker_settings(config) if is_kit(config) else config).absolute())
     if as_json:
         print_json({"ended": True})

@@ -20,11 +20,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command(
-    epilog="Example: seal vm launch build/image --role site --init-data site.toml --vendor vendor/ --chip chips/site"
+    epilog="Examples: seal vm launch kits/site-borealis; "
+    "seal vm launch build/image --role site --init-data site.toml --vendor vendor/ --chip chips/site"
 )
 def launch(
-    image: Annotated[Path, typer.Argument(metavar="DIR", help="The image folder.")],
-    init_data: Annotated[Path, typer.Option("--init-data", metavar="FILE", help="Bound by HOST_DATA.")],
+    image: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The image folder; or a guest's kit, which needs no other option.")
+    ],
+    init_data: Annotated[
+        Path | None, typer.Option("--init-data", metavar="FILE", help="Bound by HOST_DATA (a kit brings its own).")
+    ] = None,
     vendor: Annotated[Path | None, typer.Option(metavar="DIR", help="The virtual vendor (`seal vm vendor`).")] = None,
     chip: Annotated[Path | None, typer.Option(metavar="DIR", help="The virtual chip (`seal vm chip`).")] = None,
     run: Annotated[
@@ -54,7 +59,12 @@ def launch(
     """Start a guest on a virtual chip, show what it prints, and end with its exit status."""
     from attestation.virtual.__main__ import parse_disks
     from attestation.virtual.launch import read_init_data
+    from policies.kits import is_kit
 
+    if is_kit(image):
+        raise typer.Exit(_launch_kit(image, role, print_qemu=print_qemu, print_libvirt=print_libvirt))
+    if init_data is None:
+        raise typer.BadParameter("a guest that is started from an image's folder needs --init-data")
     raw, disks = read_init_data(init_data), parse_disks(disk or [])
     if role is not None:
         _check_role(raw, role, init_data)
@@ -69,6 +79,19 @@ def launch(
         raise typer.BadParameter("a guest on the virtual platform needs --vendor and --chip")
     settings = {"vcpu_model": vcpu_model, "vcpus": vcpus, "policy": _number(policy, "--policy"), "id_block": id_block}
     raise typer.Exit(_launch_virtual(image, raw, vendor, chip, run, disks, settings))
+
+
+def _launch_kit(folder: Path, role: str | None, *, print_qemu: bool, print_libvirt: bool) -> int:
+    from appliance.kits.starting import guest_start, hardware_plan, launch_virtual_guest
+
+    start = guest_start(folder)
+    if role is not None:
+        _check_role(start.init_data, role, folder)
+    if not (print_qemu or print_libvirt):
+        return launch_virtual_guest(start)
+    plan = hardware_plan(start)
+    typer.echo(plan.domain() if print_libvirt else shlex.join(plan.command()), nl=print_qemu)
+    return 0
 
 
 def _launch_virtual(
