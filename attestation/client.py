@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -189,8 +190,8 @@ class GuestSession:
         self._tell_time(opened.time)
         if opened.result.get("charter") != {"id": charter.id, "version": charter.version}:
             raise CharterMoved((f"broker {client.name} follows another version of the charter now",))
-        self._session, self._counter = str(opened.result["session"]), 0
-        nonce = unb64(str(opened.result["nonce"]), where="nonce")
+        self._session, self._counter = _text(opened, "session"), 0
+        nonce = unb64(_text(opened, "nonce"), where="nonce")
         evidence = self._attester.evidence(report_data(client.name, charter.id, charter.version, nonce, keys))
         message = {
             "evidence": {"certificates": b64(evidence.certificates), "report": b64(evidence.report)},
@@ -199,7 +200,7 @@ class GuestSession:
             "session": self._session,
         }
         answer, _ = self._prove("POST", "/v1/attest", json.dumps(message).encode())
-        ear = verify_ear(str(answer.result.get("ear")), charter, answer.time)
+        ear = verify_ear(_text(answer, "ear"), charter, answer.time)
         if ear.document.nonce != self._nonce or dict(ear.keys) != digests(keys) or ear.broker != client.name:
             raise AnswerRefused(("the EAR is not about this guest's nonce and keys",))
         if (ear.subject.role, ear.subject.name) != (self.init.role, self.init.name):
@@ -215,9 +216,12 @@ class GuestSession:
         body = json.dumps({"csr": b64(csr.public_bytes(Encoding.DER))}).encode()
         answer, _ = self._prove("POST", "/v1/credentials", body)
         self._logged(answer, "credential")
-        leaf = x509.load_der_x509_certificate(unb64(str(answer.result.get("certificate")), where="certificate"))
-        if leaf.public_key() != self._tls_key.public_key():
-            raise AnswerRefused(("the certificate is over another key",))
+        try:
+            leaf = x509.load_der_x509_certificate(unb64(_text(answer, "certificate"), where="certificate"))
+            if leaf.public_key() != self._tls_key.public_key():
+                raise AnswerRefused(("the certificate is over another key",))
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise AnswerRefused(("the answer holds no certificate",)) from error
         chain = leaf.public_bytes(Encoding.PEM).decode("ascii") + known.client.entry.issuer_certificate
         private = self._tls_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         subject = ear.subject
@@ -254,3 +258,11 @@ class GuestSession:
             raise LedgerRefused((f"the ledger has {checkpoint.size} entries, it had {self._size}",), where=client.name)
         self._size = checkpoint.size
         return parsed
+
+
+def _text(answer: Answer, name: str) -> str:
+    """A member of an answer's result that must be a text."""
+    value = answer.result.get(name)
+    if not isinstance(value, str):
+        raise AnswerRefused((f"the answer has no {name}",))
+    return value

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from attestation.binding import NONCE_SIZE
 from attestation.canonical import b64, format_time, parse_time, read_canonical, read_json_object, unb64, unb64url
-from attestation.errors import BrokerRefused, BrokerUnavailable
+from attestation.errors import AnswerRefused, BrokerRefused, BrokerUnavailable
 from attestation.identity import dns_name
 from attestation.jws import ed25519_public_key, sign_jws
 from attestation.ledger.checkpoint import ledger_origin, open_checkpoint
@@ -179,7 +179,10 @@ class BrokerClient:
         token = sign_jws(content, key, kid=resource.partition("/")[0], typ=DEPOSIT_TYPE)
         body = json.dumps({"deposit": token, "salt": b64(salt), "value": b64(value)}).encode()
         answer = self.answer("PUT", f"/v1/resources/{resource}", body, nonce="")
-        return parse_receipt(answer.result["receipt"])
+        receipt = answer.result.get("receipt")
+        if not isinstance(receipt, dict):
+            raise AnswerRefused(("the answer has no receipt",))
+        return parse_receipt(receipt)
 
     def answer(self, method: str, path: str, body: bytes | None, *, nonce: str, proof: str | None = None) -> Answer:
         """Make one call and check that its answer is this broker's, to this request.

@@ -12,7 +12,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -171,9 +171,10 @@ def _load_certificate(der: bytes) -> x509.Certificate:
         raise PeerRefused((f"the certificate has {len(der)} bytes, more than {MAX_CERTIFICATE}",), who="peer")
     try:
         certificate = x509.load_der_x509_certificate(der)
+        certificate.public_key()
         if certificate.extensions is None or certificate.public_bytes(Encoding.DER) != der:
             raise ValueError("it is not in its own DER form")
-    except (ValueError, x509.DuplicateExtension) as error:
+    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         raise PeerRefused((f"the certificate cannot be read: {error}",), who="peer") from error
     return certificate
 
@@ -203,7 +204,7 @@ def _validity_reasons(certificate: x509.Certificate, at: datetime) -> list[str]:
 def _issued_by(certificate: x509.Certificate, issuer_pem: str) -> bool:
     try:
         certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(issuer_pem.encode()))
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from joserfc import jws
@@ -67,7 +68,7 @@ def ed25519_public_key(pem: str) -> Ed25519PublicKey:
     """Load a PEM Ed25519 public key. Raises Unusable for any other kind."""
     try:
         key = load_pem_public_key(pem.encode("ascii"))
-    except (ValueError, UnicodeError) as error:
+    except (ValueError, UnicodeError, UnsupportedAlgorithm) as error:
         raise Unusable("this is no PEM public key", where="public key", do="Give an Ed25519 key in PEM.") from error
     if not isinstance(key, Ed25519PublicKey):
         raise Unusable("this public key is not Ed25519", where="public key", do="Give an Ed25519 key in PEM.")
