@@ -80,10 +80,15 @@ def show_gpu(report: Path, chain: Path | None, *, as_json: bool) -> None:
 def _lines(claims: Mapping[str, Any], indent: str) -> Iterator[str]:
     for name, value in claims.items():
         if isinstance(value, dict):
-            yield f"{indent}{name}"
+            yield _printable(f"{indent}{name}")
             yield from _lines(value, indent + "  ")
         else:
-            yield f"{indent}{name:<24} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+            yield _printable(f"{indent}{name:<24} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+def _printable(text: str) -> str:
+    """The text without what could steer a terminal: a service's or a device's words are not the user's."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _appraise(report: Path, files: GpuFiles, profile: GpuProfile, nonce: bytes | None, at: datetime) -> Appraisal:
@@ -126,8 +131,8 @@ def gpu_summary(appraisal: Appraisal) -> Iterator[tuple[str, str]]:
     devices = claims.get("devices", {"": claims})
     for name, device in devices.items():
         prefix = f"{name} " if name else ""
-        yield f"{prefix}device", _device(device)
-        yield f"{prefix}firmware", _firmware(device)
+        yield f"{prefix}device", _printable(_device(device))
+        yield f"{prefix}firmware", _printable(_firmware(device))
     if "nonce" in claims:
         yield "nonce", claims["nonce"]
 

@@ -139,7 +139,7 @@ def _walk(certificates: tuple[x509.Certificate, ...], roots: tuple[str, ...], pr
                 Failure(
                     f"{prefix}-chain-signatures",
                     f"{name_of(certificate)} is not signed by {name_of(issuer)}, which follows it",
-                    f"signed by {certificate.issuer.rfc4514_string()}",
+                    f"signed by {_printable(certificate.issuer.rfc4514_string())}",
                 )
             )
         wrong = _leaf_shape(certificate) if position == 0 else _ca_shape(certificate, position - 1)
@@ -328,8 +328,12 @@ def p384_key(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey | None:
 
 
 def name_of(certificate: x509.Certificate) -> str:
-    """The common name of the subject, or all of its name."""
-    return _common_name(certificate.subject) or certificate.subject.rfc4514_string()
+    """The common name of the subject, or all of its name, for people: printable and at most 100 characters."""
+    return _printable(_common_name(certificate.subject) or certificate.subject.rfc4514_string())
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:100])
 
 
 def _common_name(name: x509.Name) -> str:

@@ -1,8 +1,9 @@
 """GPU evidence as files and messages carry it: a report with its certificate chain, for one device or for several.
 
-Three forms are read, all JSON: one device as NVIDIA's tools serialise it; `{"evidences": [...]}`, as `nvattest
-collect-evidence` prints it; `{"device_evidence_list": [...]}`, as the CoCo attester sends it under `nvidia`. What such
-a document says beside report and chain is its sender's word: it is compared with the report, and never believed.
+Three forms are read, all JSON: one device as NVIDIA's tools serialise it, or a list of such; `{"evidences": [...]}`, as
+`nvattest collect-evidence` prints it; `{"device_evidence_list": [...]}`, as the CoCo attester sends it under `nvidia`.
+What such a document says beside report and chain is its sender's word: it is compared with the report, and never
+believed.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def read_gpu_document(raw: bytes) -> tuple[GpuEvidence, ...]:
     Raises:
         MalformedEvidence: none of the three forms, a field that is not known, or more than 1 MiB or 64 devices.
     """
+    if raw[:256].lstrip()[:1] == b"[":
+        raw = b'{"device_evidence_list":' + raw + b"}"
     try:
         document: dict[str, Any] = read_json_object(raw, where="GPU evidence", limit=MAX_DOCUMENT_SIZE)
     except Unusable as error:

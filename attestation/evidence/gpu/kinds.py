@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _HEAD = 1 << 20
+_BLANKS = 256
 _DOCUMENT_FIELDS = (b'"certificate"', b'"evidences"', b'"device_evidence_list"')
 
 
@@ -12,12 +13,12 @@ def looks_like_gpu_report(raw: bytes) -> bool:
 
 
 def looks_like_nras_bundle(raw: bytes) -> bool:
-    """Whether these bytes begin as a JSON array, as an NRAS bundle and no other evidence does."""
-    return raw.lstrip()[:1] == b"["
+    """Whether these bytes begin as an array in a JSON array, as an NRAS bundle and no other evidence does."""
+    return raw[:_BLANKS].lstrip()[:1] == b"[" and raw[:_BLANKS].lstrip()[1:].lstrip()[:1] != b"{"
 
 
 def is_gpu_evidence(raw: bytes) -> bool:
     """Whether these bytes are taken for GPU evidence: a report, an evidence document, or an NRAS bundle."""
     if looks_like_gpu_report(raw) or looks_like_nras_bundle(raw):
         return True
-    return raw.lstrip()[:1] == b"{" and any(name in raw[:_HEAD] for name in _DOCUMENT_FIELDS)
+    return raw[:_BLANKS].lstrip()[:1] in (b"{", b"[") and any(name in raw[:_HEAD] for name in _DOCUMENT_FIELDS)

@@ -11,7 +11,7 @@ import pytest
 
 from attestation.errors import MalformedEndorsement, MalformedEvidence, MalformedProfile
 from attestation.evidence.gpu.document import write_gpu_document
-from attestation.evidence.gpu.kinds import is_gpu_evidence
+from attestation.evidence.gpu.kinds import is_gpu_evidence, looks_like_nras_bundle
 from attestation.verifier.appraisal import Appraisal
 from attestation.verifier.gpu.files import GpuFiles, appraise_gpu_file, read_revocation, spdm_nonce
 from attestation.verifier.gpu.profile import BROKER_GPU, SHOW_GPU, load_gpu_profile
@@ -103,6 +103,10 @@ def test_revocation_data_is_told_apart(folder: Path) -> None:
 def test_what_is_taken_for_gpu_evidence(folder: Path) -> None:
     for name in ("report.bin", "evidence.json", "bundle.json"):
         assert is_gpu_evidence((folder / name).read_bytes()), name
+    listed = b"\n[ " + (folder / "evidence.json").read_bytes() + b"]"
+    assert is_gpu_evidence(listed)
+    assert not looks_like_nras_bundle(listed)
+    assert looks_like_nras_bundle(b' [ ["JWT", "x"], {}]')
     snp_report = (3).to_bytes(4, "little") + bytes(1180)
     for other in (snp_report, b"", b'{"attestation_report": {}, "cert_chain": null}', b"\x11\xe1"):
         assert not is_gpu_evidence(other)
