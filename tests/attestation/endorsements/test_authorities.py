@@ -198,7 +198,7 @@ def test_a_list_that_another_key_signed_is_refused(
 def test_a_partial_list_is_refused(
     virtual_vendor: Vendor, virtual_chips: Mapping[Product, Chip], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A critical extension narrows what a list speaks of: being silent on the chain, it must not pass for a clean one."""
+    """A critical extension narrows what a list speaks of: silent on the chain, it must not pass for a clean one."""
 
     class Partial(asn1_crl.TbsCertList):  # type: ignore[misc]  # asn1crypto has no types
         def __init__(self, value: dict[str, Any]) -> None:

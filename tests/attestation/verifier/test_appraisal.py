@@ -170,3 +170,28 @@ def test_nonsense_of_the_right_size_is_refused_and_decoded(guest: Guest) -> None
 def test_a_time_without_a_zone_is_no_time(guest: Guest) -> None:
     with pytest.raises(ValueError, match="time zone"):
         verify_snp(guest.report, guest.endorsements, SHOW, ALL, datetime(2026, 1, 1))  # noqa: DTZ001  # on purpose
+
+
+@pytest.mark.parametrize(
+    ("fields", "check"),
+    [
+        ({"committed_build": 39}, "provisional-firmware"),
+        ({"cpuid_fam_id": 0x17, "cpuid_mod_id": 0x31}, "product"),
+        ({"cpuid_mod_id": 0xA0}, None),  # Bergamo and Siena are certified by Genoa's root
+        ({"key_info": 7 << 2}, "signing-key"),
+        ({"vmpl": 0xFFFFFFFF}, "vmpl"),
+    ],
+)
+def test_odd_but_signed_reports_are_judged(guest: Guest, fields: dict[str, int], check: str | None) -> None:
+    report = sign_report(guest.chip, **fields)
+    appraisal = verify_snp(report, guest.endorsements, guest.profile(), Expected(), NOW)
+    assert [failure.check for failure in appraisal.failures] == ([] if check is None else [check])
+
+
+def test_alias_check_is_asked_only_of_firmware_that_looks(guest: Guest) -> None:
+    old = {"current_minor": 55, "current_build": 37, "committed_minor": 55, "committed_build": 37}
+    report = sign_report(guest.chip, platform_info=0x05, **old)
+    assert verify_snp(report, guest.endorsements, guest.profile(), Expected(), NOW).affirming
+    strict = guest.profile(load_profile('[platform]\nalias-check = "set"'))
+    refused = verify_snp(report, guest.endorsements, strict, Expected(), NOW)
+    assert [failure.check for failure in refused.failures] == ["platform-alias-check"]
