@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -155,7 +156,7 @@ def chip(
 
     if folder.exists():
         raise PlatformUnusable("there is something already", where=str(folder), do="Name a new folder for the chip.")
-    made = create_chip(load_vendor(vendor), folder, product, at=datetime.now(UTC))
+    made = create_chip(load_vendor(vendor), folder, product, seed=secrets.token_hex(16), at=datetime.now(UTC))
     facts = {"platform": "virtual", "product": product.value, "chip_id": made.chip_id.hex(), "tcb": made.tcb.as_dict()}
     if as_json:
         print_json(facts)

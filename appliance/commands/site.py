@@ -1,0 +1,70 @@
+"""`seal site`: what a site prepares on its own host: the key of its data, and the data sealed under it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from appliance.output import print_json
+from policies.errors import Unusable
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prepare a site's data for its guest.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command(epilog="Example: seal site key data.key")
+def key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file (0600) for the key.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a data key, 32 random bytes: deposit it with `seal secret put`, and seal the data under it."""
+    from policies.keys import write_secret
+
+    if file.exists():
+        raise Unusable("there is a file already", where=str(file), do="Name a new file; data are sealed under the old.")
+    write_secret(file, os.urandom(32))
+    if as_json:
+        print_json({"key": str(file)})
+
+
+@app.command(epilog="Example: seal site seal train.safetensors=patients.safetensors --key data.key --out data.sealed")
+def seal(
+    entry: Annotated[
+        list[str], typer.Argument(metavar="NAME=FILE...", help="Files, under the names that jobs know them by.")
+    ],
+    key_file: Annotated[Path, typer.Option("--key", metavar="FILE", help="The data key (`seal site key`).")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The sealed file: the guest's disk `data`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Encrypt a site's data into one file that its guest alone can open, in memory."""
+    from fl.guard.sealed_data import KEY_SIZE, NAME, seal_file
+    from policies.keys import read_secret
+
+    secret = read_secret(key_file)
+    if len(secret) != KEY_SIZE:
+        raise Unusable(
+            f"a data key has {KEY_SIZE} bytes, not {len(secret)}", where=str(key_file), do="Make one: `seal site key`."
+        )
+    entries: dict[str, bytes] = {}
+    for word in entry:
+        name, equals, path = word.partition("=")
+        if not equals or not re.fullmatch(NAME, name) or name in entries:
+            raise Unusable(f"{word!r} is no NAME=FILE", where="command line", do="As train.safetensors=patients.bin.")
+        try:
+            entries[name] = Path(path).read_bytes()
+        except OSError as error:
+            raise Unusable(
+                f"cannot be read: {error.strerror}", where=path, do="Name a file that can be read."
+            ) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    seal_file(out, entries, secret)
+    if as_json:
+        print_json({"file": str(out), "bytes": out.stat().st_size, "entries": sorted(entries)})
+    else:
+        sys.stderr.write(f"Sealed {', '.join(sorted(entries))} into {out}.\n")
