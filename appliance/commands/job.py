@@ -119,9 +119,9 @@ def list_jobs(kit: KitFolder, as_json: AsJson = False) -> None:
         print_json(reports.model_dump(mode="json", exclude={"kind"}))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("job", "status", "round", "submitter", "created")
+    table = Table(Column("job", overflow="fold", min_width=44), "status", "round", "submitter", "created")
     for report in reports.jobs:
         table.add_row(report.job, report.status.value, _round_of(report), report.submitter, report.created)
     console = Console()

@@ -1,0 +1,186 @@
+"""`seal job` against real processes: a broker, a server and two sites, each guest attested on its own chip."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from appliance.cli import main
+from appliance.demo.guests import honest_start, start_broker, start_guest, wait_for_event
+from appliance.demo.setting import BROKER, SERVER, SITES, Setting, admit, found_consortium, seal_site_data
+from appliance.demo.story import deposit_keys, write_root
+from appliance.processes import Processes
+
+CLIENT = """
+import numpy as np
+from fl import client as flare
+
+flare.init()
+add = np.float32(float(flare.data_path("train.safetensors").read_bytes()))
+while flare.is_running():
+    received = flare.receive()
+    flare.send(flare.FLModel(params={"w": received.params["w"] + add}, metrics={"added": float(add)}))
+"""
+JOB = """
+import numpy as np
+from fl import FedAvgRecipe, SimEnv
+
+model = {"w": np.zeros(3, dtype=np.float32)}
+recipe = FedAvgRecipe(name="plus", initial_model=model, min_clients=2, num_rounds=2, train_script="client.py")
+recipe.execute(SimEnv(num_clients=2))
+"""
+
+
+class Seal:
+    """Calls the command in this process."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
+
+    def __call__(self, *words: object, status: int = 0) -> str:
+        self._capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        out, err = self._capfd.readouterr()
+        assert stop.value.code == status, err
+        return out
+
+    def json(self, *words: object, status: int = 0) -> Any:
+        return json.loads(self(*words, "--json", status=status))
+
+
+@pytest.fixture
+def seal(capfd: pytest.CaptureFixture[str]) -> Seal:
+    return Seal(capfd)
+
+
+@pytest.fixture(scope="module")
+def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plus")
+    (folder / "client.py").write_text(CLIENT)
+    (folder / "job.py").write_text(JOB)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory, job_folder: Path) -> Iterator[Setting]:
+    """A running consortium in which the job's bundle is approved."""
+    from fl.jobs.bundle import parse_bundle
+
+    scratch = tmp_path_factory.mktemp("scratch")
+    with pytest.raises(SystemExit):
+        main(["job", "bundle", str(job_folder / "job.py"), "--out", str(scratch / "bundle")])
+    bundle = parse_bundle((scratch / "bundle" / "job.bundle").read_bytes())
+    made = found_consortium(scratch / "consortium")
+    seal_site_data(made, dict(zip(SITES, (b"1.0", b"3.0"), strict=True)))
+    made = admit(made, bundle.digest, "plus")
+    write_root(made)
+    processes = Processes(made.folder / "logs")
+    try:
+        start_broker(processes, made)
+        wait_for_event(processes.log_of(BROKER), "ready")
+        deposit_keys(made)
+        for guest in (SERVER, *SITES):
+            start_guest(processes, made, guest, honest_start(made, guest))
+        for guest in (SERVER, *SITES):
+            wait_for_event(processes.log_of(guest), "serving" if guest == SERVER else "joined")
+        yield made
+    finally:
+        processes.stop_all()
+
+
+def test_a_job_from_bundle_to_download(setting: Setting, job_folder: Path, tmp_path: Path, seal: Seal) -> None:
+    kit = ("--kit", setting.kit)
+    made = seal.json("job", "bundle", job_folder / "job.py", "--out", tmp_path / "bundle")
+    shown = seal.json("job", "show", tmp_path / "bundle" / "job.bundle")
+    assert made == shown
+    assert [file["path"] for file in shown["files"]] == ["client.py", "job.py"]
+    assert "flare.init()" in seal("job", "show", tmp_path / "bundle" / "job.bundle", "--file", "client.py")
+
+    bundle, model = tmp_path / "bundle" / "job.bundle", tmp_path / "bundle" / "model.safetensors"
+    job = seal.json("job", "submit", bundle, "--model", model, *kit)["job"]
+    watched = seal("job", "watch", job, *kit)
+    assert "borealis-site has joined" in watched
+    assert "round 2 is done: added 2" in watched
+    listed = seal.json("job", "list", *kit)
+    assert [(row["job"], row["status"]) for row in listed["jobs"]] == [(job, "finished")]
+    assert listed["sites"] == sorted(SITES)
+    assert job in seal("job", "list", *kit)
+    assert seal.json("job", "status", job, *kit)["status"] == "finished"
+
+    done = seal.json("job", "download", job, *kit, "--out", tmp_path / "result")
+    assert done["files"] == ["job.json", "model.safetensors", "receipt.json", "statement.json"]
+    assert load_file(tmp_path / "result" / "model.safetensors")["w"].tolist() == [4, 4, 4]
+    seal("job", "download", job, *kit, "--out", tmp_path / "result", status=2)
+    seal("job", "abort", job, *kit)
+    assert seal.json("job", "status", job, *kit)["status"] == "finished"
+
+
+def test_what_is_not_approved_or_not_there_is_told_with_its_status(
+    setting: Setting, job_folder: Path, tmp_path: Path, seal: Seal
+) -> None:
+    kit = ("--kit", setting.kit)
+    changed = tmp_path / "changed"
+    shutil.copytree(job_folder, changed, ignore=shutil.ignore_patterns("__pycache__"))
+    with (changed / "client.py").open("a") as file:
+        file.write("# one line more\n")
+    seal("job", "bundle", changed / "job.py", "--out", tmp_path / "bundle")
+    bundle, model = tmp_path / "bundle" / "job.bundle", tmp_path / "bundle" / "model.safetensors"
+    refused = seal.json("job", "submit", bundle, "--model", model, *kit, status=1)
+    assert "is not approved in the charter" in refused["error"]["reasons"][0]
+    missing = seal.json("job", "status", "no-such-job", *kit, status=1)
+    assert "there is no job no-such-job" in missing["error"]["what"]
+    unusable: list[tuple[object, ...]] = [
+        ("job", "show", tmp_path / "none"),
+        ("job", "show", tmp_path),
+        ("job", "show", job_folder / "job.py"),
+        ("job", "show", bundle, "--file", "other.py"),
+        ("job", "bundle", tmp_path / "none.py", "--out", tmp_path / "x"),
+        ("job", "bundle", changed / "client.py", "--out", tmp_path / "x"),
+        ("job", "submit", bundle, "--model", tmp_path / "none", *kit),
+        ("job", "submit", bundle, "--model", bundle, *kit),
+        ("job", "list", "--kit", tmp_path / "none"),
+    ]
+    for words in unusable:
+        error = seal.json(*words, status=1 if words[1] == "submit" and words[4] == bundle else 2)
+        assert set(error["error"]) >= {"what", "where", "do"}
+
+
+def test_a_changed_receipt_or_statement_is_refused(setting: Setting) -> None:
+    from attestation.errors import LedgerRefused
+    from fl.environments.prod import ProdEnv
+    from fl.environments.user_client import check_logged
+    from fl.jobs.statement import SignedStatement
+    from fl.transport.frames import Result
+
+    with ProdEnv(setting.kit).connected() as (client, current):
+        job = next(report.job for report in client.reports().jobs)
+        ledger = current.broker.origin, current.broker.key
+        folder = client.download(job, setting.folder / "checked", ledger=ledger)
+    proof = json.loads((folder / "statement.json").read_text())
+    receipt = (folder / "receipt.json").read_text()
+    statement = SignedStatement.model_validate({key: proof[key] for key in ("statement", "sign_key", "ear")})
+
+    def head(changed: str) -> Result:
+        return Result(record=proof["record"], statement=statement, sealed_key="", size=1, receipt=changed)
+
+    check_logged(head(receipt), *ledger)
+    other = head(receipt).model_copy(update={"statement": statement.model_copy(update={"statement": "x"})})
+    broken: list[Callable[[], Result]] = [
+        lambda: head(""),
+        lambda: head("{}"),
+        lambda: head("[" * 1000),
+        lambda: head(receipt.replace('"index":', '"index":1')),
+        lambda: other,
+    ]
+    for make in broken:
+        with pytest.raises(LedgerRefused):
+            check_logged(make(), *ledger)
+    with pytest.raises(LedgerRefused):
+        check_logged(head(receipt), "virtual.other/broker/one/ledger", ledger[1])
