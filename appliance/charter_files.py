@@ -69,7 +69,28 @@ def put_files(put: Iterable[str] | None) -> dict[str, bytes]:
         if not equals or not file:
             raise Unusable(f"{item!r} is not PATH=FILE", where="--put", do="For example images/demo.json=demo.toml.")
         files[path] = written_target(path, read_file(Path(file)), file)
+        _check_rules(path, files[path], file)
     return files
+
+
+def _check_rules(path: str, raw: bytes, where: str) -> None:
+    """Refuse rules that a broker could not evaluate, before anybody signs them."""
+    from policies.charter.content import rego_complaint
+    from policies.charter.layout import rego_package
+    from policies.decisions import Rules
+
+    package = rego_package(path)
+    if package is not None:
+        what = rego_complaint(raw, package) or Rules({where: raw.decode("utf-8")}).complaint(package)
+        if what is not None:
+            raise Unusable(f"these rules decide nothing: {what}", where=where, do="See docs/how-to/write-a-policy.md.")
+    if path == "policies/appraisal.toml":
+        from attestation.verifier import load_profile
+
+        try:
+            load_profile(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise Unusable("not UTF-8 text", where=where, do="See docs/reference/evidence-policy.md.") from error
 
 
 def consortium_file(path: Path) -> Consortium:

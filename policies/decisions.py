@@ -222,24 +222,37 @@ class Rules:
         self.digest = hashlib.sha256(content.encode("ascii")).hexdigest()
         self._turn = threading.Lock()
 
+    def complaint(self, package: str) -> str | None:
+        """Return why these rules can decide nothing as `package` (they do not compile, they lack a rule), or None."""
+        decision, sound = self._outcome(package, {})
+        return None if sound else decision.reasons[0]
+
     def decide(self, package: str, document: Mapping[str, Any]) -> Decision:
         """Decide over `document` (the rules' `input`, JSON-able) by `package`; never raises for what is in either."""
+        return self._outcome(package, document)[0]
+
+    def _outcome(self, package: str, document: Mapping[str, Any]) -> tuple[Decision, bool]:
+        """The decision, and whether it is the rules' own: they were there, were evaluated, and said what they must."""
         if not _PACKAGE.fullmatch(package):
-            return _denied(f"{package[:100]!r} is no name of a package")
+            return _denied(f"{package[:100]!r} is no name of a package"), False
         if not self.modules:
-            return _denied(f"there are no rules of the package {package}")
+            return _denied(f"the rules of {package} are not there"), False
         complaint = _input_complaint(document)
         if complaint is not None:
-            return _denied(complaint)
+            return _denied(complaint), False
         if not self._turn.acquire(timeout=self.time_limit):
-            return _denied(f"the rules of {package} are busy with an earlier question")
+            return _denied(f"the rules of {package} are busy with an earlier question"), False
         try:
             question = {"rules": self.digest, "package": package, "input": document}
-            return _judge(package, _workers.ask(question, self, self.time_limit))
+            reply = _workers.ask(question, self, self.time_limit)
         except (WorkerLost, OSError, ValueError) as error:
-            return _denied(f"the rules of {package} could not be evaluated: {error}")
+            return _denied(f"the rules of {package} could not be evaluated: {error}"), False
         finally:
             self._turn.release()
+        fault = _fault(reply)
+        if fault is not None:
+            return _denied(f"the rules of {package} {fault}"), False
+        return _judge(package, reply["allow"][0], reply["reasons"][0]), True
 
 
 def _input_complaint(document: Mapping[str, Any]) -> str | None:
@@ -252,20 +265,24 @@ def _input_complaint(document: Mapping[str, Any]) -> str | None:
     return "the input of the rules holds a NUL character" if "\\u0000" in text else None
 
 
-def _judge(package: str, reply: Mapping[str, Any]) -> Decision:
+def _fault(reply: Mapping[str, Any]) -> str | None:
+    """What is wrong with the rules themselves, if anything is."""
     if "error" in reply:
-        return _denied(f"the rules of {package} failed: {' '.join(str(reply['error']).split())[:500]}")
+        return f"fail: {' '.join(str(reply['error']).split())[:500]}"
     allow, reasons = reply.get("allow"), reply.get("reasons")
     if allow == [] and reasons == []:
-        return _denied(f"there are no rules of the package {package}, or they are undefined")
+        return "are not there, or are undefined"
     if not isinstance(reasons, list) or len(reasons) != 1 or not isinstance(allow, list) or len(allow) != 1:
-        return _denied(f"the rules of {package} do not define both `allow` and `reasons`")
-    why = reasons[0]
-    if not isinstance(why, list) or not all(isinstance(item, str) for item in why):
-        return _denied(f"`reasons` of {package} is not a set of sentences")
-    if why:
-        more = (f"and {len(why) - REASON_LIMIT} more",) if len(why) > REASON_LIMIT else ()
-        return _denied(*(item[:500] for item in sorted(why)[:REASON_LIMIT]), *more)
-    if allow[0] is not True:
+        return "do not define both `allow` and `reasons`"
+    if not isinstance(reasons[0], list) or not all(isinstance(item, str) for item in reasons[0]):
+        return "have `reasons` that are no set of sentences"
+    return None
+
+
+def _judge(package: str, allow: object, reasons: list[str]) -> Decision:
+    if reasons:
+        more = (f"and {len(reasons) - REASON_LIMIT} more",) if len(reasons) > REASON_LIMIT else ()
+        return _denied(*(item[:500] for item in sorted(reasons)[:REASON_LIMIT]), *more)
+    if allow is not True:
         return _denied(f"the rules of {package} do not allow it and give no reason")
     return Decision(True, ())

@@ -13,6 +13,8 @@ import pytest
 from charter_world import MEMBERS, World, issuer, user
 
 from appliance.cli import main
+from attestation.verifier import BROKER
+from attestation.verifier.profile_toml import profile_to_toml
 from policies.keys import load_private_key, public_pem
 from policies.ready_made import release_policy
 
@@ -270,9 +272,12 @@ def test_a_broker_is_replaced(seal: Command) -> None:
 
 def test_a_firmware_version_is_refused_from_now_on(seal: Command) -> None:
     founded(seal)
-    Path("appraisal.toml").write_text("[tcb]\nminimum = 1\n")
+    assert seal("propose", "charter", "--put", "policies/appraisal.toml=demo.toml", "--out", "p.json", *AT) == 2
+    Path("appraisal.toml").write_text(
+        profile_to_toml(BROKER).replace("[tcb.Milan]\n", "[tcb.Milan]\nreported = { snp = 27, microcode = 219 }\n")
+    )
     changed(seal, "propose", "charter", "--put", "policies/appraisal.toml=appraisal.toml", "--note", "TCB recovery")
-    assert seal.json("show", "charter")["policies"]["policies/appraisal.toml"].startswith("[tcb]")
+    assert "snp = 27" in seal.json("show", "charter")["policies"]["policies/appraisal.toml"]
 
 
 # --- policies ---------------------------------------------------------------------------------------------------------
@@ -319,6 +324,20 @@ def test_policies_are_asked_now_and_after_a_proposal(seal: Command) -> None:
     assert seal("test-policy", "charter", "--about", "gossip", "--input", "request.json") == 2
     assert seal("test-policy", "charter", "--input", "request.json") == 2
     assert seal("test-policy", "charter", "--about", "admission", "--input", "request.json") == 1
+
+
+def test_rules_that_decide_nothing_are_refused_before_anybody_signs(seal: Command) -> None:
+    founded(seal)
+    put = "members/borealis-hospital/release/key.data.rego=bad.rego"
+    for text, word in (
+        ("package sealwright.release\nallow if {", "fail"),
+        ("package sealwright.release\nallow := true\n", "do not define both"),
+        ("package sealwright.floor\nallow := true\n", "must be of sealwright.release"),
+        ("allow := true\n", "does not begin with its `package`"),
+    ):
+        Path("bad.rego").write_text(text)
+        assert seal("propose", "charter", "--put", put, "--out", "p.json", *AT) == 2
+        assert word in seal.err
 
 
 def test_release_policies_are_written(seal: Command) -> None:
