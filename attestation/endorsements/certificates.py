@@ -90,6 +90,24 @@ def load_certificate(raw: bytes) -> x509.Certificate:
         raise _malformed("this is no X.509 certificate in DER or PEM", "certificate") from error
 
 
+def load_positive_certificate(raw: bytes) -> x509.Certificate:
+    """Read one certificate whose serial number is positive, as RFC 5280 has it and every vendor but AMD keeps it.
+
+    Raises:
+        MalformedEndorsement: not exactly one certificate, more than 64 KiB, or a serial number of zero or less.
+    """
+    certificate = load_certificate(raw)
+    if serial_number(certificate) <= 0:
+        raise _malformed("the certificate's serial number is not positive", "certificate")
+    return certificate
+
+
+def serial_number(certificate: x509.Certificate) -> int:
+    """The serial number, without the warning that `cryptography` gives whenever it reads one that is not positive."""
+    with _strict_names():
+        return certificate.serial_number
+
+
 def load_crl(raw: bytes) -> x509.CertificateRevocationList:
     """Read one certificate revocation list, DER or PEM, to its last byte.
 

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.oid import ExtensionOID, NameOID, SignatureAlgorithmOID
 
-from attestation.endorsements.certificates import load_certificate, load_crl, spki_sha256
+from attestation.endorsements.certificates import load_certificate, load_crl, serial_number, spki_sha256
 from attestation.endorsements.failure import Failure
 from attestation.endorsements.roots import RootPin
 from attestation.endorsements.vek import VekExtensions, read_vek_extensions
@@ -426,4 +426,4 @@ def _pss_verifies(issuer: x509.Certificate, signature: bytes, signed: bytes) -> 
 
 
 def _revokes(crl: x509.CertificateRevocationList, certificate: x509.Certificate) -> bool:
-    return crl.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None
+    return crl.get_revoked_certificate_by_serial_number(serial_number(certificate)) is not None

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtensionOID, NameOID, SignatureAlgorithmOID
 from lxml import etree
 
-from attestation.endorsements.certificates import load_certificate, spki_sha256, split_pem
+from attestation.endorsements.certificates import load_positive_certificate, spki_sha256, split_pem
 from attestation.endorsements.failure import Failure
 from attestation.errors import MalformedEndorsement
 from attestation.evidence.gpu.opaque import PDI_SIZE
@@ -107,7 +107,7 @@ def resolve_device_chain(pem: bytes, roots: tuple[str, ...] = (NVIDIA_DEVICE_ROO
         raise MalformedEndorsement(
             "this is no certificate chain in PEM", where="GPU certificate chain", do="Give the chain, leaf first."
         )
-    certificates = tuple(load_certificate(block) for block in split_pem(pem, "CERTIFICATE"))
+    certificates = tuple(load_positive_certificate(block) for block in split_pem(pem, "CERTIFICATE"))
     failures: list[Failure] = []
     if len(certificates) != DEVICE_CHAIN_LENGTH:
         failures.append(
@@ -265,7 +265,7 @@ def verify_rim(raw: bytes, roots: tuple[str, ...] = (NVIDIA_RIM_ROOT,)) -> Verif
     root = parse_rim_tree(raw)
     encoded = signature_certificates(root)
     rim = read_manifest(root, encoded)
-    certificates = tuple(load_certificate(der) for der in encoded)
+    certificates = tuple(load_positive_certificate(der) for der in encoded)
     failures = _walk(certificates, roots, "rim")
     signer = certificates[0]
     # Dates are the verifier's: here the signature is checked as of a moment at which its certificate was valid.

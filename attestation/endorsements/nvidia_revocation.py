@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from attestation.endorsements.certificates import load_certificate, load_crl
+from attestation.endorsements.certificates import load_crl, load_positive_certificate
 from attestation.endorsements.nvidia import name_of, outside_validity, p384_key, signed_by, verifies
 from attestation.errors import MalformedEndorsement
 
@@ -151,7 +151,7 @@ def _parse_response(raw: bytes) -> _Response:
         encoded = [certificate.public_bytes(Encoding.DER) for certificate in response.certificates]
     except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise _malformed("this is no OCSP response in DER", "OCSP response") from error
-    return _Response(response, tuple(load_certificate(raw) for raw in encoded))
+    return _Response(response, tuple(load_positive_certificate(raw) for raw in encoded))
 
 
 def _from_response(

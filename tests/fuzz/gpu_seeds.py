@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "attestation" / "gp
 import nvidia_world as world
 
 from attestation.evidence.gpu.document import write_gpu_document
+from attestation.verifier.gpu.profile import BROKER_GPU
+from attestation.verifier.gpu.profile_toml import gpu_profile_to_toml
 
 _GPU = world.make_device()
 _SWITCH = world.make_device("LS_10")
@@ -31,5 +33,6 @@ SEEDS: dict[str, Callable[[], Sequence[bytes]]] = {
     "gpu-document": lambda: (write_gpu_document((world.evidence(_GPU),)), b'{"evidences": []}'),
     "nras-bundle": lambda: (world.nras_bundle(), world.jwks()),
     "revocation-data": lambda: (*world.device_ocsp(_GPU), world.revocation_list(_GPU.chain[2], "ica", [_GPU.chain[1]])),
+    "gpu-profile": lambda: (gpu_profile_to_toml(BROKER_GPU).encode(), b'[devices]\nboards = ["G520/0200/885"]\n'),
 }
 """Seeds by target."""

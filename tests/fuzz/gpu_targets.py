@@ -13,13 +13,15 @@ from datetime import UTC, datetime
 
 from attestation.endorsements.nvidia import resolve_device_chain, verify_rim
 from attestation.endorsements.nvidia_revocation import RevocationData, revocation_of
-from attestation.errors import MalformedEndorsement, MalformedEvidence
+from attestation.errors import MalformedEndorsement, MalformedEvidence, MalformedProfile
 from attestation.evidence.gpu.document import read_gpu_document, write_gpu_document
 from attestation.evidence.gpu.nras import parse_jwks, parse_nras_bundle
 from attestation.evidence.gpu.rim import parse_rim
 from attestation.evidence.gpu.spdm import encode_gpu_report, parse_gpu_report
 from attestation.verifier.composite import read_additional_evidence
 from attestation.verifier.gpu.facts import read_facts
+from attestation.verifier.gpu.profile import load_gpu_profile
+from attestation.verifier.gpu.profile_toml import gpu_profile_to_toml
 
 
 def spdm_report(raw: bytes) -> None:
@@ -76,10 +78,18 @@ def revocation_data(raw: bytes) -> None:
             revocation_of((), data, _NEVER, max_age=None)
 
 
+def gpu_profile(raw: bytes) -> None:
+    """A GPU profile in TOML."""
+    with contextlib.suppress(MalformedProfile):
+        profile = load_gpu_profile(raw.decode("utf-8", "replace"))
+        if load_gpu_profile(gpu_profile_to_toml(profile)) != profile:
+            raise AssertionError("a profile that was read does not come back")
+
+
 _NEVER = datetime(2026, 1, 1, tzinfo=UTC)
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     function.__name__.replace("_", "-"): function
-    for function in (spdm_report, rim_xml, device_chain, gpu_document, nras_bundle, revocation_data)
+    for function in (spdm_report, rim_xml, device_chain, gpu_document, nras_bundle, revocation_data, gpu_profile)
 }
 """Targets by name."""

@@ -173,8 +173,11 @@ def _match(
     max_age: timedelta | None,
 ) -> RimMatch:
     version = facts.driver_version if kind is RimKind.DRIVER else facts.vbios_version
+    chip = (model or "").replace("_", "")  # certificates say LS_10, other documents of the vendor LS10
     matching = tuple(
-        one for one in manifests if one.rim.kind is kind and one.rim.version == version and one.rim.product == model
+        one
+        for one in manifests
+        if one.rim.kind is kind and one.rim.version == version and one.rim.product.replace("_", "") == chip
     )
     # Boards that share a VBIOS version have manifests of their own, which do not name their board: the best fit is it.
     authentic = sorted(

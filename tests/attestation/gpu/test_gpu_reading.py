@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 from dataclasses import replace
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attestation.canonical import b64
-from attestation.errors import MalformedEvidence
+from attestation.endorsements.nvidia import resolve_device_chain
+from attestation.errors import MalformedEndorsement, MalformedEvidence
 from attestation.evidence.gpu import opaque
 from attestation.evidence.gpu.document import GpuEvidence, read_gpu_document, write_gpu_document
 from attestation.evidence.gpu.opaque import OpaqueField
@@ -206,3 +208,15 @@ def test_other_documents_are_refused(document: str) -> None:
 def test_any_json_is_refused_or_read(value: object) -> None:
     with contextlib.suppress(MalformedEvidence):
         read_gpu_document(json.dumps(value).encode())
+
+
+def test_a_certificate_without_a_positive_serial_number_is_refused() -> None:
+    """`cryptography` only warns of one, each time it is read."""
+    leaf = DEVICE.chain[0].public_bytes(world.Encoding.DER)
+    serial = DEVICE.chain[0].serial_number
+    size = (serial.bit_length() + 8) // 8
+    negative = leaf.replace(serial.to_bytes(size, "big"), b"\x80" + bytes(size - 2) + b"\x01", 1)
+    assert negative != leaf
+    pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(negative) + b"-----END CERTIFICATE-----\n"
+    with pytest.raises(MalformedEndorsement, match="not positive"):
+        resolve_device_chain(pem)
