@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from appliance.output import print_json
+from policies.errors import Unusable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a broker: appraisal, key release, ledger.")
 
@@ -54,3 +56,52 @@ def run(
     run_broker((broker_settings(config) if is_kit(config) else config).absolute())
     if as_json:
         print_json({"ended": True})
+
+
+@app.command(epilog="Example: seal broker check one=https://broker.example:8443 --root root.json --wait 30")
+def check(
+    broker: Annotated[
+        str, typer.Argument(metavar="NAME=URL", help="The broker's name in the charter, and where it is.")
+    ],
+    root: Annotated[Path, typer.Option("--root", metavar="ROOT", help="The charter's first root (1.root.json).")],
+    wait: Annotated[float, typer.Option(min=0, max=600, help="Seconds to wait until it can be reached.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a broker who it is: its key, its time, its charter and its ledger's head, all checked from the root."""
+    from attestation.canonical import format_time
+    from attestation.connection import fetch_charter
+    from attestation.endorsements.sources import read_bounded
+    from attestation.errors import BrokerUnavailable
+    from attestation.ledger.checkpoint import parse_checkpoint
+
+    name, _, url = broker.partition("=")
+    if not url:
+        raise Unusable("the broker needs its name and URL", where="command line", do="Write NAME=https://HOST:PORT.")
+    trusted, end = read_bounded(root, 1024 * 1024, "root"), time.monotonic() + wait
+    while True:
+        try:
+            fetched = fetch_charter([(name, url)], root=trusted)
+            break
+        except BrokerUnavailable:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+    try:
+        head = parse_checkpoint(fetched.client.checkpoint())
+    finally:
+        fetched.client.close()
+    charter = fetched.charter
+    found = {
+        "broker": name,
+        "time": format_time(fetched.at),
+        "charter": {"id": charter.id, "version": charter.version, "expires": format_time(charter.expires)},
+        "platform": charter.consortium.platform,
+        "ledger": {"origin": head.origin, "entries": head.size},
+    }
+    if as_json:
+        print_json(found)
+        return
+    typer.echo(f"{name} is the charter's broker; it says it is {format_time(fetched.at)}.")
+    typer.echo(
+        f"Charter {charter.id[:16]}… version {charter.version} ({charter.consortium.platform}), {head.size} entries."
+    )

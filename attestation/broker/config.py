@@ -45,6 +45,8 @@ class BrokerConfig(_Section):
     issuer_key: str = "keys/issuer.pem"
     kek: str = "keys/kek"
     database: str = "state/broker.sqlite"
+    endorsements: str = "endorsements"
+    kds: bool = True
     timestamp_hours: Annotated[int, Field(ge=1, le=24 * 30)] = 24
     limits: Limits = Limits()
 

@@ -26,6 +26,8 @@ from attestation.broker.exchange import log
 from attestation.broker.keys import Issuer, load_issuer, load_kek
 from attestation.broker.service import Broker, now
 from attestation.broker.storage import open_storage
+from attestation.endorsements.kds import KdsClient, https_fetch
+from attestation.endorsements.kds_cache import KdsCache
 from attestation.ledger.checkpoint import ledger_origin
 from policies.charter import read_store
 from policies.charter.signing import current_charter
@@ -39,6 +41,8 @@ SHUTDOWN_SECONDS: Final = 5.0
 CERTIFICATE_RENEWAL: Final = timedelta(days=1)
 OPEN_FILES: Final = 65_536
 UPKEEP_SECONDS: Final = 30.0
+KDS_SECONDS: Final = 20.0
+"""How long a guest may wait for AMD's service, which is asked once for each chip and patch level."""
 
 
 def open_broker(folder: Path, config: BrokerConfig) -> Broker:
@@ -63,6 +67,8 @@ def open_broker(folder: Path, config: BrokerConfig) -> Broker:
     except BaseException:
         storage.close()
         raise
+    fetch = https_fetch() if config.kds and consortium.platform == "hardware" else None
+    kds = KdsClient(KdsCache(folder / config.endorsements), fetch, patience_seconds=KDS_SECONDS)
     lifetime = timedelta(hours=config.timestamp_hours)
     return Broker(
         config.name,
@@ -71,6 +77,7 @@ def open_broker(folder: Path, config: BrokerConfig) -> Broker:
         signing_key=signing_key,
         issuer=issuer,
         kek=kek,
+        complete=kds.complete_evidence,
         session_seconds=config.limits.session_seconds,
         max_sessions=config.limits.sessions,
     )

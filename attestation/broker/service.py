@@ -62,6 +62,9 @@ Authorise = Callable[[Session | None], Session]
 Bind = Callable[[Session, Charter], tuple[bytes, dict[str, Any]]]
 """What REPORT_DATA must be for a session, and what it is computed from (for the ledger)."""
 
+Complete = Callable[[SnpEvidence], SnpEvidence]
+"""Puts beside a report what its vendor publishes for it (attestation.endorsements.kds)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Attested:
@@ -110,6 +113,7 @@ class Broker:
         signing_key: Ed25519PrivateKey,
         issuer: Issuer,
         kek: KeyEncryption,
+        complete: Complete | None = None,
         session_seconds: int = 300,
         max_sessions: int = 100_000,
         clock: Callable[[], datetime] = now,
@@ -122,6 +126,7 @@ class Broker:
         self.issuer = issuer
         self.clock = clock
         self._kek = kek
+        self._complete = complete
         self._session_seconds = session_seconds
         self._max_sessions = max_sessions
         self._randomness = randomness
@@ -226,12 +231,13 @@ class Broker:
         if session is None or session.protocol != protocol:
             raise SessionRefused(("there is no such session",))
         data, bound = bind(session, charter)
+        evidence, lacking = await self._completed(evidence, charter)
         question = AppraisalQuestion(evidence, init_data, data, protocol)
         against = check(session)
         if session.charter_version != charter.version:
             against += (f"the charter went from version {session.charter_version} to {charter.version} meanwhile",)
         verdict = await asyncio.to_thread(appraise_guest, question, charter, at)
-        reasons = (*against, *verdict.reasons)
+        reasons = (*against, *verdict.reasons, *(lacking if verdict.reasons else ()))
         token, document = "", None
         if not reasons:
             document = build_ear(
@@ -269,6 +275,15 @@ class Broker:
         if done is None:
             raise AppraisalRefused(refused, who=verdict.who)
         return Attested(done, token, receipts[0], entry)
+
+    async def _completed(self, evidence: SnpEvidence, charter: Charter) -> tuple[SnpEvidence, tuple[str, ...]]:
+        """The evidence with its vendor's certificates and revocation list, so that an auditor finds them beside it."""
+        if self._complete is None or charter.consortium.platform != "hardware":
+            return evidence, ()  # the virtual platform hands all of it out with its reports
+        try:
+            return await asyncio.to_thread(self._complete, evidence), ()
+        except SealwrightError as error:
+            return evidence, (f"endorsements could not be had: {error.what}",)
 
     # --- release ----------------------------------------------------------------------------------------------------
 

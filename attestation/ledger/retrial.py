@@ -90,8 +90,11 @@ class Retrial:
             return []
         if self._charter is None or self._broker is None:
             return []  # the charter before it is named as a problem already
+        broker = self._charter.broker(self._broker.name)  # with the keys that it had then
+        if broker is None:
+            return ["the charter of its time does not name this broker"]
         try:
-            return self._judge(number, entry, self._charter, self._broker)
+            return self._judge(number, entry, self._charter, broker)
         except Missing:
             return []  # the blob is named as a problem already
         except SealwrightError as error:
@@ -114,7 +117,7 @@ class Retrial:
         if entry.kind == "release":
             return reasons + self._release(number, entry, charter, ear, age)
         if entry.kind == "credential":
-            reasons += self._credential(entry, charter, ear)
+            reasons += self._credential(entry, charter, broker, ear)
         self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, entry.kind, "recorded")
         return reasons
 
@@ -220,13 +223,12 @@ class Retrial:
         self._row(number, entry, body["resource"].partition("/")[0], None, {}, body["resource"], "deposited")
         return reasons
 
-    def _credential(self, entry: Entry, charter: Charter, ear: Ear) -> list[str]:
+    def _credential(self, entry: Entry, charter: Charter, broker: BrokerEntry, ear: Ear) -> list[str]:
         certificate = self._blob(entry.body["certificate"])
         try:
             peer = appraise_peer(certificate, charter, entry.time)
-            issuer = x509.load_pem_x509_certificate(self._broker.issuer_certificate.encode()) if self._broker else None
-            if issuer is not None:
-                x509.load_der_x509_certificate(certificate).verify_directly_issued_by(issuer)
+            issuer = x509.load_pem_x509_certificate(broker.issuer_certificate.encode())
+            x509.load_der_x509_certificate(certificate).verify_directly_issued_by(issuer)
         except PeerRefused as error:
             return [f"its certificate does not hold: {reason}" for reason in error.reasons]
         except (ValueError, TypeError, InvalidSignature):
