@@ -41,6 +41,8 @@ _PLATFORM = {
 _KEY = {"author_key_en": "author key enabled", "mask_chip_key": "chip key masked: no signature"}
 
 
+_NOT_AUTHENTIC = 99  # AR4SI: the evidence's own signature or chain does not hold
+
 _LACKING = {
     "freshness": "no --nonce or --report-data",
     "measurement": "no reference values",
@@ -97,6 +99,8 @@ def print_appraisal(
         for failure in appraisal.failures:
             table.add_row(failure.check, failure.value, failure.expected)
         out.print(Padding(table, (1, 0, 0, 2)))
+    if _NOT_AUTHENTIC in appraisal.vector.values() or appraisal.status == "none":
+        out.print(Text("\n  Nobody vouches for what follows: it is what the evidence says of itself.", style="yellow"))
     rows = [*(_machine_summary(appraisal.claims) if about is None else about), *_judgement(appraisal, at)]
     out.print(Padding(_grid(rows), (1, 0, 0, 2)))
 

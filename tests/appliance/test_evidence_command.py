@@ -115,6 +115,10 @@ def test_a_person_reads_the_reasons(capsys: pytest.CaptureFixture[str], files: P
     assert status == 1
     assert "contraindicated" in out
     assert "freshness" in out
+    assert "Nobody vouches" not in out
+    status, out, _ = run(capsys, "verify", files / "report.bin", *options[:4])
+    assert status == 1
+    assert "Nobody vouches for what follows" in out
 
 
 def test_show_decodes_every_field(capsys: pytest.CaptureFixture[str], files: Path) -> None:
