@@ -259,7 +259,7 @@ def test_health_metrics_ledger_and_proofs(broker: Any) -> None:
     client = BrokerClient(broker.entry, "virtual.trial")
     call = client._connection.call
     assert json.loads(call("GET", "/healthz")[1])["ready"]
-    assert b'seal_broker_decisions_total{decision="released"}' in call("GET", "/metrics")[1]
+    assert b'seal_broker_decisions_total{decision="deposited"}' in call("GET", "/metrics")[1]
     size = parse_checkpoint(client.checkpoint()).size
     entries = json.loads(call("GET", f"/v1/ledger/entries?start=0&end={size}")[1])["entries"]
     assert len(entries) == min(size, 256)
