@@ -7,6 +7,8 @@ PYTHON ?= python3
 APT := bubblewrap erofs-utils cryptsetup-bin
 JOBS ?= 2
 
+TORCH := 2.13.0
+EXTRAS := demo,tracking,dev,fuzz
 SLICE ?= 0/1
 SECONDS ?= 20
 
@@ -28,7 +30,7 @@ demo: setup ## Run one attested federated job and its attacks, end to end.
 	@$(VENV)/bin/seal demo
 
 test: setup ## Run the tests in parallel.
-	$(PY) -m pytest -n $(JOBS) -m 'not long'
+	$(PY) -m pytest -n $(JOBS) -m 'not long' --cov --cov-report=term:skip-covered
 
 test-long: setup ## Run the tests that take more than seconds (SLICE=1/3: the second third of them).
 	$(PY) -m pytest -n $(JOBS) -m long --slice $(SLICE)
@@ -59,7 +61,14 @@ docs: setup ## Build the documentation into build/site, strictly.
 	$(VENV)/bin/mkdocs build --quiet --strict --site-dir build/site
 
 lock: setup ## Renew constraints.txt by one joint resolve of everything.
-	$(PY) benchmarks/../appliance/lock.py
+	@mkdir -p build
+	$(PY) -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed --report build/resolve.json \
+		torch==$(TORCH) --editable '.[$(EXTRAS)]'
+	$(PY) -c 'import json; parts = [one["metadata"] for one in json.load(open("build/resolve.json"))["install"]]; \
+		lines = sorted("%s==%s" % (one["name"].lower().replace("_", "-"), one["version"].split("+")[0]) for one in parts); \
+		print("# One joint resolve of everything that the project and its extras use; `make lock` renews it.", *lines, sep="\n")' \
+		> build/constraints.txt
+	@grep -v '^sealwright==' build/constraints.txt > constraints.txt
 
 clean: ## Remove what was built.
 	rm -rf build .venv .mypy_cache .ruff_cache .import_linter_cache *.egg-info
