@@ -17,7 +17,7 @@ from fl.transport.memory import DraftMemory, SealedMemory
 
 
 class WeightedMean:
-    """A running weighted mean over updates of one schema.
+    """A running weighted mean over updates of one schema; `result` ends one and the next `fold` begins another.
 
     Updates are folded only whole and only after `fl.guard.gate.admit_update`; all have the same `params_type`. With two
     updates the result does not depend on their order; with more, only in the last bits of rounding.
@@ -28,7 +28,7 @@ class WeightedMean:
         self._params_type = params_type
         self._total = 0.0
         self._sums: dict[str, npt.NDArray[Any]] = {
-            name: np.zeros(spec.elements, dtype=np.float32 if spec.dtype in {"F32", "F16", "BF16"} else np.float64)
+            name: np.empty(spec.elements, dtype=np.float32 if spec.dtype in {"F32", "F16", "BF16"} else np.float64)
             for name, spec in schema.items()
         }
         self.count = 0
@@ -37,9 +37,16 @@ class WeightedMean:
     def fold(self, update: TensorFile, weight: float) -> None:
         """Add an admitted update with `weight` > 0."""
         for name, total in self._sums.items():
+            factor = total.dtype.type(weight)
+            scratch = np.empty(min(BLOCK, total.size), dtype=total.dtype)
             for start, block in update.blocks(name):
                 part = total[start : start + block.size]
-                part += block.astype(total.dtype, copy=False) * total.dtype.type(weight)
+                if not self.count:
+                    np.multiply(block, factor, out=part, dtype=total.dtype, casting="same_kind")
+                    continue
+                scaled = scratch[: block.size]
+                np.multiply(block, factor, out=scaled, dtype=total.dtype, casting="same_kind")
+                part += scaled
         self._total += weight
         self.count += 1
 
@@ -63,6 +70,7 @@ class WeightedMean:
                         mean += _block(model, name, start, end).astype(total.dtype, copy=False)
                     target[start:end] = _as_dtype(mean, spec.dtype)
                 del target
+            self._total, self.count = 0.0, 0
             return SealedMemory(*draft.seal())
 
 

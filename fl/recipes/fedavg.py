@@ -73,8 +73,8 @@ def fedavg(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
 
     Raises JobFailed and JobAborted as `Federation.train` does.
     """
+    mean = WeightedMean(sites.schema, sites.params_type)
     for round_ in range(settings.num_rounds):
-        mean = WeightedMean(sites.schema, sites.params_type)
         metrics = MeanOfMetrics()
         for update in sites.train(Task(round_, settings.num_rounds, model)):
             mean.fold(update.tensors, update.weight)

@@ -19,7 +19,7 @@ from fl.jobs.statement import SignedStatement
 from fl.tensors import Buffer
 
 MAX_HEADER: Final = 256 << 10
-CHUNK: Final = 256 << 10
+CHUNK: Final = 1 << 20
 """Bytes of payload in a chunk frame; the last of a transfer has fewer."""
 MAX_FRAME: Final = MAX_HEADER + CHUNK + 4
 METHOD_PREFIX: Final = "/sealwright.fl.v1.Federation/"

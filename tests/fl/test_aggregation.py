@@ -40,6 +40,20 @@ def test_the_mean_is_the_papers_over_blocks_and_dtypes() -> None:
         assert result[name].dtype == np.float32
 
 
+def test_a_mean_begins_anew_after_its_result() -> None:
+    model = {"w": np.zeros(2, dtype=np.float32), "n": np.zeros(1, dtype=np.int64)}
+    mean = WeightedMean(schema_of(tensors_of(model)), ParamsType.FULL)
+    for value in (4.0, 7.0):
+        mean.fold(file_of({"w": np.full(2, value, dtype=np.float32), "n": np.full(1, 3)}), 2.0)
+        with mean.result(file_of(model)) as result:
+            read = params_of(parse(result.view, max_size=result.size), "numpy")
+            assert read["w"].tolist() == [value, value]
+            assert read["n"].tolist() == [3]
+            del read
+    with pytest.raises(ValueError, match="no update"):
+        mean.result(file_of(model))
+
+
 def test_differences_are_added_to_the_model() -> None:
     model = {"w": np.array([1.0, 2.0], dtype=np.float32)}
     deltas = [{"w": np.array([1.0, 0.0], dtype=np.float32)}, {"w": np.array([0.0, 4.0], dtype=np.float32)}]
