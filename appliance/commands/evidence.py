@@ -244,12 +244,13 @@ def _hex(text: str, option: str, least: int, most: int) -> bytes:
 
 
 def _moment(text: str) -> datetime:
+    unusable = Unusable(
+        f"--at {text} is no time in RFC 3339", where="command line", do="Give it like 2026-03-01T12:00:00Z."
+    )
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
-        moment = datetime.min  # noqa: DTZ901  # has no time zone, so it is refused below
-    if moment.tzinfo is None:
-        raise Unusable(
-            f"--at {text} is no time in RFC 3339", where="command line", do="Give it like 2026-03-01T12:00:00Z."
-        )
-    return moment
+        if moment.tzinfo is None:
+            raise unusable
+        return moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise unusable from None

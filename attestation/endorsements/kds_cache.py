@@ -63,11 +63,16 @@ class KdsCache:
             return path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def write(self, path: Path, content: bytes) -> None:
         """Store an entry whole, or not at all."""
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        try:
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        except OSError as error:
+            raise self._unusable(error) from error
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -75,15 +80,24 @@ class KdsCache:
                 os.fsync(file.fileno())
             Path(scratch).chmod(0o644)
             Path(scratch).replace(path)
-        except BaseException:
+        except OSError as error:
+            raise self._unusable(error) from error
+        finally:
             Path(scratch).unlink(missing_ok=True)
-            raise
+
+    def _unusable(self, error: OSError) -> Unusable:
+        reason = (error.strerror or str(error)).lower()
+        return Unusable(f"the cache cannot be used: {reason}", where=str(self.folder), do="Name a folder of your own.")
 
     @contextmanager
     def exclusive(self, path: Path) -> Iterator[None]:
         """Hold one entry against all other processes and threads. The lock goes with the process that holds it."""
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with path.with_name(f".{path.name}.lock").open("w") as lock:
+        try:
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            lock = path.with_name(f".{path.name}.lock").open("w")
+        except OSError as error:
+            raise self._unusable(error) from error
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

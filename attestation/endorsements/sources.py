@@ -104,8 +104,14 @@ def _one_certificate(path: Path) -> bytes:
 
 def _certificates(path: Path) -> tuple[bytes, ...]:
     files = [path]
-    if path.is_dir():
-        files = sorted(one for one in path.iterdir() if one.suffix in CERTIFICATE_SUFFIXES and one.is_file())
+    try:
+        in_folder = path.is_dir()
+        found_in_it = sorted(path.iterdir()) if in_folder else []
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise Unusable(f"the chain cannot be read: {reason}", where=str(path), do="Check its permissions.") from error
+    if in_folder:
+        files = [one for one in found_in_it if one.suffix in CERTIFICATE_SUFFIXES and one.is_file()]
         if not files or len(files) > MAX_FILES:
             raise MalformedEndorsement(
                 f"the folder holds {len(files)} certificate files",

@@ -73,6 +73,15 @@ def test_a_report_is_endorsed_by_the_service_once(
     assert json.loads(out)["claims"]["hwid"] == chip.chip_id.hex()
 
 
+def test_a_cache_that_cannot_be_made_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "vcek.der").write_bytes(vcek())
+    (tmp_path / "file").touch()
+    status, out, err = run(capsys, "preload", tmp_path / "vcek.der", "--cache", tmp_path / "file")
+    assert (status, out) == (2, "")
+    assert "the cache cannot be used" in err
+    assert err.count("\n") == 1
+
+
 def test_an_old_report_needs_its_product(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, virtual_chips: Mapping[Product, Chip]
 ) -> None:
