@@ -67,3 +67,29 @@ def test_links_between_pages_lead_somewhere() -> None:
         if not (page.parent / target).exists()
     ]
     assert not broken
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    missing = [
+        f"{page.relative_to(ROOT)}: {path}::{name}"
+        for page in PAGES
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)", page.read_text())
+        if not (ROOT / path).exists() or f"def {name}(" not in (ROOT / path).read_text()
+    ]
+    assert not missing
+
+
+def test_every_row_of_the_threat_model_names_a_test() -> None:
+    page = ROOT / "docs/explanation/threat-model.md"
+    rows = [
+        line for line in page.read_text().splitlines() if line.startswith("| ") and not line.startswith("| attempt")
+    ]
+    assert len(rows) >= 40
+    assert [row for row in rows if "`tests/" not in row.split("|")[-2]] == []
+
+
+def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "site/explanation/threat-model/index.html").exists()
