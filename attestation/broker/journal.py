@@ -16,6 +16,7 @@ from attestation.broker.appraisal import Question as AppraisalQuestion
 from attestation.broker.appraisal import Verdict
 from attestation.broker.release import Question as ReleaseQuestion
 from attestation.broker.sessions import Session
+from attestation.broker.storage import Transaction
 from attestation.ear import Ear, Subject
 from attestation.ledger.entry import Entry
 from attestation.messages import Deposit
@@ -84,9 +85,9 @@ def appraisal_denial(
     return Note(Entry("denial", at, body), _evidence(question) if kept else {}, guest=verdict.who)
 
 
-def call_denial(what: str, session: Session, reasons: Sequence[str], charter: Charter, at: datetime) -> Note:
-    """A call in a session that was refused before anything was decided: a replayed nonce, counter or proof."""
-    body = {**_within(session, charter), "reasons": list(reasons), "what": what}
+def call_denial(call: str, session: Session, reasons: Sequence[str], charter: Charter, at: datetime) -> Note:
+    """A call that was refused before anything was decided: a replayed nonce or proof, a guest whose place is gone."""
+    body = {**_within(session, charter), "call": call, "reasons": list(reasons), "what": "call"}
     return Note(Entry("denial", at, body), {})
 
 
@@ -140,6 +141,11 @@ def deposit_denial(resource: str, reasons: Sequence[str], charter: Charter, at: 
 def place(subject: Subject) -> str:
     """`role/name`."""
     return f"{subject.role}/{subject.name}"
+
+
+def append(step: Transaction, note: Note) -> int:
+    """Append a note to the ledger; return the entry's number."""
+    return step.append(note.entry, blobs=note.blobs, resource=note.resource, guest=note.guest, boot=note.boot)
 
 
 def _within(session: Session, charter: Charter) -> dict[str, Any]:

@@ -23,15 +23,12 @@ from attestation.broker.appraisal import appraise_guest, build_ear
 from attestation.broker.charters import CharterFolder, LoadedCharter
 from attestation.broker.checks import check_csr, check_deposit
 from attestation.broker.journal import Note
-from attestation.broker.keys import Issuer, KeyEncryption, open_resource, seal_resource
-from attestation.broker.release import Counters, decide_release
-from attestation.broker.release import Question as ReleaseQuestion
-from attestation.broker.rules import floor_rules, owner_rules
+from attestation.broker.keys import Issuer, KeyEncryption, seal_resource
+from attestation.broker.releases import Authorise, Released, Releases, Request, Seal
 from attestation.broker.sessions import (
     NONCE_SIZE,
     Protocol,
     Session,
-    age_seconds,
     attested,
     attested_session,
     open_session,
@@ -43,7 +40,6 @@ from attestation.errors import (
     AppraisalRefused,
     BrokerUnavailable,
     DepositRefused,
-    ReleaseRefused,
     SessionRefused,
 )
 from attestation.evidence.composite import SnpEvidence
@@ -57,8 +53,6 @@ from policies.errors import Refused, SealwrightError, Unusable
 TRIES: Final = 8
 """How often a release is decided anew because its counters moved."""
 
-Authorise = Callable[[Session | None], Session]
-"""Checks a call against its session and returns the session's next form; raises Refused or Unusable."""
 Bind = Callable[[Session, Charter], tuple[bytes, dict[str, Any]]]
 """What REPORT_DATA must be for a session, and what it is computed from (for the ledger)."""
 
@@ -72,17 +66,6 @@ class Attested:
 
     session: Session
     ear: str
-    receipt: Receipt
-    entry: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """A resource, sealed to its guest by the protocol's own means."""
-
-    sealed: Any
-    serial: int
-    session: Session
     receipt: Receipt
     entry: bytes
 
@@ -131,6 +114,7 @@ class Broker:
         self._max_sessions = max_sessions
         self._randomness = randomness
         self._sessions = max_sessions  # unknown until the first pruning: forces one
+        self._releases = Releases(storage, kek, self._still_followed)
         self._charter_lock = asyncio.Lock()
         self._followed: LoadedCharter | None = None
 
@@ -256,19 +240,21 @@ class Broker:
             try:
                 spent = take_nonce(found, protocol, at)
             except SessionRefused as error:
-                _append(step, journal.call_denial("attest", session, error.reasons, self._now_followed(charter), at))
+                journal.append(
+                    step, journal.call_denial("attest", session, error.reasons, self._now_followed(charter), at)
+                )
                 return None, error.reasons, b""
             moved = () if self._still_followed(charter) else ("the charter moved on meanwhile",)
             if reasons or moved or document is None:
                 step.update_session(spent)
-                denial = journal.appraisal_denial(question, verdict, spent, bound, (*reasons, *moved), charter, at)
-                _append(step, denial)
+                denied = journal.appraisal_denial(question, verdict, spent, bound, (*reasons, *moved), charter, at)
+                journal.append(step, denied)
                 return None, (*reasons, *moved), b""
             expires = datetime.fromtimestamp(document.exp, UTC)
             done = attested(spent, ear=token, expires=expires, keys=keys, tee_pubkey=tee_pubkey, at=at)
             step.update_session(done)
             note = journal.appraisal(question, verdict, done, bound, token, charter, at)
-            _append(step, note)
+            journal.append(step, note)
             return done, (), note.entry.to_bytes()
 
         (done, refused, entry), receipts = await self.storage.transact(work)
@@ -295,7 +281,7 @@ class Broker:
         *,
         job: Mapping[str, Any] | None,
         authorise: Authorise,
-        seal: Callable[[Session, bytes, int], Any],
+        seal: Seal,
         request: str,
     ) -> Released:
         """Decide over a release, write it down, and return the value as `seal(session, value, serial)` made it.
@@ -304,72 +290,15 @@ class Broker:
         """
         for _ in range(TRIES):
             at = self.clock()
-            loaded = await self.charter(at)
-            released = await self._release(
-                identifier, protocol, resource, job, authorise, seal, request, loaded.charter, at
+            charter = (await self.charter(at)).charter
+            session = await self._authorised(identifier, protocol, "release", authorise, charter, at)
+            ear = await self._standing(session, "release", charter, at)
+            released = await self._releases.decide(
+                Request(session, ear, resource, job, request, charter, at, authorise, seal)
             )
             if released is not None:
                 return released
-        raise BrokerUnavailable(f"{resource} is asked for by too many at once", where=resource)
-
-    async def _release(
-        self,
-        identifier: str,
-        protocol: Protocol,
-        resource: str,
-        job: Mapping[str, Any] | None,
-        authorise: Authorise,
-        seal: Callable[[Session, bytes, int], Any],
-        request: str,
-        charter: Charter,
-        at: datetime,
-    ) -> Released | None:
-        """One try: None if the counters moved between reading and writing."""
-        session = await self._authorised(identifier, protocol, "release", authorise, charter, at)
-        ear = self._ear(session, charter, at)
-
-        def prepare() -> tuple[ReleaseQuestion, tuple[str, ...], Any, int]:
-            counters = self.storage.read(lambda step: _counters(step, resource, ear))
-            enrolment = charter.enrolment(ear.subject.role, ear.subject.name)
-            if enrolment is None:
-                raise ReleaseRefused(("the guest's place is no longer enrolled",), resource=resource)
-            question = ReleaseQuestion(resource, ear, enrolment, age_seconds(session, at), protocol, job, counters, at)
-            floor, owner = charter.policy("floor.rego"), charter.release_policy(resource)
-            reasons = decide_release(
-                question,
-                None if floor is None else floor_rules(floor),
-                None if owner is None else owner_rules(owner),
-            )
-            stored = self.storage.read(lambda step: step.resource(resource))
-            if stored is None:
-                reasons += (f"{resource} was not deposited at this broker",)
-            if reasons or stored is None:
-                return question, reasons, None, 0
-            return question, (), seal(session, open_resource(stored, self._kek), stored.serial), stored.serial
-
-        question, reasons, sealed, serial = await asyncio.to_thread(prepare)
-
-        def work(step: Transaction) -> tuple[bool, bytes]:
-            used = authorise(step.session(identifier))
-            stored = step.resource(resource)
-            if _counters(step, resource, ear) != question.counters or (
-                sealed and (not stored or stored.serial != serial)
-            ):
-                return False, b""
-            step.update_session(used)
-            if reasons:
-                note = journal.release_denial(question, used, charter, reasons)
-            else:
-                note = journal.release(question, used, charter, serial=serial, request=request)
-            _append(step, note)
-            return True, note.entry.to_bytes()
-
-        (decided, entry), receipts = await self.storage.transact(work)
-        if not decided:
-            return None
-        if reasons:
-            raise ReleaseRefused(reasons, resource=resource)
-        return Released(sealed, serial, session, receipts[0], entry)
+        raise BrokerUnavailable(f"{resource} or the charter changes too fast to decide", where=resource)
 
     # --- what guests have written down and issued ----------------------------------------------------------------
 
@@ -378,7 +307,7 @@ class Broker:
         at = self.clock()
         charter = (await self.charter(at)).charter
         session = await self._authorised(identifier, "v1", "credential", authorise, charter, at)
-        ear = self._ear(session, charter, at)
+        ear = await self._standing(session, "credential", charter, at)
         public_key = check_csr(csr, ear)
         certificate = self.issuer.guest_certificate(
             public_key,
@@ -399,7 +328,8 @@ class Broker:
         session = await self._authorised(identifier, "v1", "record", authorise, charter, at)
         if kind in BROKER_KINDS:
             raise Refused(f"entries of kind {kind} are the broker's own", where="record", do="Use a kind of your own.")
-        note = journal.record(self._ear(session, charter, at), session, kind, document, charter, at)
+        ear = await self._standing(session, "record", charter, at)
+        note = journal.record(ear, session, kind, document, charter, at)
         return Issued(b"", await self._note(identifier, authorise, note, charter), note.entry.to_bytes())
 
     # --- deposits ---------------------------------------------------------------------------------------------------
@@ -418,10 +348,10 @@ class Broker:
             if content is not None and old is not None and content.serial <= old.serial:
                 against = (*against, f"the deposit's serial {content.serial} is not above the last ({old.serial})")
             if against or content is None or stored is None:
-                _append(step, journal.deposit_denial(resource, against, charter, at))
+                journal.append(step, journal.deposit_denial(resource, against, charter, at))
                 return against
             step.put_resource(stored)
-            _append(step, journal.deposit(content, token, charter, at))
+            journal.append(step, journal.deposit(content, token, charter, at))
             return ()
 
         against, receipts = await self.storage.transact(work)
@@ -446,7 +376,7 @@ class Broker:
             if session is not None and session.protocol == protocol:
                 reasons, denied = error.reasons if isinstance(error, Refused) else (error.what,), session
                 await self.storage.transact(
-                    lambda step: _append(
+                    lambda step: journal.append(
                         step, journal.call_denial(what, denied, reasons, self._now_followed(charter), at)
                     )
                 )
@@ -456,29 +386,24 @@ class Broker:
         def work(step: Transaction) -> None:
             self._demand_followed(charter)
             step.update_session(authorise(step.session(identifier)))
-            _append(step, note)
+            journal.append(step, note)
 
         _, receipts = await self.storage.transact(work)
         return receipts[0]
 
-    @staticmethod
-    def _ear(session: Session, charter: Charter, at: datetime) -> Ear:
-        """The session's EAR, if it and the guest's place still stand in the charter of this moment."""
-        ear = verify_ear(session.ear or "", charter, at)
-        gone = enrolment_reasons(ear, charter)
-        if gone:
-            raise AppraisalRefused(gone, who=journal.place(ear.subject))
+    async def _standing(self, session: Session, what: str, charter: Charter, at: datetime) -> Ear:
+        """The session's EAR, if it and the guest's place still stand; that they do not is written down."""
+        try:
+            ear = verify_ear(session.ear or "", charter, at)
+            gone = enrolment_reasons(ear, charter)
+            if gone:
+                raise AppraisalRefused(gone, who=journal.place(ear.subject))
+        except Refused as error:
+            reasons = error.reasons
+            await self.storage.transact(
+                lambda step: journal.append(
+                    step, journal.call_denial(what, session, reasons, self._now_followed(charter), at)
+                )
+            )
+            raise
         return ear
-
-
-def _append(step: Transaction, note: Note) -> int:
-    return step.append(note.entry, blobs=note.blobs, resource=note.resource, guest=note.guest, boot=note.boot)
-
-
-def _counters(step: Transaction, resource: str, ear: Ear) -> Counters:
-    boot = ear.claims.get("report_id")
-    return Counters(
-        releases=step.count("release", resource=resource),
-        releases_to_guest=step.count("release", resource=resource, guest=journal.place(ear.subject)),
-        releases_this_boot=step.count("release", resource=resource, boot=boot if isinstance(boot, str) else ""),
-    )

@@ -306,7 +306,11 @@ class Storage:
         What `work` raises comes back, and nothing of it is kept. Raises BrokerUnavailable if the database cannot be
         written or too much waits for it.
         """
-        return await asyncio.wrap_future(self._submit(work))
+        return await self.submit(work)
+
+    def submit(self, work: Callable[[Transaction], T]) -> asyncio.Future[tuple[T, tuple[Receipt, ...]]]:
+        """Like `transact`, but it takes its place in the writer's order at once, whenever it is awaited."""
+        return asyncio.wrap_future(self._submit(work))
 
     def transact_now(self, work: Callable[[Transaction], T]) -> tuple[T, tuple[Receipt, ...]]:
         """Like `transact`, for a caller that may block."""

@@ -174,7 +174,10 @@ class Retrial:
             found = self._decide(entry, charter, ear, age)
             self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, body["resource"], outcome)
             return against + [f"it does not name a rule that is against it: {r}" for r in found if r not in said]
-        self._row(number, entry, body.get("resource", "session"), None, {}, what, outcome)
+        who, asked = (
+            (body["resource"].partition("/")[0], body["resource"]) if what == "deposit" else ("session", "call")
+        )
+        self._row(number, entry, who, None, {}, body.get("call", asked), outcome)
         return []
 
     def _release(self, number: int, entry: Entry, charter: Charter, ear: Ear, age: int) -> list[str]:

@@ -59,12 +59,13 @@ from policies.keys import public_pem
 MEMBERS = ("acme-pharma", "borealis-hospital", "cygnus-bio")
 MEASUREMENTS = {"site-image": bytes([1]) * 48, "server-image": bytes([2]) * 48}
 RULES = Path(__file__).parents[3] / "policies/rego"
-SITE_KEY, OTHER_KEY, MODEL_KEY, KBS_KEY, TWICE_KEY = (
+SITE_KEY, OTHER_KEY, MODEL_KEY, KBS_KEY, TWICE_KEY, FIVE_KEY = (
     "borealis-hospital/key/data",
     "cygnus-bio/key/data",
     "acme-pharma/key/model",
     "borealis-hospital/key/open",
     "borealis-hospital/key/twice",
+    "borealis-hospital/key/five",
 )
 SECRETS = {
     SITE_KEY: b"north's data key",
@@ -72,6 +73,7 @@ SECRETS = {
     MODEL_KEY: b"the model key",
     KBS_KEY: b"opened to the KBS protocol",
     TWICE_KEY: b"twice a boot at most",
+    FIVE_KEY: b"five times in all",
 }
 
 
@@ -203,12 +205,13 @@ class World:
         return GuestSession(self.attester(role, name, **overrides), self.init_data[f"{role}/{name}"], timeout=timeout)
 
 
-def release_rules(role: str, name: str, *, kbs: bool = False, per_boot: int | None = None) -> bytes:
+def release_rules(role: str, name: str, *, kbs: bool = False, per_boot: int | None = None, most: int = 1000) -> bytes:
     """An owner's release policy: the one that comes with the product, for one guest."""
     text = (RULES / "release.rego").read_text()
     text = text.replace('roles := {"site"}', f'roles := {{"{role}"}}').replace(
         "names := set()", f'names := {{"{name}"}}'
     )
+    text = text.replace("max_releases := 1000", f"max_releases := {most}")
     text += "\nkbs := true\n" if kbs else ""
     if per_boot is not None:
         text += f'\nreasons contains "not again in this boot" if input.counters.releases_this_boot >= {per_boot}\n'
@@ -259,6 +262,7 @@ def found_world(folder: Path, vendor: Vendor, chips: Mapping[Product, Chip], bro
     files["members/borealis-hospital/release/key.data.rego"] = release_rules("site", "north")
     files["members/borealis-hospital/release/key.open.rego"] = release_rules("site", "north", kbs=True)
     files["members/borealis-hospital/release/key.twice.rego"] = release_rules("site", "north", per_boot=2)
+    files["members/borealis-hospital/release/key.five.rego"] = release_rules("site", "north", most=5)
     files["members/cygnus-bio/release/key.data.rego"] = release_rules("site", "south")
     files["members/acme-pharma/release/key.model.rego"] = release_rules("server", "hub")
     world.store = found(consortium, files, keys.values(), [world.broker_key()], at)

@@ -65,7 +65,7 @@ def test_a_nonce_works_once_even_if_its_first_use_was_wrong(raw_guests: RawGuest
     guest.refused(replace(guest.evidence(), certificates=b""))
     assert guest.refused() == ("the session's nonce was used before; each attestation needs a fresh one",)
     (entry,) = last_entries(broker)
-    assert (entry["kind"], entry["body"]["what"]) == ("denial", "attest")
+    assert (entry["kind"], entry["body"]["call"]) == ("denial", "attest")
     again = raw_guests()
     again.attest()
     assert "used before" in again.refused()[0]

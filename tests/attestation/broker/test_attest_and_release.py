@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -67,6 +68,25 @@ def test_use_limits_are_counted_from_the_ledger(guests: Guests) -> None:
     rebooted = guests("site", "north")
     rebooted.attest()
     assert rebooted.release(TWICE_KEY) == b"twice a boot at most"
+
+
+def test_a_limit_of_five_is_five_however_many_ask_at_once(guests: Guests) -> None:
+    asking = [guests("site", "north") for _ in range(12)]
+
+    def ask(guest: GuestSession) -> list[bytes | str]:
+        guest.attest()
+        had: list[bytes | str] = []
+        for _ in range(3):
+            try:
+                had.append(guest.release("borealis-hospital/key/five"))
+            except BrokerRefused as error:
+                had.append(error.reasons[0])
+        return had
+
+    with ThreadPoolExecutor(12) as pool:
+        had = [one for several in pool.map(ask, asking) for one in several]
+    assert had.count(b"five times in all") == 5
+    assert had.count("owner's policy: it was released as often as its owner allows") == 31
 
 
 def test_records_are_in_the_ledger_and_the_brokers_kinds_are_not_theirs(guests: Guests) -> None:

@@ -1,0 +1,187 @@
+"""Releases at once: each decided over counters that count all before it, without waiting for them to be on disk.
+
+Decisions over one resource are made one after another, in the order in which they then reach the database's writer. A
+decision counts what the database has and, beyond that, the releases that are still on their way there; the writer
+checks that it counted right. So many guests may have one resource at the same time, and a limit of N is N.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from attestation.broker import journal
+from attestation.broker.keys import KeyEncryption, open_resource
+from attestation.broker.release import Counters, decide_release
+from attestation.broker.release import Question as ReleaseQuestion
+from attestation.broker.rules import floor_rules, owner_rules
+from attestation.broker.sessions import Session, age_seconds
+from attestation.broker.storage import Storage, Transaction
+from attestation.ear import Ear
+from attestation.errors import ReleaseRefused
+from attestation.ledger.receipt import Receipt
+from policies.charter import Charter
+
+Authorise = Callable[[Session | None], Session]
+"""Checks a call against its session and returns the session's next form; raises Refused or Unusable."""
+Seal = Callable[[Session, bytes, int], Any]
+"""Seals a value (with its deposit's serial) to the session's guest, by the protocol's own means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A resource, sealed to its guest."""
+
+    sealed: Any
+    serial: int
+    session: Session
+    receipt: Receipt
+    entry: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request for a resource, in a session that may make it."""
+
+    session: Session
+    ear: Ear
+    resource: str
+    job: Mapping[str, Any] | None
+    digest: str
+    charter: Charter
+    at: datetime
+    authorise: Authorise
+    seal: Seal
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A release on its way to the disk; `number` is its entry's, once the writer has given it one."""
+
+    guest: str
+    boot: str
+    number: int | None = None
+
+
+@dataclass(slots=True)
+class _Gate:
+    """The order of decisions over one resource."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    flights: list[_Flight] = field(default_factory=list)
+    users: int = 0
+
+
+class Releases:
+    """Decides over releases and writes them down."""
+
+    def __init__(self, storage: Storage, kek: KeyEncryption, still_followed: Callable[[Charter], bool]) -> None:
+        self._storage = storage
+        self._kek = kek
+        self._still_followed = still_followed
+        self._gates: dict[str, _Gate] = {}
+
+    async def decide(self, request: Request) -> Released | None:
+        """Release, or raise ReleaseRefused with every reason; None if it has to be decided anew (charter, counters)."""
+        async with self._gate(request.resource) as gate:
+            async with gate.lock:
+                question, reasons, sealed, serial = await asyncio.to_thread(self._prepare, request, gate)
+                flight = _Flight(journal.place(request.ear.subject), _boot(request.ear))
+                pending = self._storage.submit(
+                    lambda step: self._write(step, request, question, reasons, serial, flight)
+                )
+                if not reasons:
+                    gate.flights.append(flight)
+            try:
+                entry, receipts = await pending
+            finally:
+                if flight in gate.flights:
+                    gate.flights.remove(flight)
+        if entry is None:
+            return None
+        if reasons:
+            raise ReleaseRefused(reasons, resource=request.resource)
+        return Released(sealed, serial, request.session, receipts[0], entry)
+
+    @asynccontextmanager
+    async def _gate(self, resource: str) -> AsyncIterator[_Gate]:
+        gate = self._gates.setdefault(resource, _Gate())
+        gate.users += 1
+        try:
+            yield gate
+        finally:
+            gate.users -= 1
+            if gate.users == 0:
+                self._gates.pop(resource, None)
+
+    def _prepare(self, request: Request, gate: _Gate) -> tuple[ReleaseQuestion, tuple[str, ...], Any, int]:
+        """Decide, and seal the value if it is released. Runs beside the event loop, one at a time for a resource."""
+        ear, charter, resource = request.ear, request.charter, request.resource
+        counters, stored = self._storage.read(
+            lambda step: (_counters(step, resource, ear, gate.flights), step.resource(resource))
+        )
+        enrolment = charter.enrolment(ear.subject.role, ear.subject.name)
+        if enrolment is None:
+            raise ReleaseRefused(("the guest's place is no longer enrolled",), resource=resource)
+        age, protocol = age_seconds(request.session, request.at), request.session.protocol
+        question = ReleaseQuestion(resource, ear, enrolment, age, protocol, request.job, counters, request.at)
+        floor, owner = charter.policy("floor.rego"), charter.release_policy(resource)
+        reasons = decide_release(
+            question,
+            None if floor is None else floor_rules(floor),
+            None if owner is None else owner_rules(owner),
+        )
+        if stored is None:
+            reasons += (f"{resource} was not deposited at this broker",)
+        if reasons or stored is None:
+            return question, reasons, None, 0
+        sealed = request.seal(request.session, open_resource(stored, self._kek), stored.serial)
+        return question, (), sealed, stored.serial
+
+    def _write(
+        self,
+        step: Transaction,
+        request: Request,
+        question: ReleaseQuestion,
+        reasons: tuple[str, ...],
+        serial: int,
+        flight: _Flight,
+    ) -> bytes | None:
+        """Write the decision down if everything that it was made over still stands; else None."""
+        used = request.authorise(step.session(request.session.id))
+        if not self._still_followed(request.charter):
+            return None
+        if _counters(step, request.resource, request.ear, ()) != question.counters:
+            return None
+        if not reasons:
+            stored = step.resource(request.resource)
+            if stored is None or stored.serial != serial:
+                return None
+            note = journal.release(question, used, request.charter, serial=serial, request=request.digest)
+        else:
+            note = journal.release_denial(question, used, request.charter, reasons)
+        step.update_session(used)
+        flight.number = journal.append(step, note)
+        return note.entry.to_bytes()
+
+
+def _boot(ear: Ear) -> str:
+    boot = ear.claims.get("report_id")
+    return boot if isinstance(boot, str) else ""
+
+
+def _counters(step: Transaction, resource: str, ear: Ear, flights: list[_Flight] | tuple[()]) -> Counters:
+    """The ledger's counts, and of the releases on their way those that this snapshot of it does not have yet."""
+    guest, boot, size = journal.place(ear.subject), _boot(ear), step.size()
+    coming = [flight for flight in list(flights) if flight.number is None or flight.number >= size]
+    return Counters(
+        releases=step.count("release", resource=resource) + len(coming),
+        releases_to_guest=step.count("release", resource=resource, guest=guest)
+        + sum(flight.guest == guest for flight in coming),
+        releases_this_boot=step.count("release", resource=resource, boot=boot)
+        + sum(flight.boot == boot for flight in coming),
+    )
