@@ -50,6 +50,7 @@ class Display:
         return self._live is not None
 
     def _render(self) -> Table:
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=self._name, title_justify="left")
@@ -57,7 +58,7 @@ class Display:
         table.add_column("mean metrics")
         for round_, values in self._metrics[-8:]:
             words = ", ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:6])
-            table.add_row(f"{round_ + 1} of {self._num_rounds}", words or "-")
+            table.add_row(f"{round_ + 1} of {self._num_rounds}", escape(words) or "-")
         if self._round is not None and self._round >= len(self._metrics):
             sites = "\n".join(f"{name}: {state}" for name, state in list(self._sites.items())[:20])
             table.add_row(f"{self._round + 1} of {self._num_rounds}", sites)

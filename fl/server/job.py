@@ -114,6 +114,12 @@ class ServerJob:
         """Where the job is in its life."""
         return self._history.status
 
+    @property
+    def result_size(self) -> int:
+        """Bytes of the sealed result that is kept; 0 if there is none."""
+        result = self.result
+        return 0 if result is None else len(result[0].payload)
+
     def connected(self, attendance: Attendance) -> None:
         """A site is connected: if the job waits for it, it is asked to prepare."""
         if self.status is Status.RUNNING and attendance.name in self.signed.record.roster:

@@ -24,6 +24,7 @@ from fl.errors import ApprovalRefused, MalformedMessage, PeerLost, UpdateRefused
 from fl.guard.approval import approve, read_record
 from fl.guard.gate import max_update_size
 from fl.jobs.bundle import MAX_BUNDLE, parse_bundle
+from fl.jobs.progress import Status
 from fl.party import Party
 from fl.server.attendance import Attendance, Attendances
 from fl.server.job import ServerJob
@@ -58,6 +59,10 @@ MAX_RUNNING: Final = 4
 """Jobs that run side by side; more wait in the queue."""
 MAX_JOBS: Final = 200
 """Jobs that the server remembers; the oldest that are over go first."""
+MAX_OPEN: Final = 32
+"""Jobs that wait or run; more are not taken."""
+KEPT_RESULTS: Final = 4 << 30
+"""Bytes of sealed results that are kept for download; beyond, the oldest go, the newest never."""
 MAX_CALLS_EACH: Final = 32
 """Calls of one caller at the same time."""
 PULLS_AT_ONCE: Final = 8
@@ -271,13 +276,22 @@ class FederationService:
         except Exception as error:
             self._party.tell(f"job {job.id}: a fault of the server: {type(error).__name__}: {error}")
             raise
+        finally:
+            self._drop_old_results(newest=job)
+
+    def _drop_old_results(self, newest: ServerJob) -> None:
+        kept = newest.result_size
+        for job in reversed(self._all_jobs()):
+            kept += 0 if job is newest else job.result_size
+            if job is not newest and kept > KEPT_RESULTS:
+                job.result = None
 
     def _forget_old(self) -> None:
         over = [job_id for job_id, job in self._jobs.items() if job.status.over]
         for job_id in over[: max(0, len(self._jobs) - MAX_JOBS + 1)]:
             del self._jobs[job_id]
-        if len(self._jobs) >= MAX_JOBS:
-            raise ApprovalRefused("(new)", (f"{MAX_JOBS} jobs wait or run already",))
+        if len(self._jobs) - len(over) >= MAX_OPEN:
+            raise ApprovalRefused("(new)", (f"{MAX_OPEN} jobs wait or run already",))
 
     def _reports(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         self._user(context, "view")
@@ -299,7 +313,8 @@ class FederationService:
         job, user = self._job_for(request, context, "download")
         recipient = f"{user.member}/{user.name}"
         if job.result is None:
-            raise PeerLost(f"job {job.id} has no result: it is {job.status.value}", where="job")
+            kept = "; its result is not kept any more" if job.status is Status.FINISHED else ""
+            raise PeerLost(f"job {job.id} has no result: it is {job.status.value}{kept}", where="job")
         sealed, statement, receipt = job.result
         if recipient not in sealed.keys:
             raise ApprovalRefused(job.id, (f"{recipient} is not among the result's recipients",))

@@ -146,6 +146,22 @@ def test_a_first_model_is_sealed_for_one_job() -> None:
             open_first_model(changed, MODEL_KEY, "job-1", max_bytes=100)
 
 
+def test_old_results_make_room_for_new_ones(
+    world: FederationWorld, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fl.server.service.KEPT_RESULTS", 1)
+    bundle, model = make_job(tmp_path, num_rounds=1)
+    world.approve(bundle)
+    with world.site(server, SITES[0]), world.site(server, SITES[1]), world.client(server) as client, model:
+        first = client.submit(bundle, model, roster=None, recipients=[ADA])
+        assert statuses(client, first)[-1] == "finished"
+        second = client.submit(bundle, model, roster=None, recipients=[ADA])
+        assert statuses(client, second)[-1] == "finished"
+        client.download(second, tmp_path / "result", ledger=None)
+        with pytest.raises(Refused, match="not kept any more"):
+            client.download(first, tmp_path / "old", ledger=None)
+
+
 def test_tracking_comes_back_with_the_result(world: FederationWorld, server: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     bundle, model = make_job(tmp_path, num_rounds=1, name="tracked", tracking=True)
