@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def virtual_chips(virtual_vendor: Vendor, shared_folder: Path) -> Mapping[Produc
             folder = shared_folder / f"chip-{product.value}"
             chips[product] = load_chip(folder) if folder.exists() else create_chip(virtual_vendor, folder, product)
     return chips
+
+
+def pytest_configure() -> None:
+    """A run in the background of a shell ignores SIGINT, and so would every program that a test interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -121,11 +121,12 @@ def test_patients_and_keys_lie_nowhere_in_clear(told: tuple[Path, dict[str, Any]
 
     folder, _ = told
     secrets = {site: content[-2000:-1900] for site, content in split_patients().items()}
-    secrets["model key"] = (folder / "kit/model.key").read_bytes()
+    (model_key,) = folder.rglob("model.key")
+    secrets["model key"] = model_key.read_bytes()
     found = [
         (name, str(path.relative_to(folder)))
         for path in folder.rglob("*")
-        if path.is_file() and path != folder / "kit/model.key"
+        if path.is_file() and path != model_key
         for name, secret in secrets.items()
         if secret in path.read_bytes()
     ]
