@@ -116,6 +116,11 @@ class CharterFolder:
             self._current, self._known = found, found.charter
             return found
 
+    def forget(self) -> None:
+        """Take what is in the folder for new at the next `load`."""
+        with self._lock:
+            self._current = None
+
     def _read(self, at: datetime) -> LoadedCharter:
         store = read_store(self._folder)
         charter: Charter | None = None

@@ -7,6 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from attestation.binding import PURPOSES, report_data
+from attestation.broker.clock import now
 from attestation.broker.exchange import BROKER, METRICS, count_client, json_response, log, read_body
 from attestation.broker.service import Broker
 from attestation.broker.sessions import Session, attested_session, use
@@ -83,16 +84,14 @@ class Call:
 
     def done(self, result: dict[str, Any]) -> web.Response:
         """The signed answer."""
-        answer = Answer(self.broker.name, self.digest, self.nonce, self.broker.clock(), "done", result)
+        answer = Answer(self.broker.name, self.digest, self.nonce, now(), "done", result)
         return json_response({"answer": sign_answer(answer, self.broker.signing_key)})
 
     def refused(self, error: Refused) -> web.Response:
         """The signed refusal, with every reason."""
         self.request.app[METRICS].decision("refused")
         log("refused", path=self.request.path, where=error.where, reasons=list(error.reasons))
-        answer = Answer(
-            self.broker.name, self.digest, self.nonce, self.broker.clock(), "refused", {}, tuple(error.reasons)
-        )
+        answer = Answer(self.broker.name, self.digest, self.nonce, now(), "refused", {}, tuple(error.reasons))
         token = sign_answer(answer, self.broker.signing_key)
         return json_response({"answer": token, "error": error_body(error)}, status=status_of(error))
 

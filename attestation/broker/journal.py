@@ -85,9 +85,20 @@ def appraisal_denial(
     return Note(Entry("denial", at, body), _evidence(question) if kept else {}, guest=verdict.who)
 
 
-def call_denial(call: str, session: Session, reasons: Sequence[str], charter: Charter, at: datetime) -> Note:
-    """A call that was refused before anything was decided: a replayed nonce or proof, a guest whose place is gone."""
-    body = {**_within(session, charter), "call": call, "reasons": list(reasons), "what": "call"}
+def call_denial(call: str, session: Session, reasons: Sequence[str], followed: str | None, at: datetime) -> Note:
+    """A call that was refused before anything was decided: a replayed nonce or proof, a guest whose place is gone.
+
+    `followed` is the charter that the ledger named last (Transaction.followed).
+    """
+    identifier, _, version = (followed or "").partition(" ")
+    body = {
+        "call": call,
+        "charter": {"id": identifier, "version": int(version or 0)},
+        "protocol": session.protocol,
+        "reasons": list(reasons),
+        "session": session.id,
+        "what": "call",
+    }
     return Note(Entry("denial", at, body), {})
 
 

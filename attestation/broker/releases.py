@@ -79,7 +79,9 @@ class _Gate:
 class Releases:
     """Decides over releases and writes them down."""
 
-    def __init__(self, storage: Storage, kek: KeyEncryption, still_followed: Callable[[Charter], bool]) -> None:
+    def __init__(
+        self, storage: Storage, kek: KeyEncryption, still_followed: Callable[[Transaction, Charter], bool]
+    ) -> None:
         self._storage = storage
         self._kek = kek
         self._still_followed = still_followed
@@ -153,7 +155,7 @@ class Releases:
     ) -> bytes | None:
         """Write the decision down if everything that it was made over still stands; else None."""
         used = request.authorise(step.session(request.session.id))
-        if not self._still_followed(request.charter):
+        if not self._still_followed(step, request.charter):
             return None
         if _counters(step, request.resource, request.ear, ()) != question.counters:
             return None

@@ -21,10 +21,11 @@ from cryptography.x509 import load_der_x509_certificate
 
 from attestation.broker.app import make_app
 from attestation.broker.charters import CharterFolder, charter_from_ledger
+from attestation.broker.clock import now
 from attestation.broker.config import BrokerConfig, load_config
 from attestation.broker.exchange import log
 from attestation.broker.keys import Issuer, load_issuer, load_kek
-from attestation.broker.service import Broker, now
+from attestation.broker.service import Broker
 from attestation.broker.storage import open_storage
 from attestation.endorsements.kds import KdsClient, https_fetch
 from attestation.endorsements.kds_cache import KdsCache
@@ -118,7 +119,7 @@ class ServerTls:
 async def serving(broker: Broker, config: BrokerConfig) -> AsyncIterator[str]:
     """Serve `broker` until the block ends; gives `host:port` as it is bound."""
     tls = ServerTls(broker.issuer, broker.name)
-    tls.renew(broker.clock())
+    tls.renew(now())
     await broker.charter(broker.clock())
     runner = web.AppRunner(
         make_app(broker, client_rate=config.limits.client_rate, client_burst=config.limits.client_burst),
@@ -166,14 +167,14 @@ async def _upkeep(broker: Broker, tls: ServerTls) -> None:
     """Keep the timestamp and the certificate fresh while nobody asks."""
     while True:
         await asyncio.sleep(UPKEEP_SECONDS)
-        at = broker.clock()
-        tls.renew(at)
-        await look_at_charter(broker, at)
+        tls.renew(now())
+        await look_at_charter(broker)
 
 
-async def look_at_charter(broker: Broker, at: datetime) -> None:
+async def look_at_charter(broker: Broker) -> None:
     """Follow what lies in the charter's folder, and say what happened."""
     try:
+        at = broker.clock()
         if broker.charters.stale(at):
             await broker.charter(at)
     except SealwrightError as error:
@@ -194,7 +195,7 @@ async def _run(folder: Path, config: BrokerConfig) -> None:
             tasks: set[asyncio.Task[None]] = set()
 
             def look() -> None:
-                task = asyncio.ensure_future(look_at_charter(broker, now()))
+                task = asyncio.ensure_future(look_at_charter(broker))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
 

@@ -22,6 +22,7 @@ from attestation.broker.appraisal import Question as AppraisalQuestion
 from attestation.broker.appraisal import appraise_guest, build_ear
 from attestation.broker.charters import CharterFolder, LoadedCharter
 from attestation.broker.checks import check_csr, check_deposit
+from attestation.broker.clock import CheckedClock
 from attestation.broker.journal import Note
 from attestation.broker.keys import Issuer, KeyEncryption, seal_resource
 from attestation.broker.releases import Authorise, Released, Releases, Request, Seal
@@ -44,7 +45,7 @@ from attestation.errors import (
 )
 from attestation.evidence.composite import SnpEvidence
 from attestation.identity import enrolment_reasons
-from attestation.ledger.entry import BROKER_KINDS
+from attestation.ledger.entry import BROKER_KINDS, parse_entry
 from attestation.ledger.receipt import Receipt
 from attestation.messages import Deposit
 from policies.charter import Charter
@@ -79,11 +80,6 @@ class Issued:
     entry: bytes
 
 
-def now() -> datetime:
-    """The time, UTC, in the whole seconds that every signed document has."""
-    return datetime.now(UTC).replace(microsecond=0)
-
-
 class Broker:
     """One broker of one charter."""
 
@@ -99,7 +95,7 @@ class Broker:
         complete: Complete | None = None,
         session_seconds: int = 300,
         max_sessions: int = 100_000,
-        clock: Callable[[], datetime] = now,
+        clock: Callable[[], datetime] | None = None,
         randomness: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.name = name
@@ -107,7 +103,8 @@ class Broker:
         self.charters = charters
         self.signing_key = signing_key
         self.issuer = issuer
-        self.clock = clock
+        self.clock = clock or CheckedClock(_last_time(storage))
+        """The time, whole seconds. Raises BrokerUnavailable if the clock cannot be relied on."""
         self._kek = kek
         self._complete = complete
         self._session_seconds = session_seconds
@@ -136,26 +133,25 @@ class Broker:
         found = await asyncio.to_thread(self.charters.load, at)
         if found is None:
             return False
-        if found.charter.broker(self.name) is None:
-            do = "Name the broker as the charter does."
-            raise Unusable(f"the charter has no broker {self.name}", where="configuration", do=do)
-        await self.storage.transact(lambda step: self._follow(step, found, at))
+        try:
+            if found.charter.broker(self.name) is None:
+                do = "Put the broker into the charter again, or end it."
+                raise Unusable(f"the charter has no broker {self.name} any more", where="charter", do=do)
+            await self.storage.transact(lambda step: _follow(step, found, at))
+        except BaseException:
+            self.charters.forget()  # nothing is decided by a charter that the ledger does not name: load it again
+            raise
+        self._followed = found
         return True
 
-    def _follow(self, step: Transaction, found: LoadedCharter, at: datetime) -> None:
-        """In the writer, so that each entry's charter is the one that the ledger named last."""
-        step.append(found.entry(at), blobs=found.blobs())
-        self._followed = found
+    @staticmethod
+    def _still_followed(step: Transaction, charter: Charter) -> bool:
+        """In the writer: whether the ledger named this charter last."""
+        return step.followed() == _mark(charter)
 
-    def _still_followed(self, charter: Charter) -> bool:
-        return self._followed is not None and self._followed.charter.version == charter.version
-
-    def _demand_followed(self, charter: Charter) -> None:
-        if not self._still_followed(charter):
+    def _demand_followed(self, step: Transaction, charter: Charter) -> None:
+        if not self._still_followed(step, charter):
             raise BrokerUnavailable("the charter moved on while this was decided", where="charter")
-
-    def _now_followed(self, charter: Charter) -> Charter:
-        return self._followed.charter if self._followed is not None else charter
 
     # --- sessions ---------------------------------------------------------------------------------------------------
 
@@ -240,11 +236,9 @@ class Broker:
             try:
                 spent = take_nonce(found, protocol, at)
             except SessionRefused as error:
-                journal.append(
-                    step, journal.call_denial("attest", session, error.reasons, self._now_followed(charter), at)
-                )
+                journal.append(step, journal.call_denial("attest", session, error.reasons, step.followed(), at))
                 return None, error.reasons, b""
-            moved = () if self._still_followed(charter) else ("the charter moved on meanwhile",)
+            moved = () if self._still_followed(step, charter) else ("the charter moved on meanwhile",)
             if reasons or moved or document is None:
                 step.update_session(spent)
                 denied = journal.appraisal_denial(question, verdict, spent, bound, (*reasons, *moved), charter, at)
@@ -342,7 +336,7 @@ class Broker:
         stored = None if content is None or reasons else seal_resource(resource, content.serial, value, self._kek)
 
         def work(step: Transaction) -> tuple[str, ...]:
-            self._demand_followed(charter)
+            self._demand_followed(step, charter)
             old = step.resource(resource)
             against = reasons
             if content is not None and old is not None and content.serial <= old.serial:
@@ -376,15 +370,13 @@ class Broker:
             if session is not None and session.protocol == protocol:
                 reasons, denied = error.reasons if isinstance(error, Refused) else (error.what,), session
                 await self.storage.transact(
-                    lambda step: journal.append(
-                        step, journal.call_denial(what, denied, reasons, self._now_followed(charter), at)
-                    )
+                    lambda step: journal.append(step, journal.call_denial(what, denied, reasons, step.followed(), at))
                 )
             raise
 
     async def _note(self, identifier: str, authorise: Authorise, note: Note, charter: Charter) -> Receipt:
         def work(step: Transaction) -> None:
-            self._demand_followed(charter)
+            self._demand_followed(step, charter)
             step.update_session(authorise(step.session(identifier)))
             journal.append(step, note)
 
@@ -401,9 +393,22 @@ class Broker:
         except Refused as error:
             reasons = error.reasons
             await self.storage.transact(
-                lambda step: journal.append(
-                    step, journal.call_denial(what, session, reasons, self._now_followed(charter), at)
-                )
+                lambda step: journal.append(step, journal.call_denial(what, session, reasons, step.followed(), at))
             )
             raise
         return ear
+
+
+def _mark(charter: Charter) -> str:
+    return f"{charter.id} {charter.version}"
+
+
+def _follow(step: Transaction, found: LoadedCharter, at: datetime) -> None:
+    step.append(found.entry(at), blobs=found.blobs())
+    step.follow(_mark(found.charter))
+
+
+def _last_time(storage: Storage) -> datetime | None:
+    size = storage.read(lambda step: step.size())
+    raw = storage.read(lambda step: step.entry(size - 1)) if size else None
+    return None if raw is None else parse_entry(raw).time

@@ -12,23 +12,22 @@ import asyncio
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from attestation.broker.sessions import Session
+from attestation.broker.transaction import METADATA, Head
+from attestation.broker.transaction import StoredResource as StoredResource
+from attestation.broker.transaction import Transaction as Transaction
 from attestation.errors import BrokerUnavailable, LedgerRefused
 from attestation.ledger.checkpoint import Checkpoint, open_checkpoint, sign_checkpoint
-from attestation.ledger.entry import Entry
 from attestation.ledger.receipt import Receipt
-from attestation.ledger.tree import appended_nodes, consistency_proof, inclusion_proof, leaf_hash, root_hash
+from attestation.ledger.tree import root_hash
 from policies.errors import Unusable
 
 T = TypeVar("T")
@@ -37,250 +36,6 @@ BATCH: Final = 64
 QUEUE: Final = 1024
 BUSY_SECONDS: Final = 5
 """How long a transaction waits for a locked database before it is given up."""
-
-_METADATA = sa.MetaData()
-_META = sa.Table(
-    "meta", _METADATA, sa.Column("key", sa.String(64), primary_key=True), sa.Column("value", sa.Text, nullable=False)
-)
-_ENTRIES = sa.Table(
-    "entries",
-    _METADATA,
-    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("kind", sa.String(32), nullable=False),
-    sa.Column("resource", sa.String(255)),
-    sa.Column("guest", sa.String(255)),
-    sa.Column("boot", sa.String(64)),
-    sa.Column("raw", sa.LargeBinary, nullable=False),
-    sa.Index("entries_by_resource", "kind", "resource"),
-)
-_NODES = sa.Table(
-    "nodes",
-    _METADATA,
-    sa.Column("level", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("position", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("hash", sa.LargeBinary, nullable=False),
-)
-_BLOBS = sa.Table(
-    "blobs",
-    _METADATA,
-    sa.Column("sha256", sa.String(64), primary_key=True),
-    sa.Column("content", sa.LargeBinary, nullable=False),
-)
-_SESSIONS = sa.Table(
-    "sessions",
-    _METADATA,
-    sa.Column("id", sa.String(32), primary_key=True),
-    sa.Column("expires", sa.Integer, nullable=False, index=True),
-    sa.Column("state", sa.Text, nullable=False),
-)
-_RESOURCES = sa.Table(
-    "resources",
-    _METADATA,
-    sa.Column("name", sa.String(255), primary_key=True),
-    sa.Column("serial", sa.BigInteger, nullable=False),
-    sa.Column("key_id", sa.String(64), nullable=False),
-    sa.Column("wrapped_key", sa.LargeBinary, nullable=False),
-    sa.Column("sealed", sa.LargeBinary, nullable=False),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredResource:
-    """A resource as it lies in the database: its value under a key of its own, that key under the KEK."""
-
-    name: str
-    serial: int
-    key_id: str
-    wrapped_key: bytes
-    sealed: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The ledger's head: how many entries, and the signed checkpoint over them."""
-
-    size: int
-    checkpoint: str
-
-
-class Transaction:
-    """What one step may read and write. Valid only inside `Storage.transact` or `Storage.read`."""
-
-    def __init__(self, connection: sa.Connection) -> None:
-        self._connection = connection
-        self.appended: list[int] = []
-
-    # --- ledger -----------------------------------------------------------------------------------------------------
-
-    def size(self) -> int:
-        """How many entries the ledger has, those of this batch included."""
-        value = self._meta("size")
-        return int(value) if value is not None else 0
-
-    def node(self, level: int, position: int) -> bytes:
-        """A stored tree node: the `Nodes` reader of attestation.ledger.tree."""
-        found = self._connection.execute(
-            sa.select(_NODES.c.hash).where(_NODES.c.level == level, _NODES.c.position == position)
-        ).scalar_one()
-        return bytes(found)
-
-    def append(
-        self,
-        entry: Entry,
-        *,
-        blobs: Mapping[str, bytes] | None = None,
-        resource: str | None = None,
-        guest: str | None = None,
-        boot: str | None = None,
-    ) -> int:
-        """Append an entry and return its number.
-
-        `resource`, `guest` and `boot` (hex REPORT_ID) are what counters count by; they repeat what the entry's body
-        says. `blobs` are contents by their SHA-256.
-        """
-        raw, number = entry.to_bytes(), self.size()
-        for digest, content in (blobs or {}).items():
-            self._put_blob(digest, content)
-        self._connection.execute(
-            sa.insert(_ENTRIES).values(
-                number=number, kind=entry.kind, resource=resource, guest=guest, boot=boot, raw=raw
-            )
-        )
-        for level, position, value in appended_nodes(number, leaf_hash(raw), self.node):
-            self._connection.execute(sa.insert(_NODES).values(level=level, position=position, hash=value))
-        self._set_meta("size", str(number + 1))
-        self.appended.append(number)
-        return number
-
-    def entry(self, number: int) -> bytes | None:
-        """The bytes of an entry, or None."""
-        raw = self._connection.execute(sa.select(_ENTRIES.c.raw).where(_ENTRIES.c.number == number)).scalar()
-        return None if raw is None else bytes(raw)
-
-    def entries(self, start: int, end: int) -> list[bytes]:
-        """The bytes of the entries [start, end)."""
-        rows = self._connection.execute(
-            sa.select(_ENTRIES.c.raw)
-            .where(_ENTRIES.c.number >= start, _ENTRIES.c.number < end)
-            .order_by(_ENTRIES.c.number)
-        )
-        return [bytes(raw) for (raw,) in rows]
-
-    def count(self, kind: str, *, resource: str, guest: str | None = None, boot: str | None = None) -> int:
-        """How many entries of a kind the ledger has about a resource (to one guest, in one boot)."""
-        query = (
-            sa.select(sa.func.count())
-            .select_from(_ENTRIES)
-            .where(_ENTRIES.c.kind == kind, _ENTRIES.c.resource == resource)
-        )
-        if guest is not None:
-            query = query.where(_ENTRIES.c.guest == guest)
-        if boot is not None:
-            query = query.where(_ENTRIES.c.boot == boot)
-        return int(self._connection.execute(query).scalar_one())
-
-    def last_entry(self, kind: str) -> bytes | None:
-        """The bytes of the newest entry of a kind, or None."""
-        raw = self._connection.execute(
-            sa.select(_ENTRIES.c.raw).where(_ENTRIES.c.kind == kind).order_by(_ENTRIES.c.number.desc()).limit(1)
-        ).scalar()
-        return None if raw is None else bytes(raw)
-
-    def blob(self, digest: str) -> bytes | None:
-        """A blob by its SHA-256, or None."""
-        found = self._connection.execute(sa.select(_BLOBS.c.content).where(_BLOBS.c.sha256 == digest)).scalar()
-        return None if found is None else bytes(found)
-
-    def blob_digests(self) -> list[str]:
-        """The SHA-256 of every blob."""
-        return list(self._connection.execute(sa.select(_BLOBS.c.sha256).order_by(_BLOBS.c.sha256)).scalars())
-
-    def head(self) -> Head:
-        """The head of the last commit."""
-        return Head(int(self._meta("head_size") or 0), self._meta("checkpoint") or "")
-
-    def receipt(self, number: int, head: Head) -> Receipt:
-        """The receipt of an entry under a head."""
-        return Receipt(number, head.checkpoint, tuple(inclusion_proof(number, head.size, self.node)))
-
-    def consistency(self, old: int, new: int) -> list[bytes]:
-        """The proof that the first `new` entries extend the first `old`."""
-        return consistency_proof(old, new, self.node)
-
-    # --- sessions ---------------------------------------------------------------------------------------------------
-
-    def session(self, identifier: str) -> Session | None:
-        """A session, or None."""
-        state = self._connection.execute(sa.select(_SESSIONS.c.state).where(_SESSIONS.c.id == identifier)).scalar()
-        return None if state is None else Session.model_validate_json(state)
-
-    def new_session(self, session: Session) -> None:
-        """Keep a new session."""
-        self._connection.execute(
-            sa.insert(_SESSIONS).values(id=session.id, expires=session.expires, state=session.model_dump_json())
-        )
-
-    def update_session(self, session: Session) -> None:
-        """Keep a session's next form."""
-        self._connection.execute(
-            sa.update(_SESSIONS)
-            .where(_SESSIONS.c.id == session.id)
-            .values(expires=session.expires, state=session.model_dump_json())
-        )
-
-    def prune_sessions(self, at: datetime) -> int:
-        """Forget the sessions that have ended; return how many are left."""
-        self._connection.execute(sa.delete(_SESSIONS).where(_SESSIONS.c.expires <= int(at.timestamp())))
-        return int(self._connection.execute(sa.select(sa.func.count()).select_from(_SESSIONS)).scalar_one())
-
-    # --- resources --------------------------------------------------------------------------------------------------
-
-    def resource(self, name: str) -> StoredResource | None:
-        """A resource, or None."""
-        row = self._connection.execute(sa.select(_RESOURCES).where(_RESOURCES.c.name == name)).first()
-        if row is None:
-            return None
-        return StoredResource(row.name, row.serial, row.key_id, bytes(row.wrapped_key), bytes(row.sealed))
-
-    def resources(self) -> list[tuple[str, int]]:
-        """Name and serial of every resource."""
-        rows = self._connection.execute(sa.select(_RESOURCES.c.name, _RESOURCES.c.serial).order_by(_RESOURCES.c.name))
-        return [(name, serial) for name, serial in rows]
-
-    def put_resource(self, resource: StoredResource) -> None:
-        """Keep a resource in place of an older one."""
-        values = {
-            "serial": resource.serial,
-            "key_id": resource.key_id,
-            "wrapped_key": resource.wrapped_key,
-            "sealed": resource.sealed,
-        }
-        changed = self._connection.execute(
-            sa.update(_RESOURCES).where(_RESOURCES.c.name == resource.name).values(**values)
-        )
-        if changed.rowcount == 0:
-            self._connection.execute(sa.insert(_RESOURCES).values(name=resource.name, **values))
-
-    # --- within -----------------------------------------------------------------------------------------------------
-
-    def set_head(self, head: Head) -> None:
-        """Keep the head of this commit (the writer's)."""
-        self._set_meta("head_size", str(head.size))
-        self._set_meta("checkpoint", head.checkpoint)
-
-    def _put_blob(self, digest: str, content: bytes) -> None:
-        if sha256(content).hexdigest() != digest:
-            raise Unusable("a blob is not what its digest says", where=digest, do="Name blobs by their SHA-256.")
-        if self._connection.execute(sa.select(_BLOBS.c.sha256).where(_BLOBS.c.sha256 == digest)).first() is None:
-            self._connection.execute(sa.insert(_BLOBS).values(sha256=digest, content=content))
-
-    def _meta(self, key: str) -> str | None:
-        return self._connection.execute(sa.select(_META.c.value).where(_META.c.key == key)).scalar()
-
-    def _set_meta(self, key: str, value: str) -> None:
-        changed = self._connection.execute(sa.update(_META).where(_META.c.key == key).values(value=value))
-        if changed.rowcount == 0:
-            self._connection.execute(sa.insert(_META).values(key=key, value=value))
 
 
 @dataclass(slots=True)
@@ -292,8 +47,10 @@ class _Step(Generic[T]):
 class Storage:
     """The database of one broker. Open it with `open_storage`; close it."""
 
-    def __init__(self, engine: sa.Engine, origin: str, key: Ed25519PrivateKey) -> None:
+    def __init__(self, engine: sa.Engine, path: Path, origin: str, key: Ed25519PrivateKey) -> None:
         self._engine = engine
+        self._path = path
+        self._identity = _identity(path)
         self._origin = origin
         self._key = key
         self._steps: queue.Queue[_Step[Any] | None] = queue.Queue(QUEUE)
@@ -363,6 +120,8 @@ class Storage:
         batch = [step for step in batch if step.done.set_running_or_notify_cancel()]
         outcomes: list[tuple[_Step[Any], Any, list[int], BaseException | None]] = []
         try:
+            if _identity(self._path) != self._identity:  # SQLite would go on writing to a file that nobody can open
+                raise FileNotFoundError("its file was removed or replaced")
             with self._engine.connect() as connection:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
                 transaction = Transaction(connection)
@@ -426,12 +185,11 @@ def open_storage(url: str, origin: str, key: Ed25519PrivateKey, *, busy_seconds:
     try:
         with engine.begin() as connection:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
-            _METADATA.create_all(connection)
+            METADATA.create_all(connection)
             transaction = Transaction(connection)
-            found = transaction._meta("schema")
+            found, _ = transaction.schema()
             if found is None:
-                transaction._set_meta("schema", SCHEMA_VERSION)
-                transaction._set_meta("origin", origin)
+                transaction.set_schema(SCHEMA_VERSION, origin)
             elif found != SCHEMA_VERSION:
                 raise Unusable(f"the database has schema {found}", where="database", do="Use the version that made it.")
             check_head(transaction, origin, key)
@@ -442,7 +200,7 @@ def open_storage(url: str, origin: str, key: Ed25519PrivateKey, *, busy_seconds:
     except BaseException:
         engine.dispose()
         raise
-    return Storage(engine, origin, key)
+    return Storage(engine, Path(parsed.database or ""), origin, key)
 
 
 def read_database(path: Path, work: Callable[[Transaction], T]) -> T:
@@ -467,15 +225,23 @@ def read_database(path: Path, work: Callable[[Transaction], T]) -> T:
 def check_head(transaction: Transaction, origin: str, key: Ed25519PrivateKey) -> None:
     """Check that the ledger's signed head is its tree's. Raises LedgerRefused."""
     size, head = transaction.size(), transaction.head()
-    if transaction._meta("origin") != origin:
-        raise LedgerRefused(
-            (f"the database holds the ledger {transaction._meta('origin')}, not {origin}",), where="database"
-        )
+    _, found = transaction.schema()
+    if found != origin:
+        raise LedgerRefused((f"the database holds the ledger {found}, not {origin}",), where="database")
     if size == 0 and not head.checkpoint:
         return
     checkpoint = open_checkpoint(head.checkpoint, origin, key.public_key())
     if (checkpoint.size, checkpoint.root) != (size, root_hash(size, transaction.node)):
         raise LedgerRefused(("the ledger's tree is not the one its head was signed for",), where="database")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Which file this is, whatever its name."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
 
 
 def _private_file(path: Path) -> None:

@@ -1,0 +1,277 @@
+"""What one step may read and write of the broker's database: ledger, blobs, sessions, resources. SQLAlchemy Core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+
+import sqlalchemy as sa
+
+from attestation.broker.sessions import Session
+from attestation.ledger.entry import Entry
+from attestation.ledger.receipt import Receipt
+from attestation.ledger.tree import appended_nodes, consistency_proof, inclusion_proof, leaf_hash
+from policies.errors import Unusable
+
+METADATA = sa.MetaData()
+_META = sa.Table(
+    "meta", METADATA, sa.Column("key", sa.String(64), primary_key=True), sa.Column("value", sa.Text, nullable=False)
+)
+_ENTRIES = sa.Table(
+    "entries",
+    METADATA,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("resource", sa.String(255)),
+    sa.Column("guest", sa.String(255)),
+    sa.Column("boot", sa.String(64)),
+    sa.Column("raw", sa.LargeBinary, nullable=False),
+    sa.Index("entries_by_resource", "kind", "resource"),
+)
+_NODES = sa.Table(
+    "nodes",
+    METADATA,
+    sa.Column("level", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("position", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("hash", sa.LargeBinary, nullable=False),
+)
+_BLOBS = sa.Table(
+    "blobs",
+    METADATA,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+)
+_SESSIONS = sa.Table(
+    "sessions",
+    METADATA,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("expires", sa.Integer, nullable=False, index=True),
+    sa.Column("state", sa.Text, nullable=False),
+)
+_RESOURCES = sa.Table(
+    "resources",
+    METADATA,
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("serial", sa.BigInteger, nullable=False),
+    sa.Column("key_id", sa.String(64), nullable=False),
+    sa.Column("wrapped_key", sa.LargeBinary, nullable=False),
+    sa.Column("sealed", sa.LargeBinary, nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResource:
+    """A resource as it lies in the database: its value under a key of its own, that key under the KEK."""
+
+    name: str
+    serial: int
+    key_id: str
+    wrapped_key: bytes
+    sealed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The ledger's head: how many entries, and the signed checkpoint over them."""
+
+    size: int
+    checkpoint: str
+
+
+class Transaction:
+    """What one step may read and write. Valid only inside `Storage.transact` or `Storage.read`."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+        self.appended: list[int] = []
+
+    # --- ledger -----------------------------------------------------------------------------------------------------
+
+    def size(self) -> int:
+        """How many entries the ledger has, those of this batch included."""
+        value = self._meta("size")
+        return int(value) if value is not None else 0
+
+    def node(self, level: int, position: int) -> bytes:
+        """A stored tree node: the `Nodes` reader of attestation.ledger.tree."""
+        found = self._connection.execute(
+            sa.select(_NODES.c.hash).where(_NODES.c.level == level, _NODES.c.position == position)
+        ).scalar_one()
+        return bytes(found)
+
+    def append(
+        self,
+        entry: Entry,
+        *,
+        blobs: Mapping[str, bytes] | None = None,
+        resource: str | None = None,
+        guest: str | None = None,
+        boot: str | None = None,
+    ) -> int:
+        """Append an entry and return its number.
+
+        `resource`, `guest` and `boot` (hex REPORT_ID) are what counters count by; they repeat what the entry's body
+        says. `blobs` are contents by their SHA-256.
+        """
+        raw, number = entry.to_bytes(), self.size()
+        for digest, content in (blobs or {}).items():
+            self._put_blob(digest, content)
+        self._connection.execute(
+            sa.insert(_ENTRIES).values(
+                number=number, kind=entry.kind, resource=resource, guest=guest, boot=boot, raw=raw
+            )
+        )
+        for level, position, value in appended_nodes(number, leaf_hash(raw), self.node):
+            self._connection.execute(sa.insert(_NODES).values(level=level, position=position, hash=value))
+        self._set_meta("size", str(number + 1))
+        self.appended.append(number)
+        return number
+
+    def entry(self, number: int) -> bytes | None:
+        """The bytes of an entry, or None."""
+        raw = self._connection.execute(sa.select(_ENTRIES.c.raw).where(_ENTRIES.c.number == number)).scalar()
+        return None if raw is None else bytes(raw)
+
+    def entries(self, start: int, end: int) -> list[bytes]:
+        """The bytes of the entries [start, end)."""
+        rows = self._connection.execute(
+            sa.select(_ENTRIES.c.raw)
+            .where(_ENTRIES.c.number >= start, _ENTRIES.c.number < end)
+            .order_by(_ENTRIES.c.number)
+        )
+        return [bytes(raw) for (raw,) in rows]
+
+    def count(self, kind: str, *, resource: str, guest: str | None = None, boot: str | None = None) -> int:
+        """How many entries of a kind the ledger has about a resource (to one guest, in one boot)."""
+        query = (
+            sa.select(sa.func.count())
+            .select_from(_ENTRIES)
+            .where(_ENTRIES.c.kind == kind, _ENTRIES.c.resource == resource)
+        )
+        if guest is not None:
+            query = query.where(_ENTRIES.c.guest == guest)
+        if boot is not None:
+            query = query.where(_ENTRIES.c.boot == boot)
+        return int(self._connection.execute(query).scalar_one())
+
+    def last_entry(self, kind: str) -> bytes | None:
+        """The bytes of the newest entry of a kind, or None."""
+        raw = self._connection.execute(
+            sa.select(_ENTRIES.c.raw).where(_ENTRIES.c.kind == kind).order_by(_ENTRIES.c.number.desc()).limit(1)
+        ).scalar()
+        return None if raw is None else bytes(raw)
+
+    def blob(self, digest: str) -> bytes | None:
+        """A blob by its SHA-256, or None."""
+        found = self._connection.execute(sa.select(_BLOBS.c.content).where(_BLOBS.c.sha256 == digest)).scalar()
+        return None if found is None else bytes(found)
+
+    def blob_digests(self) -> list[str]:
+        """The SHA-256 of every blob."""
+        return list(self._connection.execute(sa.select(_BLOBS.c.sha256).order_by(_BLOBS.c.sha256)).scalars())
+
+    def head(self) -> Head:
+        """The head of the last commit."""
+        return Head(int(self._meta("head_size") or 0), self._meta("checkpoint") or "")
+
+    def receipt(self, number: int, head: Head) -> Receipt:
+        """The receipt of an entry under a head."""
+        return Receipt(number, head.checkpoint, tuple(inclusion_proof(number, head.size, self.node)))
+
+    def consistency(self, old: int, new: int) -> list[bytes]:
+        """The proof that the first `new` entries extend the first `old`."""
+        return consistency_proof(old, new, self.node)
+
+    # --- sessions ---------------------------------------------------------------------------------------------------
+
+    def session(self, identifier: str) -> Session | None:
+        """A session, or None."""
+        state = self._connection.execute(sa.select(_SESSIONS.c.state).where(_SESSIONS.c.id == identifier)).scalar()
+        return None if state is None else Session.model_validate_json(state)
+
+    def new_session(self, session: Session) -> None:
+        """Keep a new session."""
+        self._connection.execute(
+            sa.insert(_SESSIONS).values(id=session.id, expires=session.expires, state=session.model_dump_json())
+        )
+
+    def update_session(self, session: Session) -> None:
+        """Keep a session's next form."""
+        self._connection.execute(
+            sa.update(_SESSIONS)
+            .where(_SESSIONS.c.id == session.id)
+            .values(expires=session.expires, state=session.model_dump_json())
+        )
+
+    def prune_sessions(self, at: datetime) -> int:
+        """Forget the sessions that have ended; return how many are left."""
+        self._connection.execute(sa.delete(_SESSIONS).where(_SESSIONS.c.expires <= int(at.timestamp())))
+        return int(self._connection.execute(sa.select(sa.func.count()).select_from(_SESSIONS)).scalar_one())
+
+    # --- resources --------------------------------------------------------------------------------------------------
+
+    def resource(self, name: str) -> StoredResource | None:
+        """A resource, or None."""
+        row = self._connection.execute(sa.select(_RESOURCES).where(_RESOURCES.c.name == name)).first()
+        if row is None:
+            return None
+        return StoredResource(row.name, row.serial, row.key_id, bytes(row.wrapped_key), bytes(row.sealed))
+
+    def resources(self) -> list[tuple[str, int]]:
+        """Name and serial of every resource."""
+        rows = self._connection.execute(sa.select(_RESOURCES.c.name, _RESOURCES.c.serial).order_by(_RESOURCES.c.name))
+        return [(name, serial) for name, serial in rows]
+
+    def put_resource(self, resource: StoredResource) -> None:
+        """Keep a resource in place of an older one."""
+        values = {
+            "serial": resource.serial,
+            "key_id": resource.key_id,
+            "wrapped_key": resource.wrapped_key,
+            "sealed": resource.sealed,
+        }
+        changed = self._connection.execute(
+            sa.update(_RESOURCES).where(_RESOURCES.c.name == resource.name).values(**values)
+        )
+        if changed.rowcount == 0:
+            self._connection.execute(sa.insert(_RESOURCES).values(name=resource.name, **values))
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    def set_head(self, head: Head) -> None:
+        """Keep the head of this commit (the writer's)."""
+        self._set_meta("head_size", str(head.size))
+        self._set_meta("checkpoint", head.checkpoint)
+
+    def _put_blob(self, digest: str, content: bytes) -> None:
+        if sha256(content).hexdigest() != digest:
+            raise Unusable("a blob is not what its digest says", where=digest, do="Name blobs by their SHA-256.")
+        if self._connection.execute(sa.select(_BLOBS.c.sha256).where(_BLOBS.c.sha256 == digest)).first() is None:
+            self._connection.execute(sa.insert(_BLOBS).values(sha256=digest, content=content))
+
+    def followed(self) -> str | None:
+        """The charter that the ledger named last, as `follow` was told."""
+        return self._meta("followed")
+
+    def follow(self, charter: str) -> None:
+        """Remember which charter the entry just appended names."""
+        self._set_meta("followed", charter)
+
+    def schema(self) -> tuple[str | None, str | None]:
+        """The schema's version and the ledger's origin; None in a new database."""
+        return self._meta("schema"), self._meta("origin")
+
+    def set_schema(self, version: str, origin: str) -> None:
+        """Mark a new database."""
+        self._set_meta("schema", version)
+        self._set_meta("origin", origin)
+
+    def _meta(self, key: str) -> str | None:
+        return self._connection.execute(sa.select(_META.c.value).where(_META.c.key == key)).scalar()
+
+    def _set_meta(self, key: str, value: str) -> None:
+        changed = self._connection.execute(sa.update(_META).where(_META.c.key == key).values(value=value))
+        if changed.rowcount == 0:
+            self._connection.execute(sa.insert(_META).values(key=key, value=value))
