@@ -46,9 +46,8 @@ class CheckedClock:
         """The time. Raises BrokerUnavailable if the clock jumped or is behind the ledger."""
         at = self._wall()
         if self._last_entry is not None and at < self._last_entry - TOLERANCE:
-            what = (
-                f"the clock says {format_time(at)}, but the ledger's last entry is of {format_time(self._last_entry)}"
-            )
+            last = format_time(self._last_entry)
+            what = f"the clock says {format_time(at)}, before the ledger's last entry ({last})"
             raise BrokerUnavailable(what, where="clock")
         wall, running = self._start
         drift = (at - wall) - timedelta(seconds=self._running() - running)
