@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +31,8 @@ PR_SET_PDEATHSIG: Final = 1
 
 def main(control: socket.socket, preload: list[str]) -> None:
     """Serve fork requests until the other end of `control` goes."""
+    # Python 3.12 and later warn of any fork beside threads; those of NumPy's BLAS take care of forks themselves.
+    warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
     for module in preload:
         importlib.import_module(module)
     wake_read, wake_write = socket.socketpair()

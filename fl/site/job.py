@@ -69,6 +69,7 @@ class SiteJob:
         self._stopped = threading.Event()
         self._process: SandboxedProcess | None = None
         self._training = False
+        self._next_round = 0
         self.thread = threading.Thread(target=self._run, name=f"job {self.id}", daemon=True)
 
     def train(self, task: Train) -> None:
@@ -157,6 +158,12 @@ class SiteJob:
                 self._process = None
 
     def _train(self, session: ScriptSession, settings: JobSettings, task: Train, limit: int) -> None:
+        if task.total_rounds != settings.num_rounds or not self._next_round <= task.round < settings.num_rounds:
+            raise MalformedMessage(
+                f"the server asks for round {task.round} of {task.total_rounds}, out of turn: each is approved once",
+                where="task",
+            )
+        self._next_round = task.round + 1
         if not 0 < task.model_size <= limit:
             raise MalformedMessage(f"the model has {task.model_size} bytes, more than {limit}", where="task")
         seconds = float(settings.round_seconds)

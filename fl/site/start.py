@@ -14,7 +14,7 @@ from fl.party import Party
 from fl.site.job import SiteJob
 from fl.site.link import Attending
 from fl.transport.channel import connect
-from fl.transport.frames import Finish, Prepare, Train
+from fl.transport.frames import Finish, Left, Prepare, Train
 
 if TYPE_CHECKING:
     from attestation.identity import Identity
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_JOBS: Final = 4
 """Jobs that a site takes part in at the same time."""
+MAX_TAKEN: Final = 100_000
+"""Jobs that a site remembers; then it has to be started anew."""
 FIRST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 10.0
 
@@ -59,6 +61,7 @@ def run(
     waited out), PeerLost when `patience` has run out.
     """
     party = Party(identity, charter, clock, record, tell)
+    taken: set[str] = set()
     deadline = time.monotonic() + patience
     pause = FIRST_PAUSE
     current: list[Attending] = []
@@ -86,7 +89,7 @@ def run(
                 connected()
                 pause = FIRST_PAUSE
                 try:
-                    _attend(party, own.name, server_name, attending, data, limits or Limits())
+                    _attend(party, own.name, server_name, attending, data, limits or Limits(), taken)
                 finally:
                     attending.close()
                     deadline = time.monotonic() + patience
@@ -110,6 +113,7 @@ def _attend(
     attending: Attending,
     data: Mapping[str, bytes],
     limits: Limits,
+    taken: set[str],
 ) -> None:
     jobs: dict[str, SiteJob] = {}
     try:
@@ -117,11 +121,17 @@ def _attend(
             jobs = {job_id: job for job_id, job in jobs.items() if job.thread.is_alive()}
             job = jobs.get(frame.job)
             if isinstance(frame, Prepare):
-                if job is None and len(jobs) < MAX_JOBS:
-                    jobs[frame.job] = SiteJob(party, site, server, attending, data, limits, frame)
-                    jobs[frame.job].thread.start()
-                else:
-                    party.tell(f"job {frame.job} is not taken: it runs already, or {MAX_JOBS} others do")
+                if job is not None:
+                    party.tell(f"job {frame.job} runs here already")
+                    continue
+                why = _why_not(frame.job, len(jobs), taken)
+                if why is not None:
+                    party.tell(f"job {frame.job} is not taken: {why}")
+                    attending.send(Left(job=frame.job, reasons=(why,)))
+                    continue
+                taken.add(frame.job)
+                jobs[frame.job] = SiteJob(party, site, server, attending, data, limits, frame)
+                jobs[frame.job].thread.start()
             elif job is not None and isinstance(frame, Train):
                 job.train(frame)
             elif job is not None and isinstance(frame, Finish):
@@ -131,3 +141,14 @@ def _attend(
             job.stop()
         for job in jobs.values():
             job.thread.join(10)
+
+
+def _why_not(job: str, running: int, taken: set[str]) -> str | None:
+    """Why a job is not begun here, if it is not. A job begins once: asked again, it would let more out than agreed."""
+    if job in taken:
+        return "it was taken here before"
+    if running >= MAX_JOBS:
+        return f"{MAX_JOBS} other jobs run here"
+    if len(taken) >= MAX_TAKEN:
+        return f"{MAX_TAKEN} jobs were taken here since the site's start"
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -15,7 +16,17 @@ import grpc
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from federation_world import SITES, FederationWorld, UserKeys, found_federation, make_job, make_user, now, wait_until
+from federation_world import (
+    SITES,
+    TRAIN,
+    FederationWorld,
+    UserKeys,
+    found_federation,
+    make_job,
+    make_user,
+    now,
+    wait_until,
+)
 from raw_site import RawSite, raw_site, status_of
 from safetensors.numpy import load_file
 
@@ -27,9 +38,24 @@ from fl.jobs.record import JobRecord, sign_record
 from fl.jobs.results import rfc3339
 from fl.jobs.sealing import seal_first_model
 from fl.model import tensors_of
+from fl.server.federation import Task
+from fl.server.job import RemoteSite
 from fl.tensors import encode
 from fl.transport.channel import connect
-from fl.transport.frames import MAX_FRAME, Chunk, Deliver, Fetch, Lease, List, Logged, Ready, Submit, Train, pack
+from fl.transport.frames import (
+    MAX_FRAME,
+    Chunk,
+    Deliver,
+    Fetch,
+    Lease,
+    List,
+    Logged,
+    Prepare,
+    Ready,
+    Submit,
+    Train,
+    pack,
+)
 from fl.transport.memory import SealedMemory
 from policies.errors import Refused, SealwrightError
 
@@ -251,8 +277,6 @@ def test_an_update_counts_once_whatever_is_resent(
         mine = client.submit(*job, roster=None, recipients=[ADA])
         tasks = [first, second], []
         for site in tasks[0]:
-            from fl.transport.frames import Prepare
-
             site.say(Ready(job=site.hear(Prepare).job))
         task, other = second.hear(Train), first.hear(Train)
         assert second.deliver(task, GOOD).accepted
@@ -486,3 +510,47 @@ def test_a_site_approves_for_itself_whatever_the_server_says(
     taken = [entry["job"] for kind, entry in world.ledger if kind == "job" and entry["event"] == "taken"]
     assert record.job not in taken
     assert (reason or "") in state
+
+
+@pytest.mark.parametrize("shift", [{"round": 0}, {"round": 7}, {"total_rounds": 99}])
+def test_a_site_gives_each_approved_round_once(
+    world: FederationWorld, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: dict[str, int]
+) -> None:
+    bundle, model = make_job(tmp_path, f"# {shift}\n{TRAIN}", num_rounds=2, min_clients=1)
+    world.approve(bundle)
+    honest = RemoteSite.give
+
+    def give(site: RemoteSite, task: Task) -> None:
+        if task.round == 0 and "total_rounds" not in shift:
+            honest(site, task)
+            return
+        site._job.serve_model(task.model)
+        fields = {"job": site._job.id, "round": task.round, "total_rounds": 2, **shift}
+        site.attendance.send(Train(**fields, model_sha256=task.model.digest, model_size=task.model.size))
+
+    monkeypatch.setattr(RemoteSite, "give", give)
+    with model, world.site(server, SITES[0]), world.client(server) as client:
+        mine = client.submit(bundle, model, roster=[SITES[0]], recipients=[ADA])
+        assert [event.text for event in client.watch(mine, timeout=30)][-1] == "failed"
+        assert "each is approved once" in client.report(mine).sites[SITES[0]]
+
+
+def test_a_site_begins_a_job_once(
+    world: FederationWorld, server: str, job: tuple[Bundle, SealedMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = RemoteSite.end
+
+    def end(site: RemoteSite, why: str) -> None:
+        honest(site, why)
+        again = Prepare(job=site._job.id, record=site._job.signed.token, bundle_size=len(site._job.bundle.raw))
+        threading.Timer(0.5, lambda: site.attendance.send(again)).start()
+
+    monkeypatch.setattr(RemoteSite, "end", end)
+    with world.site(server, SITES[0]), world.client(server) as client:
+        mine = client.submit(*job, roster=[SITES[0]], recipients=[ADA])
+        assert [event.text for event in client.watch(mine, timeout=30)][-1] == "finished"
+        assert wait_until(lambda: f"job {mine} is not taken: it was taken here before" in world.told)
+    began = [
+        entry for kind, entry in world.ledger if kind == "job" and (entry["event"], entry["job"]) == ("taken", mine)
+    ]
+    assert len(began) == 1
