@@ -12,7 +12,7 @@ EXTRAS := demo,tracking,dev,fuzz
 SLICE ?= 0/1
 SECONDS ?= 20
 
-.PHONY: help setup demo test test-long fuzz gpu-sdk lint format bench docs lock clean
+.PHONY: help setup demo test test-long vectors fuzz gpu-sdk lint format bench docs lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,7 +33,11 @@ test: setup ## Run the tests in parallel.
 	$(PY) -m pytest -n $(JOBS) -m 'not long' --cov --cov-report=term:skip-covered
 
 test-long: setup ## Run the tests that take more than seconds (SLICE=1/3: the second third of them).
+	-@appliance/setup.sh mmdebstrap
 	$(PY) -m pytest -n $(JOBS) -m long --slice $(SLICE)
+
+vectors: setup ## Make the virtual platform's evidence anew, a report for each outcome, in tests/vectors/virtual.
+	$(PY) -m attestation.virtual.vectors tests/vectors/virtual
 
 fuzz: setup ## Fuzz every reader of hostile input, SECONDS (20) each; what breaks one is kept in build/fuzz.
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris
