@@ -60,6 +60,14 @@ class WorkerLost(Exception):
     """The evaluating process did not answer: it was too slow, too large, or died."""
 
 
+def _ready(descriptor: int, event: int, wait: float) -> bool:
+    """Whether `descriptor` is ready (or broken, which the next call tells) within `wait` seconds; poll knows no limit
+    of 1,024 descriptors, which a broker with many clients exceeds."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    return bool(poll.poll(wait * 1000))
+
+
 class _Worker:
     """One evaluating process and the pipe to it."""
 
@@ -93,7 +101,7 @@ class _Worker:
         os.set_blocking(descriptor, False)
         while data:
             wait = deadline - time.monotonic()
-            if wait <= 0 or not select.select([], [descriptor], [], wait)[1]:
+            if wait <= 0 or not _ready(descriptor, select.POLLOUT, wait):
                 raise WorkerLost("the rules took too long")
             try:
                 data = data[os.write(descriptor, data) :]
@@ -117,7 +125,7 @@ class _Worker:
             wait = deadline - time.monotonic()
             if wait <= 0:
                 raise WorkerLost("the rules took too long")
-            if not select.select([stdout.fileno()], [], [], min(wait, SAMPLING))[0]:
+            if not _ready(stdout.fileno(), select.POLLIN, min(wait, SAMPLING)):
                 if self._resident_bytes() > MEMORY_LIMIT:
                     raise WorkerLost(f"the rules took more than {MEMORY_LIMIT} bytes of memory")
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import ssl
 import time
@@ -180,6 +181,31 @@ def test_slow_and_half_open_clients_do_not_stop_a_good_one(broker: Any, raw_gues
     assert time.monotonic() - start < 10
     for one in (*half, *slow):
         one.close()
+
+
+@pytest.mark.long
+def test_ten_thousand_half_open_clients_do_not_stop_a_good_one(broker: Any, raw_guests: RawGuests) -> None:
+    count, (soft, hard) = 10_000, resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 500
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"this machine allows {hard} open files, {wanted} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    host, port = broker.entry.url.removeprefix("https://").split(":")
+    half = []
+    try:
+        for number in range(count):
+            half.append(socket.create_connection((host, int(port)), timeout=10))
+            if number % 2:
+                half[-1].sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a ClientHello
+        start = time.monotonic()
+        guest = raw_guests()
+        guest.attest()
+        assert guest.post("/v1/release", RELEASE)["resource"] == SITE_KEY
+        assert time.monotonic() - start < 15
+    finally:
+        for one in half:
+            one.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_resource_is_its_owners_alone(broker: Any, world: Any) -> None:
