@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
@@ -67,7 +68,7 @@ class UserClient:
     def __init__(self, kit: Kit, charter: Charter, at: datetime, connection: ServerConnection) -> None:
         self._kit = kit
         self._charter = charter
-        self._at = at
+        self._connected_at = at, time.monotonic()
         self._connection = connection
         self._where = f"server {kit.file.server.name}"
 
@@ -96,7 +97,7 @@ class UserClient:
         """
         approval = self._charter.bundle(bundle.digest)
         settings = bundle.settings
-        created = max(self._at, datetime.fromtimestamp(0, UTC))
+        created = self._now()
         job = f"{settings.name[:60]}-{created:%Y%m%d-%H%M%S}-{os.urandom(4).hex()}"
         if approval is None:
             raise ApprovalRefused(job, (f"the bundle {bundle.digest} is not approved in the charter",))
@@ -189,7 +190,7 @@ class UserClient:
             limit = signed.record.model_size + MAX_EVENTS_FILES
             if not 0 < head.size <= limit:
                 raise MalformedMessage(f"the result has {head.size} bytes, more than {limit}", where=self._where)
-            statement = verify_statement(head.statement, signed.record, self._charter, self._at)
+            statement = verify_statement(head.statement, signed.record, self._charter, self._now())
             if statement.record_sha256 != record_digest(head.record):
                 raise StatementRefused(job, ("its record is not the one that the server ran",))
             with assemble(call, size=head.size, sha256=statement.result_sha256, where="result") as memory:
@@ -213,6 +214,11 @@ class UserClient:
         if head.receipt:
             write_file(folder / "receipt.json", head.receipt.encode())
         return folder
+
+    def _now(self) -> datetime:
+        """The broker's time when the connection was made, and what has passed since."""
+        at, mark = self._connected_at
+        return at + timedelta(seconds=time.monotonic() - mark)
 
     def _ask_one(self, method: str, frame: Frame, kind: type[T]) -> T:
         call = self._connection.ask(method, frame, timeout=CALL_SECONDS)

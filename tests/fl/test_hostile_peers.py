@@ -275,9 +275,8 @@ def test_an_update_counts_once_whatever_is_resent(
         world.client(server) as client,
     ):
         mine = client.submit(*job, roster=None, recipients=[ADA])
-        tasks = [first, second], []
-        for site in tasks[0]:
-            site.say(Ready(job=site.hear(Prepare).job))
+        for site in (first, second):
+site.say(Ready(job=site.hear(Prepare).job))
         task, other = second.hear(Train), first.hear(Train)
         assert second.deliver(task, GOOD).accepted
         again = second.deliver(task, tensors(w=W * 100))
