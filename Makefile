@@ -4,7 +4,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
-APT := bubblewrap erofs-utils cryptsetup-bin
+APT := bubblewrap libseccomp2 erofs-utils cryptsetup-bin
 JOBS ?= 2
 
 TORCH := 2.13.0

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from policies.errors import SealwrightError
+
 Purpose = Literal["demo", "guest-host"]
 """`demo`: everything on one machine with the virtual platform. `guest-host`: a SEV-SNP host that starts guests."""
 
@@ -81,6 +83,18 @@ def bubblewrap() -> Finding:
             "/usr/bin/bwrap, elsewhere set kernel.unprivileged_userns_clone=1.",
         )
     return Finding(name, True, path)
+
+
+def seccomp_library() -> Finding:
+    """The sandbox's filters are made by libseccomp, as the sandbox itself loads it."""
+    from fl.guard.seccomp import script_filter
+
+    name, do = "libseccomp", "sudo apt-get install -y libseccomp2"
+    try:
+        size = len(script_filter())
+    except SealwrightError as error:
+        return Finding(name, False, error.what, do)
+    return Finding(name, True, f"makes filters ({size // 8} instructions)")
 
 
 def erofs_tools() -> Finding:
@@ -163,6 +177,7 @@ CHECKS: dict[Purpose, list[Callable[[], Finding]]] = {
         python_version,
         hybrid_kem,
         bubblewrap,
+        seccomp_library,
         erofs_tools,
         verity_tools,
         parent_death_signal,
