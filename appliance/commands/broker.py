@@ -105,3 +105,37 @@ def check(
     typer.echo(
         f"Charter {charter.id[:16]}… version {charter.version} ({charter.consortium.platform}), {head.size} entries."
     )
+
+
+BrokerFolder = Annotated[Path, typer.Argument(metavar="BROKER", help="The broker's folder.")]
+
+
+@app.command(epilog="Example: seal broker backup /var/lib/seal-broker broker-2026-03-01.sqlite")
+def backup(
+    folder: BrokerFolder,
+    copy: Annotated[Path, typer.Argument(metavar="FILE", help="The new file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy a broker's database (running or not) to FILE. Its keys are not in it: keep them elsewhere."""
+    from attestation.broker.upkeep import back_up
+
+    _said(back_up(folder, copy), copy, as_json=as_json)
+
+
+@app.command(epilog="Example: seal broker restore /var/lib/seal-broker broker-2026-03-01.sqlite")
+def restore(
+    folder: BrokerFolder,
+    copy: Annotated[Path, typer.Argument(metavar="FILE", help="What `seal broker backup` made.")],
+    as_json: AsJson = False,
+) -> None:
+    """Put a backup in place of the database of a broker that does not run. A shorter ledger is refused."""
+    from attestation.broker import upkeep
+
+    _said(upkeep.restore(folder, copy), folder, as_json=as_json)
+
+
+def _said(entries: int, where: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"entries": entries, "where": str(where)})
+    else:
+        typer.echo(f"{entries} ledger entries are in {where}")

@@ -27,6 +27,7 @@ from attestation.broker.exchange import log
 from attestation.broker.keys import Issuer, load_issuer, load_kek
 from attestation.broker.service import Broker
 from attestation.broker.storage import open_storage
+from attestation.broker.upkeep import sole_broker
 from attestation.endorsements.kds import KdsClient, https_fetch
 from attestation.endorsements.kds_cache import KdsCache
 from attestation.ledger.checkpoint import ledger_origin
@@ -169,6 +170,10 @@ async def _upkeep(broker: Broker, tls: ServerTls) -> None:
         await asyncio.sleep(UPKEEP_SECONDS)
         tls.renew(now())
         await look_at_charter(broker)
+        try:
+            await broker.forget_sessions()
+        except SealwrightError as error:
+            log("sessions", problem=error.what)
 
 
 async def look_at_charter(broker: Broker) -> None:
@@ -223,7 +228,8 @@ def run_broker(path: Path) -> None:
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     os.umask(0o077)
-    uvloop.run(_run(path.parent, config))
+    with sole_broker((path.parent / config.database).parent):
+        uvloop.run(_run(path.parent, config))
 
 
 def _read(path: Path) -> bytes:

@@ -184,6 +184,11 @@ class Broker:
             raise BrokerUnavailable(f"{left} sessions are open", where="sessions")
         return session, loaded
 
+    async def forget_sessions(self) -> None:
+        """Forget the sessions that have ended."""
+        at = self.clock()
+        self._sessions, _ = await self.storage.transact(lambda step: step.prune_sessions(at))
+
     # --- appraisal --------------------------------------------------------------------------------------------------
 
     async def attest(

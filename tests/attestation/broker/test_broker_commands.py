@@ -79,3 +79,28 @@ def test_unusable_settings_are_told_in_a_sentence(tmp_path: Path, capsys: pytest
         status, out = seal(capsys, *words, "--json")
         assert status == 2
         assert json.loads(out)["error"]["do"]
+
+
+def test_a_backup_comes_back_and_a_shorter_ledger_does_not(
+    world: Any, broker: Any, tools: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early, late = tmp_path / "early.sqlite", tmp_path / "late.sqlite"
+    assert seal(capsys, "broker", "backup", broker.folder, early, "--json")[0] == 0
+    guest = world.guest("site", "north")
+    guest.attest()
+    status, out = seal(capsys, "broker", "backup", broker.folder, late, "--json")
+    assert (status, stat.S_IMODE(late.stat().st_mode)) == (0, 0o600)
+    assert seal(capsys, "broker", "backup", broker.folder, late, "--json")[0] == 2
+    status, running = seal(capsys, "broker", "restore", broker.folder, late, "--json")
+    assert (status, json.loads(running)["error"]["what"]) == (1, "a broker runs here already")
+    broker.stop()
+    status, refused = seal(capsys, "broker", "restore", broker.folder, early, "--json")
+    assert status == 1
+    assert "the database that is there" in json.loads(refused)["error"]["what"]
+    assert seal(capsys, "broker", "restore", broker.folder, tmp_path / "none", "--json")[0] == 2
+    status, again = seal(capsys, "broker", "restore", broker.folder, late, "--json")
+    assert (status, json.loads(again)["entries"]) == (0, json.loads(out)["entries"])
+    running_again = tools.start_broker(broker.folder, broker.entry)
+    assert guest.release("borealis-hospital/key/data") == b"north's data key"
+    guest.close()
+    running_again.stop()
