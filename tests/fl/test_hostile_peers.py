@@ -276,7 +276,7 @@ def test_an_update_counts_once_whatever_is_resent(
     ):
         mine = client.submit(*job, roster=None, recipients=[ADA])
         for site in (first, second):
-site.say(Ready(job=site.hear(Prepare).job))
+            site.say(Ready(job=site.hear(Prepare).job))
         task, other = second.hear(Train), first.hear(Train)
         assert second.deliver(task, GOOD).accepted
         again = second.deliver(task, tensors(w=W * 100))

@@ -109,7 +109,7 @@ def test_a_job_from_bundle_to_download(setting: Setting, job_folder: Path, tmp_p
     assert "borealis-site has joined" in watched
     assert "round 2 is done: added 2" in watched
     listed = seal.json("job", "list", *kit)
-    assert [(row["job"], row["status"]) for row in listed["jobs"]] == [(job, "finished")]
+    assert (job, "finished") in [(row["job"], row["status"]) for row in listed["jobs"]]
     assert listed["sites"] == sorted(SITES)
     assert job in seal("job", "list", *kit)
     assert seal.json("job", "status", job, *kit)["status"] == "finished"
@@ -156,11 +156,18 @@ def test_a_changed_receipt_or_statement_is_refused(setting: Setting) -> None:
     from attestation.errors import LedgerRefused
     from fl.environments.prod import ProdEnv
     from fl.environments.user_client import check_logged
+    from fl.jobs.bundle import parse_bundle
     from fl.jobs.statement import SignedStatement
     from fl.transport.frames import Result
+    from fl.transport.memory import SealedMemory
 
-    with ProdEnv(setting.kit).connected() as (client, current):
-        job = next(report.job for report in client.reports().jobs)
+    env = ProdEnv(setting.kit)
+    bundle = parse_bundle((setting.folder.parent / "bundle" / "job.bundle").read_bytes())
+    with SealedMemory.of((setting.folder.parent / "bundle" / "model.safetensors").read_bytes()) as model:
+        run = env.submit(bundle, model)
+    assert run.watch(lambda _: None) == "finished"
+    job = run.get_job_id()
+    with env.connected() as (client, current):
         ledger = current.broker.origin, current.broker.key
         folder = client.download(job, setting.folder / "checked", ledger=ledger)
     proof = json.loads((folder / "statement.json").read_text())
