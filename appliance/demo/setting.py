@@ -45,6 +45,7 @@ from policies.documents import (
     init_data_digest,
     write_init_data,
 )
+from policies.errors import Unusable
 from policies.keys import generate_ed25519, load_private_key, public_pem
 from policies.ready_made import release_policy, shared_policies
 
@@ -64,6 +65,8 @@ PRODUCTS: Final[Mapping[str, Product]] = {
 IMAGE: Final = "fl"
 MODEL_KEY: Final = f"{OWNER}/key/model"
 APPROVAL_DAYS: Final = 30
+MARK: Final = "demonstration"
+"""A file that says that a folder is a demonstration's."""
 
 
 def data_key(site: str) -> str:
@@ -130,10 +133,32 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
+def clear_folder(folder: Path) -> None:
+    """Make `folder` new. Only what an earlier demonstration left in it is removed.
+
+    Raises Unusable if it is something else's: a mistyped path must not cost anybody a home directory.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise Unusable("this is no folder", where=str(folder), do="Name a new folder with --out.")
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise Unusable(
+            "the folder holds files that are no demonstration's",
+            where=str(folder),
+            do="Name a new or empty folder with --out.",
+        )
+    try:
+        shutil.rmtree(folder, ignore_errors=not folder.exists())
+        folder.mkdir(parents=True, mode=0o700)
+        (folder / MARK).write_text("Made by `seal demo`, which may remove this folder.\n", "utf-8")
+    except OSError as error:
+        raise Unusable(
+            f"the folder cannot be made: {error.strerror}", where=str(folder), do="Name another folder with --out."
+        ) from error
+
+
 def found_consortium(folder: Path) -> Setting:
     """Make everything up to a charter that admits the image and the data scientist, but no guest and no code yet."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, mode=0o700)
+    clear_folder(folder)
     at = now()
     members = {name: generate_ed25519(_fresh(folder / "members" / name) / "member.pem") for name in MEMBERS}
     broker_port, server_port = free_ports(2)
