@@ -53,8 +53,8 @@ def back_up(folder: Path, copy: Path) -> int:
 def restore(folder: Path, copy: Path) -> int:
     """Put the copy back as the database of the broker in `folder`, which must not run; return its entries' number.
 
-    Raises LedgerRefused if it is not this broker's ledger, or has fewer entries than the database that is there: entries
-    that others saw would be gone. Move that database away first, and tell the other members.
+    Raises LedgerRefused if it is not this broker's ledger, or has fewer entries than the database that is there, whose
+    entries others may have seen. Move that database away first, and tell the other members.
     """
     config = load_config(folder / CONFIG_NAME)
     database, key = folder / config.database, load_private_key(folder / config.signing_key)
