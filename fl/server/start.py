@@ -49,8 +49,8 @@ def serve(
     - `stop`: ends it; running jobs are stopped.
     - `tell`: takes lines for the guest's log. `ready`: called once with the address that is listened on.
 
-    Mutual TLS with clients whose certificates come from a broker of the charter or are a user's in the charter. Both ends
-    of ours speak 1.3; grpcio itself cannot be told to refuse 1.2.
+    Mutual TLS with clients whose certificates come from a broker of the charter or are a user's in the charter. Both
+    ends of ours speak 1.3; grpcio itself cannot be told to refuse 1.2.
     Raises PeerLost if the address cannot be had.
     """
     party = Party(identity, charter, clock, record, tell)
