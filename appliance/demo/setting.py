@@ -6,6 +6,7 @@ Everything is made anew in one folder; nothing in it outlives the next run.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -133,32 +134,46 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
-def clear_folder(folder: Path) -> None:
-    """Make `folder` new. Only what an earlier demonstration left in it is removed.
+def claim_folder(folder: Path) -> BinaryIO:
+    """Make `folder` new and keep it for whoever holds the returned file open.
 
-    Raises Unusable if it is something else's: a mistyped path must not cost anybody a home directory.
+    Only what an earlier demonstration left in it is removed. Raises Unusable if the folder is something else's (a
+    mistyped path must not cost anybody a home directory), or if another demonstration runs in it.
     """
+    mark = folder / MARK
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise Unusable("this is no folder", where=str(folder), do="Name a new folder with --out.")
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+    if folder.exists() and any(folder.iterdir()) and not mark.is_file():
         raise Unusable(
             "the folder holds files that are no demonstration's",
             where=str(folder),
             do="Name a new or empty folder with --out.",
         )
     try:
-        shutil.rmtree(folder, ignore_errors=not folder.exists())
-        folder.mkdir(parents=True, mode=0o700)
-        (folder / MARK).write_text("Made by `seal demo`, which may remove this folder.\n", "utf-8")
+        if mark.exists():
+            with mark.open("rb") as earlier:
+                fcntl.flock(earlier, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+        held = mark.open("xb")
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.write(b"Made by `seal demo`, which may remove this folder.\n")
+        held.flush()
+    except (BlockingIOError, FileExistsError):
+        raise Unusable(
+            "another demonstration runs in this folder",
+            where=str(folder),
+            do="Name another with --out, or wait for it.",
+        ) from None
     except OSError as error:
         raise Unusable(
             f"the folder cannot be made: {error.strerror}", where=str(folder), do="Name another folder with --out."
         ) from error
+    return held
 
 
 def found_consortium(folder: Path) -> Setting:
-    """Make everything up to a charter that admits the image and the data scientist, but no guest and no code yet."""
-    clear_folder(folder)
+    """Make everything, in a claimed folder, up to a charter that has no guest and no code yet."""
     at = now()
     members = {name: generate_ed25519(_fresh(folder / "members" / name) / "member.pem") for name in MEMBERS}
     broker_port, server_port = free_ports(2)

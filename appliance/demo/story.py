@@ -22,6 +22,7 @@ from appliance.demo.setting import (
     SITES,
     Setting,
     admit,
+    claim_folder,
     data_key,
     found_consortium,
     now,
@@ -31,7 +32,7 @@ from appliance.kits.making import make_user_kit, write_kit
 from appliance.kits.user_keys import write_user_keys
 from appliance.processes import Processes, died
 from attestation.broker.config import CONFIG_NAME, load_config
-from attestation.broker.server import open_broker
+from attestation.broker.storage import read_database
 from attestation.connection import BrokerClient
 from attestation.ledger.audit import verify_audit
 from attestation.ledger.bundle import export_bundle
@@ -88,7 +89,7 @@ def run_demo(folder: Path, display: Display) -> Report:
 
     narrator = threading.Thread(target=tell, name="story", daemon=True)
     try:
-        with display.shown():
+        with claim_folder(folder), display.shown():
             narrator.start()
             while True:
                 try:
@@ -203,11 +204,8 @@ def check_accuracy(report: Report) -> None:
 
 def export_ledger(broker: Path, folder: Path) -> None:
     """Write the broker's ledger, with all that stands behind it, into `folder`."""
-    opened = open_broker(broker, load_config(broker / CONFIG_NAME))
-    try:
-        opened.storage.read(lambda step: export_bundle(step, folder))
-    finally:
-        opened.storage.close()
+    database = broker / load_config(broker / CONFIG_NAME).database
+    read_database(database, lambda snapshot: export_bundle(snapshot, folder))
 
 
 def audit(setting: Setting, report: Report) -> None:
