@@ -45,6 +45,8 @@ SALT_SIZE: Final = 32
 TAG_SIZE: Final = 16
 CHUNK_BITS: Final = 20
 CHUNK_BITS_RANGE: Final = range(12, 25)
+SECTOR: Final = 512
+"""Bytes that the size of a virtual disk is a multiple of."""
 MAX_ENTRIES: Final = 10_000
 MAX_INDEX: Final = 4 << 20
 MAX_PLAINTEXT: Final = 64 << 30
@@ -79,9 +81,11 @@ def seal(entries: Mapping[str, bytes], key: bytes, *, salt: bytes, chunk_bits: i
 
 
 def unseal(
-    stream: BinaryIO, key: bytes, *, where: str, max_bytes: int = MAX_PLAINTEXT, file_size: int
+    stream: BinaryIO, key: bytes, *, where: str, max_bytes: int = MAX_PLAINTEXT, file_size: int, sector: int = 1
 ) -> dict[str, bytes]:
     """The entries of the sealed file in `stream` (`file_size` bytes long), all of them or none.
+
+    On a disk the file is followed by zeros up to the end of its last `sector`, and by nothing else.
 
     Raises SealedDataRefused: not a sealed file, another key, changed, cut, lengthened, or more than `max_bytes`.
     """
@@ -95,7 +99,8 @@ def unseal(
         raise SealedDataRefused(f"the sealed file holds more than {min(max_bytes, MAX_PLAINTEXT)} bytes", where=where)
     size = 1 << chunk_bits
     chunks = _chunk_count(total, size)
-    if total < _INDEX_SIZE.size or file_size != HEADER.size + total + chunks * TAG_SIZE:
+    sealed_size = HEADER.size + total + chunks * TAG_SIZE
+    if total < _INDEX_SIZE.size or file_size != sealed_size + -sealed_size % sector:
         raise SealedDataRefused("the sealed file is cut short, or something was added to it", where=where)
     cipher_key, expected = _derive(key, salt)
     if not hmac.compare_digest(expected, commitment):
@@ -113,7 +118,7 @@ def unseal(
         if len(opened) != wanted:
             raise SealedDataRefused(f"chunk {number} of the sealed file is cut short", where=where)
         plain[start : start + wanted] = opened
-    if stream.read(1):
+    if stream.read(sector) != bytes(file_size - sealed_size):
         raise SealedDataRefused("something was added to the sealed file", where=where)
     return _split(plain, where)
 
@@ -139,15 +144,20 @@ def seal_file(
 def open_file(path: Path, key: bytes, *, max_bytes: int = MAX_PLAINTEXT) -> dict[str, bytes]:
     """The entries (name → plaintext) of the sealed file at `path`; the plaintext is in memory only.
 
-    Raises SealedDataRefused as `unseal` does, and for a path that is no readable regular file.
+    In a virtual machine the file is a disk of its own (a block device). Raises SealedDataRefused as `unseal` does, and
+    for a path that is neither a readable regular file nor a disk.
     """
     where = str(path)
     try:
         # Not blocking: a pipe put in the file's place would keep its opener waiting for ever.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
+            if stat.S_ISBLK(status.st_mode):
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                return unseal(file, key, where=where, max_bytes=max_bytes, file_size=size, sector=SECTOR)
             if not stat.S_ISREG(status.st_mode):
-                raise SealedDataRefused("this is not a regular file", where=where)
+                raise SealedDataRefused("this is neither a regular file nor a disk", where=where)
             return unseal(file, key, where=where, max_bytes=max_bytes, file_size=status.st_size)
     except OSError as error:
         raise SealedDataRefused(f"the sealed file cannot be read: {error.strerror}", where=where) from error

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl.errors import SealedDataRefused
-from fl.guard.sealed_data import HEADER, MAGIC, TAG_SIZE, _derive, open_file, seal, seal_file, unseal
+from fl.guard.sealed_data import HEADER, MAGIC, SECTOR, TAG_SIZE, _derive, open_file, seal, seal_file, unseal
 
 KEY = bytes(range(32))
 SALT = b"\x5a" * 32
@@ -74,6 +74,25 @@ def test_a_cut_at_any_place_is_refused(kept: int) -> None:
 def test_bytes_added_are_refused(added: bytes) -> None:
     with pytest.raises(SealedDataRefused):
         opened(sealed({"a": b"x" * CHUNK}) + added)
+
+
+@given(contents, st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_disk_ends_in_zeros_to_its_sector_and_in_nothing_else(entries: dict[str, bytes], data: st.DataObject) -> None:
+    raw = sealed(entries)
+    disk = bytearray(raw + bytes(-len(raw) % SECTOR))
+
+    def read(content: bytes) -> dict[str, bytes]:
+        return unseal(io.BytesIO(content), KEY, where="disk", file_size=len(content), sector=SECTOR)
+
+    assert read(bytes(disk)) == entries
+    for other in (disk + bytes(SECTOR), disk[:-SECTOR]):
+        with pytest.raises(SealedDataRefused):
+            read(bytes(other))
+    if len(disk) > len(raw):
+        disk[data.draw(st.integers(len(raw), len(disk) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        with pytest.raises(SealedDataRefused, match="something was added"):
+            read(bytes(disk))
 
 
 @given(st.permutations(range(5)))
@@ -161,7 +180,7 @@ def test_files(tmp_path: Path) -> None:
         open_file(tmp_path / "text", KEY)
     os.mkfifo(tmp_path / "pipe")
     for path in (Path("/dev/zero"), tmp_path / "pipe"):
-        with pytest.raises(SealedDataRefused, match="not a regular file"):
+        with pytest.raises(SealedDataRefused, match="neither a regular file nor a disk"):
             open_file(path, KEY)
 
 
