@@ -11,14 +11,27 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from fl.environments.prod import ProdEnv
     from fl.environments.sim import SimEnv
+    from fl.recipes.cyclic import CyclicRecipe
     from fl.recipes.fedavg import FedAvgRecipe
+    from fl.recipes.fedopt import FedOptRecipe
+    from fl.recipes.fedprox import FedProxRecipe
+    from fl.recipes.newton import FedAvgLrRecipe
+    from fl.recipes.scaffold import ScaffoldRecipe
     from fl.tracking import add_experiment_tracking
 
-__all__ = ["FedAvgRecipe", "ProdEnv", "SimEnv", "add_experiment_tracking"]
+__all__ = [
+    "CyclicRecipe", "FedAvgLrRecipe", "FedAvgRecipe", "FedOptRecipe", "FedProxRecipe", "ProdEnv", "ScaffoldRecipe",
+    "SimEnv", "add_experiment_tracking",
+]  # fmt: skip
 
 _HOMES: Final = {
+    "CyclicRecipe": "fl.recipes.cyclic",
+    "FedAvgLrRecipe": "fl.recipes.newton",
     "FedAvgRecipe": "fl.recipes.fedavg",
+    "FedOptRecipe": "fl.recipes.fedopt",
+    "FedProxRecipe": "fl.recipes.fedprox",
     "ProdEnv": "fl.environments.prod",
+    "ScaffoldRecipe": "fl.recipes.scaffold",
     "SimEnv": "fl.environments.sim",
     "add_experiment_tracking": "fl.tracking",
 }

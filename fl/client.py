@@ -70,6 +70,7 @@ class _Session:
         tensors = parse(memory.view, max_size=memory.size, where="site")
         self.waiting = FLModel(
             params=params_of(tensors, self.hello.framework),
+            meta=dict(self.hello.parameters),
             current_round=message.round,
             total_rounds=message.total_rounds,
         )

@@ -6,7 +6,8 @@ kept, in float32 for floats of up to 32 bits and in float64 else, so that memory
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,11 @@ import numpy.typing as npt
 from fl.model import ParamsType
 from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, Schema, TensorFile, layout, narrow_bf16, widen_bf16
 from fl.transport.memory import DraftMemory, SealedMemory
+
+Block: TypeAlias = npt.NDArray[Any]
+ServerStep: TypeAlias = Callable[[str, int, Block, Block], Block]
+"""A server's own step for one block of a tensor of floats: tensor, index of the block's first element, the block of the
+current model, the mean difference of the updates from it; the block of the next model. float32 or float64."""
 
 
 class WeightedMean:
@@ -50,8 +56,8 @@ class WeightedMean:
         self._total += weight
         self.count += 1
 
-    def result(self, model: TensorFile) -> SealedMemory:
-        """The next global model: the mean itself, or `model` plus the mean of differences.
+    def result(self, model: TensorFile, step: ServerStep | None = None) -> SealedMemory:
+        """The next global model: the mean itself, or `model` plus the mean of differences; floats by `step` if given.
 
         Integers are rounded to the nearest; booleans are true where the mean is at least one half.
         """
@@ -66,7 +72,11 @@ class WeightedMean:
                 for start in range(0, spec.elements, BLOCK):
                     end = min(start + BLOCK, spec.elements)
                     mean = total[start:end] / total.dtype.type(self._total)
-                    if self._params_type is ParamsType.DIFF:
+                    if step is not None and spec.dtype in FLOATS:
+                        current = _block(model, name, start, end).astype(total.dtype, copy=False)
+                        difference = mean if self._params_type is ParamsType.DIFF else mean - current
+                        mean = step(name, start, current, difference)
+                    elif self._params_type is ParamsType.DIFF:
                         mean += _block(model, name, start, end).astype(total.dtype, copy=False)
                     target[start:end] = _as_dtype(mean, spec.dtype)
                 del target

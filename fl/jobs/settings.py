@@ -31,13 +31,64 @@ class TensorSettings(BaseModel):
         return self
 
 
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class FedProxOptions(_Options):
+    """What FedProx needs to know: the weight `mu` of the proximal term."""
+
+    recipe: Literal["fedprox"] = "fedprox"
+    mu: float = Field(ge=0, le=1e6)
+
+
+class FedOptOptions(_Options):
+    """What FedOpt needs to know: the server's optimizer and its constants, as Reddi et al. name them."""
+
+    recipe: Literal["fedopt"] = "fedopt"
+    optimizer: Literal["sgd", "adam", "yogi"]
+    lr: float = Field(gt=0, le=1e6)
+    momentum: float = Field(ge=0, lt=1)
+    beta1: float = Field(ge=0, lt=1)
+    beta2: float = Field(ge=0, lt=1)
+    tau: float = Field(gt=0, le=1e6)
+
+
+class CyclicOptions(_Options):
+    """What cyclic weight transfer needs to know: whether the order is fixed, or drawn anew each round from `seed`."""
+
+    recipe: Literal["cyclic"] = "cyclic"
+    order: Literal["fixed", "random"]
+    seed: int = Field(ge=0, lt=1 << 32)
+
+
+class ScaffoldOptions(_Options):
+    """What SCAFFOLD needs to know: the server's step size, eta_g in the paper."""
+
+    recipe: Literal["scaffold"] = "scaffold"
+    lr: float = Field(gt=0, le=1e6)
+
+
+class NewtonOptions(_Options):
+    """What Newton's method needs to know: the part of each step that is taken, and the L2 penalty."""
+
+    recipe: Literal["lr-newton"] = "lr-newton"
+    damping_factor: float = Field(gt=0, le=1)
+    l2: float = Field(ge=0, le=1e6)
+
+
+Options: TypeAlias = FedProxOptions | FedOptOptions | CyclicOptions | ScaffoldOptions | NewtonOptions
+
+
 class JobSettings(BaseModel):
     """Everything about a job but its code, its first model and where it runs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Name
-    recipe: Literal["fedavg"]
+    recipe: Literal["fedavg", "fedprox", "fedopt", "cyclic", "scaffold", "lr-newton"]
+    options: Annotated[Options, Field(discriminator="recipe")] | None = None
+    """What this recipe has beyond the others; None for FedAvg, which has nothing."""
     num_rounds: int = Field(ge=1, le=100_000)
     min_clients: int = Field(ge=1, le=10_000)
     train_script: str = Field(min_length=1, max_length=1024)
@@ -52,9 +103,18 @@ class JobSettings(BaseModel):
     def _bounded(self) -> Self:
         if not self.model:
             raise ValueError("the model has no tensor")
+        if (None if self.options is None else self.options.recipe) != (
+            None if self.recipe == "fedavg" else self.recipe
+        ):
+            raise ValueError(f"options are not those of {self.recipe}")
         if sum(spec.size for spec in self.schema_of_model.values()) > MAX_MODEL:
             raise ValueError(f"the model has more than {MAX_MODEL} bytes")
         return self
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The constants that a training script needs, which it finds in the `meta` of each model it receives."""
+        return {"fedprox_mu": self.options.mu} if isinstance(self.options, FedProxOptions) else {}
 
     @property
     def schema_of_model(self) -> Schema:

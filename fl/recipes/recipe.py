@@ -7,9 +7,9 @@ import inspect
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Required, TypeAlias, TypedDict
 
 from pydantic import ValidationError
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 InitialModel: TypeAlias = "torch.nn.Module | Mapping[str, Any]"
 """A torch module, `{"class_path": ..., "args": {...}}` for one, or arrays or tensors by name."""
+
+MoreTensors: TypeAlias = Callable[
+    [InitialModel, Mapping[str, tuple[TensorSpec, Buffer]]], Mapping[str, tuple[TensorSpec, Buffer]]
+]
+"""From a model and its tensors, what else travels with them (control variates)."""
 
 EXPORT_VARIABLE: Final = "SEAL_EXPORT_BUNDLE"
 """With this environment variable set, `execute` writes the job's bundle and first model there instead of running it."""
@@ -78,6 +83,53 @@ class Recipe:
         return bundle.digest
 
 
+class TrainingArguments(TypedDict, total=False):
+    """The arguments that every recipe of rounds of training shares; docs/reference/recipes.md has each."""
+
+    name: str
+    initial_model: InitialModel | None
+    model: InitialModel | None
+    min_clients: Required[int]
+    num_rounds: int
+    train_script: Required[str]
+    train_args: str | Sequence[str]
+    params_type: Literal["FULL", "DIFF"]
+    round_seconds: int
+
+
+class TrainingRecipe(Recipe):
+    """A recipe of rounds of training: the arguments that all share, and the options of one."""
+
+    def __init__(
+        self,
+        recipe: str,
+        options: Mapping[str, Any] | None,
+        arguments: TrainingArguments,
+        *,
+        more_tensors: MoreTensors | None = None,
+    ) -> None:
+        """Raises RecipeUnusable with the argument that is wrong."""
+        given = [model for model in (arguments.get("initial_model"), arguments.get("model")) if model is not None]
+        if len(given) != 1:
+            raise RecipeUnusable("give exactly one of initial_model and model", where="initial_model")
+        folder, script = find_script(arguments["train_script"])
+        settings, tensors = make_settings(
+            recipe=recipe,
+            options=options,
+            name=arguments.get("name", recipe),
+            num_rounds=arguments.get("num_rounds", 2),
+            min_clients=arguments["min_clients"],
+            train_script=script,
+            train_args=arguments.get("train_args", ""),
+            params_type=arguments.get("params_type", "FULL"),
+            round_seconds=arguments.get("round_seconds", 3600),
+            model=given[0],
+            folder=folder,
+            more_tensors=more_tensors,
+        )
+        super().__init__(settings, folder, tensors)
+
+
 def make_settings(
     *,
     recipe: str,
@@ -90,16 +142,25 @@ def make_settings(
     round_seconds: int,
     model: InitialModel,
     folder: Path,
+    options: Mapping[str, Any] | None = None,
+    more_tensors: MoreTensors | None = None,
 ) -> tuple[JobSettings, dict[str, tuple[TensorSpec, Buffer]]]:
-    """Settings and first tensors from a recipe's arguments. Raises RecipeUnusable with the argument that is wrong."""
-    params, framework = _params_of_model(model, folder)
+    """Settings and first tensors from a recipe's arguments. Raises RecipeUnusable with the argument that is wrong.
+
+    `options` are the recipe's own settings; `more_tensors` says what travels beside the model's own tensors.
+    """
+    model = _made(model, folder)
+    params, framework = _params_of_model(model)
     tensors = tensors_of(params, where="initial_model")
+    if more_tensors is not None:
+        tensors = {**tensors, **more_tensors(model, tensors)}
     try:
         words = tuple(shlex.split(train_args)) if isinstance(train_args, str) else tuple(train_args)
         settings = JobSettings.model_validate(
             {
                 "name": name,
                 "recipe": recipe,
+                "options": None if options is None else {"recipe": recipe, **options},
                 "num_rounds": num_rounds,
                 "min_clients": min_clients,
                 "train_script": train_script,
@@ -163,9 +224,14 @@ def _caller_folder() -> Path | None:
     return None
 
 
-def _params_of_model(model: InitialModel, folder: Path) -> tuple[Mapping[str, Any], Framework]:
+def _made(model: InitialModel, folder: Path) -> InitialModel:
     if isinstance(model, Mapping) and "class_path" in model:
-        model = _instantiate(model, folder)
+        made: InitialModel = _instantiate(model, folder)
+        return made
+    return model
+
+
+def _params_of_model(model: InitialModel) -> tuple[Mapping[str, Any], Framework]:
     if isinstance(model, Mapping):
         framework: Framework = "pytorch" if any(_is_torch(value) for value in model.values()) else "numpy"
         return model, framework

@@ -94,6 +94,7 @@ class Federation:
         self._sites: dict[str, Site] = {}
         self._lost: dict[str, str] = {}
         self._round: int | None = None
+        self._begun: int | None = None  # the round that was last announced
         self._pending: set[str] = set()  # have the task and have not answered
         self._checking: set[str] = set()  # have answered; the check is under way
         self._inbox: SimpleQueue[Update | str | JobAborted] = SimpleQueue()
@@ -209,18 +210,28 @@ class Federation:
             joined = len(self._sites)
         self._need(joined, f"{joined} of {len(expected)} sites joined")
 
-    def train(self, task: Task) -> Iterator[Update]:
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the sites that are in the job, sorted."""
+        with self._lock:
+            return tuple(sorted(self._sites))
+
+    def train(self, task: Task, only: str | None = None) -> Iterator[Update]:
         """Give every site the task; yield the admitted updates as they come, each to be closed by the caller.
 
+        With `only`, that site alone gets it, and the round may go on with another; an update of it is not demanded.
         Raises JobFailed when fewer than `min_sites` updates are possible, JobAborted when someone stops the job.
         """
         with self._lock:
             self._round = task.round
             self._pending.clear()
             self._checking.clear()
-            waiting = deque(sorted(self._sites))
-        self.observe(JobEvent(kind="round", round=task.round))
-        self._need(len(waiting), f"{len(waiting)} sites are left at round {task.round}")
+            left = len(self._sites)
+            waiting = deque(sorted(self._sites) if only is None else [only] if only in self._sites else [])
+        if task.round != self._begun:
+            self._begun = task.round
+            self.observe(JobEvent(kind="round", round=task.round))
+        self._need(left, f"{left} sites are left at round {task.round}")
         deadline = time.monotonic() + self.round_seconds
         counted = 0
         self._feed(waiting, task)
@@ -231,7 +242,7 @@ class Federation:
                 unread = not self._inbox.empty()
             if not unread and not open_:
                 break
-            if not unread:
+            if not unread and only is None:
                 self._need(possible, f"at most {possible} updates are possible in round {task.round}")
             event = self._next(deadline)
             if event is None:
@@ -252,7 +263,8 @@ class Federation:
             self._feed(waiting, task)
         with self._lock:
             self._round = None
-        self._need(counted, f"round {task.round} has {counted} updates")
+        if only is None:
+            self._need(counted, f"round {task.round} has {counted} updates")
 
     def finish(self, why: str) -> None:
         """The job is over: every site is told."""

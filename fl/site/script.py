@@ -44,6 +44,7 @@ class ScriptSession:
             total_rounds=settings.num_rounds,
             data=data,
             max_update=max_update,
+            parameters=settings.parameters,
         )
         try:
             self._socket.send(hello)

@@ -37,6 +37,8 @@ class Hello(_Message):
     """The folder of the site's data, as the script sees it."""
     max_update: int
     """The most bytes that an update may have."""
+    parameters: dict[str, float] = Field(default={}, max_length=64)
+    """The recipe's constants that the script needs."""
 
 
 class Training(_Message):
