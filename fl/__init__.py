@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from fl.recipes.fedprox import FedProxRecipe
     from fl.recipes.newton import FedAvgLrRecipe
     from fl.recipes.scaffold import ScaffoldRecipe
+    from fl.recipes.statistics import FedStatsRecipe
     from fl.tracking import add_experiment_tracking
 
 __all__ = [
-    "CyclicRecipe", "FedAvgLrRecipe", "FedAvgRecipe", "FedOptRecipe", "FedProxRecipe", "ProdEnv", "ScaffoldRecipe",
-    "SimEnv", "add_experiment_tracking",
+    "CyclicRecipe", "FedAvgLrRecipe", "FedAvgRecipe", "FedOptRecipe", "FedProxRecipe", "FedStatsRecipe", "ProdEnv",
+    "ScaffoldRecipe", "SimEnv", "add_experiment_tracking",
 ]  # fmt: skip
 
 _HOMES: Final = {
@@ -30,6 +31,7 @@ _HOMES: Final = {
     "FedAvgRecipe": "fl.recipes.fedavg",
     "FedOptRecipe": "fl.recipes.fedopt",
     "FedProxRecipe": "fl.recipes.fedprox",
+    "FedStatsRecipe": "fl.recipes.statistics",
     "ProdEnv": "fl.environments.prod",
     "ScaffoldRecipe": "fl.recipes.scaffold",
     "SimEnv": "fl.environments.sim",

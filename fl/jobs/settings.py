@@ -77,7 +77,27 @@ class NewtonOptions(_Options):
     l2: float = Field(ge=0, le=1e6)
 
 
-Options: TypeAlias = FedProxOptions | FedOptOptions | CyclicOptions | ScaffoldOptions | NewtonOptions
+class FedStatsOptions(_Options):
+    """What federated statistics need to know: the features, in order, and how many records are enough to tell of."""
+
+    recipe: Literal["fedstats"] = "fedstats"
+    features: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
+        Field(min_length=1, max_length=10_000, strict=False),
+    ]
+    min_count: int = Field(ge=2, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> Self:
+        for name in self.features:
+            if "/" in name or not name.isprintable():
+                raise ValueError(f"a feature may not be named {name!r}")
+        if len(set(self.features)) != len(self.features):
+            raise ValueError("a feature is named twice")
+        return self
+
+
+Options: TypeAlias = FedProxOptions | FedOptOptions | CyclicOptions | ScaffoldOptions | NewtonOptions | FedStatsOptions
 
 
 class JobSettings(BaseModel):
@@ -86,7 +106,7 @@ class JobSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Name
-    recipe: Literal["fedavg", "fedprox", "fedopt", "cyclic", "scaffold", "lr-newton"]
+    recipe: Literal["fedavg", "fedprox", "fedopt", "cyclic", "scaffold", "lr-newton", "fedstats"]
     options: Annotated[Options, Field(discriminator="recipe")] | None = None
     """What this recipe has beyond the others; None for FedAvg, which has nothing."""
     num_rounds: int = Field(ge=1, le=100_000)
@@ -114,7 +134,11 @@ class JobSettings(BaseModel):
     @property
     def parameters(self) -> dict[str, float]:
         """The constants that a training script needs, which it finds in the `meta` of each model it receives."""
-        return {"fedprox_mu": self.options.mu} if isinstance(self.options, FedProxOptions) else {}
+        if isinstance(self.options, FedProxOptions):
+            return {"fedprox_mu": self.options.mu}
+        if isinstance(self.options, FedStatsOptions):
+            return {"fedstats_min_count": float(self.options.min_count)}
+        return {}
 
     @property
     def schema_of_model(self) -> Schema:

@@ -12,6 +12,7 @@ from fl.recipes.fedopt import fedopt
 from fl.recipes.fedprox import fedprox
 from fl.recipes.newton import newton
 from fl.recipes.scaffold import scaffold
+from fl.recipes.statistics import statistics
 from fl.server.federation import Federation
 from fl.transport.memory import SealedMemory
 
@@ -22,6 +23,7 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
     "fedavg": fedavg,
     "fedopt": fedopt,
     "fedprox": fedprox,
+    "fedstats": statistics,
     "lr-newton": newton,
     "scaffold": scaffold,
 }

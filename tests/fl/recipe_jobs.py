@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fl import CyclicRecipe, FedAvgLrRecipe, FedOptRecipe, FedProxRecipe, ScaffoldRecipe
+from fl import CyclicRecipe, FedAvgLrRecipe, FedOptRecipe, FedProxRecipe, FedStatsRecipe, ScaffoldRecipe
+from fl.local.statistics import with_floor
 from fl.recipes.recipe import Recipe
 
 NUMBERS = {"borealis-hospital": 1.0, "cygnus-bio": 3.0}
@@ -65,6 +66,20 @@ labels = features @ [1.0, -2.0, 0.5] + random.normal(size=len(features)) > 0.3
 while flare.is_running():
     flare.send(newton_update(flare.receive(), features, labels))
 """
+
+STATISTICS = """
+import numpy as np
+from fl import client as flare
+from fl.local.statistics import statistics_update
+
+flare.init()
+a = float(flare.data_path("number.txt").read_text())
+values = np.random.default_rng(int(a)).normal([1e6, 5.0], [a, 1.0], size=(100 * int(a), 2))
+values[0, 1] = np.nan
+while flare.is_running():
+    flare.send(statistics_update(flare.receive(), values))
+"""
+FEATURES = {"weight": (1e6 - 20.0, 1e6 + 20.0), "age": (0.0, 10.0)}
 
 
 def trained(w: Any, a: float, mu: float = 0.0, correction: Any = 0.0) -> Any:
@@ -141,6 +156,26 @@ def newton() -> dict[str, Any]:
     return {"weights": w}
 
 
+def statistics() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    tables = []
+    for a in NUMBERS.values():
+        table = np.random.default_rng(int(a)).normal([1e6, 5.0], [a, 1.0], size=(100 * int(a), 2))
+        table[0, 1] = np.nan
+        tables.append(table)
+    for at, (name, bounds) in enumerate(FEATURES.items()):
+        columns = [table[~np.isnan(table[:, at]), at] for table in tables]
+        pooled = np.concatenate(columns)
+        found[f"{name}/count"] = len(pooled)
+        found[f"{name}/mean"] = pooled.mean()
+        found[f"{name}/variance"] = pooled.var(ddof=1)
+        found[f"{name}/edges"] = np.linspace(*bounds, 9)
+        found[f"{name}/histogram"] = sum(
+            with_floor(np.histogram(column, bins=8, range=bounds)[0], len(column), 5) for column in columns
+        )
+    return found
+
+
 Job = tuple[type[Recipe], str, dict[str, Any], Callable[[], dict[str, Any]]]
 ADAPTIVE = {"beta1": 0.8, "beta2": 0.9, "tau": 0.01}
 JOBS: dict[str, Job] = {
@@ -156,6 +191,7 @@ JOBS: dict[str, Job] = {
     "cyclic": (CyclicRecipe, LOOP, {}, cyclic),
     "scaffold": (ScaffoldRecipe, SCAFFOLD, {"lr": 0.9}, scaffold),
     "lr-newton": (FedAvgLrRecipe, NEWTON, {"num_features": 3, "l2": 0.02, "num_rounds": 6}, newton),
+    "fedstats": (FedStatsRecipe, STATISTICS, {"features": FEATURES, "bins": 8, "min_count": 5}, statistics),
 }
 
 
@@ -165,6 +201,7 @@ def recipe_of(name: str, folder: Path, **changes: Any) -> Recipe:
     code = folder / "code"
     code.mkdir(exist_ok=True)
     (code / "client.py").write_text(script)
-    model = {} if kind is FedAvgLrRecipe else {"initial_model": {"w": START}}
-    shared = {"name": name, "min_clients": 2, "num_rounds": ROUNDS, "train_script": str(code / "client.py")}
+    model = {} if kind in {FedAvgLrRecipe, FedStatsRecipe} else {"initial_model": {"w": START}}
+    rounds = {} if kind is FedStatsRecipe else {"num_rounds": ROUNDS}
+    shared = {"name": name, "min_clients": 2, **rounds, "train_script": str(code / "client.py")}
     return kind(**{**shared, "round_seconds": 30, **model, **arguments, **changes})

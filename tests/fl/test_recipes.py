@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from federation_world import SITES, FederationWorld, found_federation
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recipe_jobs import JOBS, NUMBERS, START, recipe_of
 from safetensors.numpy import load_file
 
@@ -21,6 +23,7 @@ from fl.jobs.bundle import make_bundle, parse_bundle
 from fl.jobs.settings import FedOptOptions
 from fl.local.fedprox import FedProxLoss
 from fl.local.scaffold import ControlVariates
+from fl.local.statistics import with_floor
 from fl.model import FLModel, ParamsType, params_of, schema_of, tensors_of
 from fl.recipes.fedopt import ServerOptimizer
 from fl.recipes.scaffold import CONTROL, ScaffoldRecipe
@@ -61,7 +64,7 @@ def test_a_simulation_gives_what_the_paper_gives(name: str, tmp_path: Path) -> N
     assert [sorted(entry["updates"]) for entry in record["rounds"]] == [sorted(NUMBERS)] * len(record["rounds"])
 
 
-@pytest.mark.parametrize("name", ["fedprox", "fedopt-yogi", "cyclic", "scaffold", "lr-newton"])
+@pytest.mark.parametrize("name", ["fedprox", "fedopt-yogi", "cyclic", "scaffold", "lr-newton", "fedstats"])
 def test_the_attested_path_gives_the_same(name: str, world: FederationWorld, server: str, tmp_path: Path) -> None:
     recipe = recipe_of(name, tmp_path)
     bundle = make_bundle(recipe.folder, recipe.settings)
@@ -82,9 +85,9 @@ def test_the_optimizer_steps_over_blocks_and_leaves_integers_to_the_mean(tmp_pat
     random = np.random.default_rng(1)
     model = {"w": random.normal(size=BLOCK + 17).astype(np.float32), "n": np.array([3, 4])}
     schema = schema_of(tensors_of(model))
-    settings = recipe_of("fedopt-adam", tmp_path).settings
-    assert isinstance(settings.options, FedOptOptions)
-    optimizer, mean = ServerOptimizer(settings.options, schema), WeightedMean(schema, ParamsType.FULL)
+    options = recipe_of("fedopt-adam", tmp_path).settings.options
+    assert isinstance(options, FedOptOptions)
+    optimizer, mean = ServerOptimizer(options, schema), WeightedMean(schema, ParamsType.FULL)
     w, m, v = model["w"].astype(np.float64), 0.0, 0.01**2
     for _ in range(2):
         updates = [random.normal(size=BLOCK + 17).astype(np.float32) for _ in range(2)]
@@ -200,6 +203,11 @@ def test_control_variates_correct_a_torch_network_and_leave_its_buffers(tmp_path
         ("scaffold", {"initial_model": {"flag": np.zeros(2, dtype=np.bool_)}}, "initial_model"),
         ("lr-newton", {"num_features": 0}, "num_features"),
         ("lr-newton", {"damping_factor": 1.5}, "damping_factor"),
+        ("fedstats", {"features": {}}, "features"),
+        ("fedstats", {"features": {"a/b": (0.0, 1.0)}}, "features"),
+        ("fedstats", {"features": {"age": (1.0, 1.0)}}, "age"),
+        ("fedstats", {"bins": 0}, "bins"),
+        ("fedstats", {"min_count": 1}, "min_count"),
         ("fedprox", {"initial_model": None}, "exactly one"),
     ],
 )
@@ -211,7 +219,50 @@ def test_a_wrong_argument_of_a_recipe_is_named(
 
 
 def test_settings_with_another_recipes_options_are_refused(tmp_path: Path) -> None:
-    settings = recipe_of("fedprox", tmp_path).settings
+    found = recipe_of("fedprox", tmp_path).settings
     for changes in ({"recipe": "fedavg"}, {"options": None}, {"recipe": "scaffold"}):
         with pytest.raises(ValueError, match="options are not those of"):
-            type(settings).model_validate({**settings.model_dump(), **changes})
+            type(found).model_validate({**found.model_dump(), **changes})
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(0, 20), st.integers(2, 12))
+@settings(max_examples=200, deadline=None)
+def test_a_histogram_with_a_floor_tells_of_enough_records_or_of_none(
+    counts: list[int], outside: int, floor: int
+) -> None:
+    total = sum(counts) + outside
+    if total < floor:
+        return  # such a feature is left out whole
+    shown = with_floor(np.array(counts), total, floor)
+    assert all(value == 0 or value == count >= floor for value, count in zip(shown, counts, strict=True))
+    hidden = total - shown.sum()
+    assert hidden == 0 or hidden >= floor
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("sent.params['histogram'][0, 0] = 1", "histogram tells of fewer than 5 records"),
+        ("sent.params['count'][1] = 4", "count tells of fewer than 5 records"),
+        ("sent.params['count'][1] = 7.5", "count holds what is no count"),
+        ("sent.params['histogram'][0, 0] = -9", "histogram holds what is no count"),
+    ],
+)
+def test_a_site_that_tells_of_a_few_records_is_refused(line: str, complaint: str, tmp_path: Path) -> None:
+    recipe = recipe_of("fedstats", tmp_path)
+    answer = "flare.send(statistics_update(flare.receive(), values))"
+    script = tmp_path / "code" / "client.py"
+    told = f"sent = statistics_update(flare.receive(), values)\n    if a == 3: {line}\n    flare.send(sent)"
+    script.write_text(script.read_text().replace(answer, told))
+    run = recipe.execute(simulation(tmp_path))
+    with pytest.raises(JobFailed) as failure:
+        run.get_result()
+    assert any(f"cygnus-bio: its {complaint}" in reason for reason in failure.value.reasons)
+
+
+def test_a_feature_with_too_few_values_is_left_out(tmp_path: Path) -> None:
+    recipe = recipe_of("fedstats", tmp_path, min_count=101)
+    run = recipe.execute(simulation(tmp_path))
+    found = load_file(run.get_result() / "model.safetensors")
+    assert found["weight/count"] == 300, "the site with 100 records tells nothing"
+    assert found["age/count"] == 299
