@@ -12,7 +12,7 @@ EXTRAS := demo,tracking,dev,fuzz
 SLICE ?= 0/1
 SECONDS ?= 20
 
-.PHONY: help setup demo test test-long vectors fuzz gpu-sdk lint format bench docs lock clean
+.PHONY: help setup demo image demo-vm test test-long vectors fuzz gpu-sdk lint format bench docs lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup ## Run one attested federated job and its attacks, end to end.
 	@$(VENV)/bin/seal demo
+
+image: setup ## Build the FL image for the virtual platform into build/image (needs root).
+	@appliance/setup.sh mmdebstrap bubblewrap
+	@test -f build/keys/builder.pem || $(VENV)/bin/seal image keys build/keys
+	$(VENV)/bin/seal image build cvm_image/recipes/fl.toml -o build/image --keys build/keys --variant virtual
+
+demo-vm: image ## The federated job of `make demo` with its guests booted as machines from build/image.
+	@$(VENV)/bin/seal demo --vm build/image --out build/demo-vm
 
 test: setup ## Run the tests in parallel.
 	$(PY) -m pytest -n $(JOBS) -m 'not long' --cov --cov-report=term:skip-covered

@@ -10,13 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.demo.setting import BROKER, PRODUCTS, SITES, Setting, vcpu_model
+from appliance.demo.setting import (
+    BOOTED_SERVER_PORT,
+    BROKER,
+    PRODUCTS,
+    SERVER,
+    SITES,
+    Setting,
+    vcpu_model,
+)
 from appliance.processes import Processes
 from policies.errors import Refused
 
 POLL_SECONDS: Final = 0.05
 START_SECONDS: Final = 40.0
 """How long a process may take until it is ready."""
+BOOT_SECONDS: Final = 420.0
+"""How long an emulated machine may take until its service is ready, beside others on the same cores."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,14 @@ def honest_start(setting: Setting, guest: str) -> Start:
 
 
 def start_guest(processes: Processes, setting: Setting, name: str, start: Start) -> None:
-    """Start a guest by its virtual platform; its console goes to the log of `name`."""
-    argv = [sys.executable, "-m", "attestation.virtual"]
+    """Start a guest by its virtual platform, as a process or booted; its console goes to the log of `name`."""
+    if setting.booted is None:
+        argv = [sys.executable, "-m", "attestation.virtual", "--image", str(start.image)]
+    else:
+        argv = [sys.executable, "-m", "appliance.cli", "vm", "boot", str(start.image), "--vcpus", "1"]
+        argv += ["--forward", f"{BOOTED_SERVER_PORT}:{BOOTED_SERVER_PORT}"] if name == SERVER else []
     argv += ["--vendor", str(setting.vendor.folder), "--chip", str(setting.chip_folder(start.chip))]
-    argv += ["--image", str(start.image), "--init-data", str(start.init_data), "--policy", hex(start.policy)]
+    argv += ["--init-data", str(start.init_data), "--policy", hex(start.policy)]
     argv += ["--vcpu-model", vcpu_model(PRODUCTS[start.chip]), "--run", str(setting.folder / "run" / name)]
     argv += [] if start.id_block else ["--no-id-block"]
     for disk, path in start.disks.items():

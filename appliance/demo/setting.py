@@ -27,6 +27,7 @@ from attestation.virtual.vendor import Vendor, create_vendor
 from cvm_image.generate import LaunchGrid, generate_image
 from cvm_image.manifest import MANIFEST, ImageManifest
 from cvm_image.signing import SigningKeys, create_signing_keys
+from cvm_image.verify import load_image
 from fl.guard.sealed_data import seal_file
 from policies.charter import Changes, Charter, amend, files_of, found, load_charter, write_store
 from policies.charter.layout import release_path
@@ -66,6 +67,11 @@ PRODUCTS: Final[Mapping[str, Product]] = {
 IMAGE: Final = "fl"
 MODEL_KEY: Final = f"{OWNER}/key/model"
 APPROVAL_DAYS: Final = 30
+BOOTED_BROKER_PORT: Final = 9443
+BOOTED_SERVER_PORT: Final = 8443
+"""The ports that a booted image's packet filter lets through (`cvm_image/recipes/fl.toml`)."""
+HOST_SEEN_BY_GUEST: Final = "10.0.2.2"
+"""The host's loopback, as QEMU's user network shows it to a booted guest."""
 MARK: Final = "demonstration"
 """A file that says that a folder is a demonstration's."""
 
@@ -92,11 +98,13 @@ class Setting:
     model_key: bytes = field(repr=False)
     server_address: str
     store: Mapping[str, bytes] = field(repr=False)
+    booted: Path | None = None
+    """The built image that guests boot as machines; None: guests are processes of a generated image."""
 
     @property
     def image(self) -> Path:
         """The image's folder."""
-        return self.folder / "image"
+        return self.booted or self.folder / "image"
 
     @property
     def first_root(self) -> bytes:
@@ -172,11 +180,14 @@ def claim_folder(folder: Path) -> BinaryIO:
     return held
 
 
-def found_consortium(folder: Path) -> Setting:
-    """Make everything, in a claimed folder, up to a charter that has no guest and no code yet."""
+def found_consortium(folder: Path, booted: Path | None = None) -> Setting:
+    """Make everything, in a claimed folder, up to a charter that has no guest and no code yet.
+
+    `booted`: the built image (virtual variant) that guests boot; without it an image of processes is generated.
+    """
     at = now()
     members = {name: generate_ed25519(_fresh(folder / "members" / name) / "member.pem") for name in MEMBERS}
-    broker_port, server_port = free_ports(2)
+    broker_port, server_port = (BOOTED_BROKER_PORT, BOOTED_SERVER_PORT) if booted else free_ports(2)
     broker = create_broker(
         folder / "broker",
         name=BROKER,
@@ -189,7 +200,10 @@ def found_consortium(folder: Path) -> Setting:
     chips = {guest: create_chip(vendor, folder / "chips" / guest, product) for guest, product in PRODUCTS.items()}
     builder = create_signing_keys(folder / "builder")
     models = tuple(vcpu_model(product) for product in sorted(set(PRODUCTS.values()), key=lambda one: one.value))
-    manifest = generate_image(folder / "image", name=IMAGE, keys=builder, grid=LaunchGrid(vcpu_models=models))
+    if booted is None:
+        manifest = generate_image(folder / "image", name=IMAGE, keys=builder, grid=LaunchGrid(vcpu_models=models))
+    else:
+        manifest = approvable(booted)
     consortium = Consortium(
         name="oncology",
         platform="virtual",
@@ -205,7 +219,7 @@ def found_consortium(folder: Path) -> Setting:
     scientist = create_user_keys(consortium.trust_domain, OWNER, SCIENTIST, at)
     scientist_document = scientist.document(rights=("submit", "view", "download"))
     files = {
-        **files_of([image_reference(folder / "image", manifest), scientist_document]),
+        **files_of([image_reference(booted or folder / "image", manifest), scientist_document]),
         **shared_policies(),
         policy_path(MODEL_KEY): release_policy(roles={"server"}, members={OWNER}),
         **{
@@ -229,7 +243,20 @@ def found_consortium(folder: Path) -> Setting:
         model_key=os.urandom(32),
         server_address=f"127.0.0.1:{server_port}",
         store=store,
+        booted=booted,
     )
+
+
+def approvable(image: Path) -> ImageManifest:
+    """The manifest of a built image. Raises Unusable unless it is the one that the demonstration can approve."""
+    manifest = load_image(image)
+    if (manifest.name, manifest.platform) != (IMAGE, "virtual"):
+        raise Unusable(
+            f"the image is {manifest.name} for the {manifest.platform} platform, not {IMAGE} for the virtual one",
+            where=str(image),
+            do="Make it: make image",
+        )
+    return manifest
 
 
 def admit(setting: Setting, bundle: str, job: str) -> Setting:
@@ -273,15 +300,20 @@ def enrolment(setting: Setting, guest: str) -> Enrolment:
 def init_data(setting: Setting, guest: str) -> InitData:
     """What the host of a guest is to start it with."""
     server = guest == SERVER
+    listen, address, url = setting.server_address, setting.server_address, setting.broker.url
+    if setting.booted is not None:
+        listen = f"0.0.0.0:{BOOTED_SERVER_PORT}"
+        address = f"{HOST_SEEN_BY_GUEST}:{BOOTED_SERVER_PORT}"
+        url = f"https://{HOST_SEEN_BY_GUEST}:{BOOTED_BROKER_PORT}"
     return InitData(
         version=1,
         algorithm="sha256",
         charter=setting.charter().id,
         role="server" if server else "site",
         name=guest,
-        brokers=(BrokerAddress(name=BROKER, url=setting.broker.url),),
-        listen=setting.server_address if server else None,
-        server=None if server else ServerAddress(name=SERVER, address=setting.server_address),
+        brokers=(BrokerAddress(name=BROKER, url=url),),
+        listen=listen if server else None,
+        server=None if server else ServerAddress(name=SERVER, address=address),
         resources={"model": MODEL_KEY} if server else {"data": data_key(guest)},
     )
 

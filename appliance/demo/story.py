@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from appliance.demo import attacks, job
 from appliance.demo.attacks import AttackSucceeded, Repelled
 from appliance.demo.display import Display, Step, brief
-from appliance.demo.guests import honest_start, start_broker, start_guest, wait_for_event
+from appliance.demo.guests import BOOT_SECONDS, START_SECONDS, honest_start, start_broker, start_guest, wait_for_event
 from appliance.demo.setting import (
     BROKER,
     MODEL_KEY,
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from fl.jobs.progress import JobEvent
 
 JOB_SECONDS: Final = 120.0
+BOOTED_JOB_SECONDS: Final = 600.0
+"""The same job in emulated machines."""
 LEAST_ACCURACY: Final = 0.94
 LARGEST_LOSS: Final = 0.02
 """How much accuracy federated training may cost against training on the pooled data."""
@@ -59,6 +61,7 @@ class Report:
     """What happened: `decisions` as the ledger has them, every attack with its reasons, accuracies, seconds a step."""
 
     platform: str = "virtual"
+    booted: bool = False
     charter: str = ""
     accuracy: float = 0.0
     pooled_accuracy: float = 0.0
@@ -72,8 +75,11 @@ class Report:
         return {**asdict(self), "attacks": [asdict(one) for one in self.attacks]}
 
 
-def run_demo(folder: Path, display: Display) -> Report:
+def run_demo(folder: Path, display: Display, booted: Path | None = None) -> Report:
     """Run the whole story in `folder`, which is made anew.
+
+    `booted` names a built image: the three guests are then machines that boot it, and the attacks, which are played
+    on guests that are processes, are left out.
 
     Raises Refused when something that should work is refused, when a process dies in the middle (naming it), or when
     an attack succeeds. No process is left behind in any case.
@@ -83,7 +89,7 @@ def run_demo(folder: Path, display: Display) -> Report:
 
     def tell() -> None:
         try:
-            outcome.put(_tell(folder, processes, display))
+            outcome.put(_tell(folder, processes, display, booted))
         except BaseException as error:  # handed to the thread that waits below, which raises it
             outcome.put(error)
 
@@ -111,10 +117,10 @@ def run_demo(folder: Path, display: Display) -> Report:
         processes.stop_all()
 
 
-def _tell(folder: Path, processes: Processes, display: Display) -> Report:
-    report = Report()
+def _tell(folder: Path, processes: Processes, display: Display, booted: Path | None) -> Report:
+    report = Report(booted=booted is not None)
     with display.step("Three members found a virtual consortium") as step:
-        setting = found_consortium(folder)
+        setting = found_consortium(folder, booted)
         report.charter = setting.charter().id
         step.detail = f"charter {report.charter[:12]}, root signed by 3, threshold 2"
     with display.step("Two members approve image, places and code") as step:
@@ -135,18 +141,19 @@ def _tell(folder: Path, processes: Processes, display: Display) -> Report:
             start_guest(processes, setting, guest, honest_start(setting, guest))
         ready = {SERVER: "serving", **dict.fromkeys(SITES, "joined")}
         for guest in guests:
-            wait_for_event(processes.log_of(guest), ready[guest])
+            wait_for_event(processes.log_of(guest), ready[guest], within=BOOT_SECONDS if booted else START_SECONDS)
             step.detail += f"{', ' if step.detail else ''}{guest} on {setting.chips[guest].product.value}"
     with display.step("The approved job trains over two hospitals") as step:
         run = ProdEnv(setting.kit, workspace_root=folder / "result").execute(recipe)
         run.watch(lambda event: show_event(step, event, recipe.settings.num_rounds))
-        result = run.get_result(timeout=JOB_SECONDS)
+        result = run.get_result(timeout=BOOTED_JOB_SECONDS if booted else JOB_SECONDS)
     with display.step("The owner opens the sealed result") as step:
         measured = job.evaluate(result)
         report.accuracy, report.pooled_accuracy = measured["accuracy"], measured["pooled_accuracy"]
         step.detail = f"accuracy {report.accuracy:.4f}, pooled {report.pooled_accuracy:.4f}"
         check_accuracy(report)
-    for attack in (*attacks.ATTACKS, attacks.changed_bundle(bundle, recipe.first_model)):
+    played = () if booted else (*attacks.ATTACKS, attacks.changed_bundle(bundle, recipe.first_model))
+    for attack in played:
         with display.step(f"Attack: {attack.title}") as step:
             repelled = attack(setting, processes)
             report.attacks.append(repelled)
