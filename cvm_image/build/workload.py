@@ -20,6 +20,8 @@ OURS = "usr/lib/sealwright/packages"
 """Where our own packages lie in the guest."""
 WHEELS = "usr/lib/sealwright/wheels"
 """Where the locked wheels lie in the guest."""
+PATH_FILE = "usr/lib/python3/dist-packages/sealwright.pth"
+"""Names `WHEELS` to interpreters that our programs start as processes of their own (the Rego evaluator is one)."""
 GUEST = "usr/lib/sealwright/guest"
 """Where the modules of the guest's first program lie."""
 INIT = "usr/lib/sealwright/init"
@@ -48,6 +50,7 @@ def collect(recipe: Recipe, recipe_path: Path) -> dict[str, File]:
     if recipe.workload.packages:
         for name, data in collect_packages(guest_packages(recipe.variant)).items():
             files[f"{OURS}/{name}"] = File(data)
+        files[PATH_FILE] = File(f"/{WHEELS}\n".encode())
         _take_guest(recipe, files)
     if recipe.workload.files is not None:
         _take(recipe_path.parent / recipe.workload.files, files)

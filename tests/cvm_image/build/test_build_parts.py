@@ -18,7 +18,7 @@ from cvm_image.build.netfilter import packet_filter
 from cvm_image.build.recipe import Kernel, Network, Recipe, Workload
 from cvm_image.build.store import Store, content_key, digest_file
 from cvm_image.build.trees import settle
-from cvm_image.build.workload import OURS, WORLD_FILE, collect, unpack_wheels, write_tree
+from cvm_image.build.workload import OURS, PATH_FILE, WHEELS, WORLD_FILE, collect, unpack_wheels, write_tree
 
 INDEX = module_index(
     "kernel/drivers/md/dm-mod.ko.xz:\n"
@@ -67,6 +67,7 @@ def test_the_workload_is_our_packages_and_the_recipes_files(tmp_path: Path) -> N
     where = tmp_path / "tiny.toml"
     files = collect(recipe(workload=Workload(packages=True, files="more")), where)
     assert files[WORLD_FILE].data == b"virtual\n"
+    assert files[PATH_FILE].data == f"/{WHEELS}\n".encode()
     assert files["usr/start"].executable
     assert "usr/.hidden" not in files
     assert f"{OURS}/attestation/attester/virtual_port.py" in files
