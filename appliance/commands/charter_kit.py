@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from appliance.charter_files import moment_of, open_key, read_file, tell, write_file
+from appliance.charter_files import moment_of, open_key, put_files, read_file, tell, write_file
 from appliance.output import print_json
 from policies.errors import Unusable
 
@@ -66,6 +66,10 @@ def enrol(
     plan_file: PlanFile,
     charter: CharterFolder,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the proposal is written.")],
+    put: Annotated[
+        list[str] | None,
+        typer.Option("--put", metavar="PATH=FILE", help="Put FILE at a path as well, as code/DIGEST.json=bundle.toml."),
+    ] = None,
     note: Annotated[str, typer.Option("--note", help="One line for those who sign.")] = "",
     trust: Trust = None,
     at: At = None,
@@ -86,10 +90,11 @@ def enrol(
     current = current_charter(store, root)
     plan = read_plan(read_file(plan_file), str(plan_file))
     wanted = files_of(planned_documents(plan, current, plan_file.parent))
-    put = {path: raw for path, raw in wanted.items() if current.files.get(path) != raw}
-    if not put:
+    wanted |= put_files(put)
+    missing = {path: raw for path, raw in wanted.items() if current.files.get(path) != raw}
+    if not missing:
         raise Unusable("the charter has all of the plan already", where=str(plan_file), do="Make the kits.")
-    proposal: Proposal = propose(store, Changes(put=put), moment, root=root, note=note)
+    proposal: Proposal = propose(store, Changes(put=missing), moment, root=root, note=note)
     write_file(out, write_proposal(proposal))
     told = tell(proposal, moment, trust, as_json=as_json)
     if as_json:

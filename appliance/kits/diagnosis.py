@@ -43,11 +43,12 @@ def diagnose_kit(folder: Path, *, trust: bytes | None = None) -> list[Finding]:
         kit = open_signed_kit(folder, trust=trust)
     except KitRefused as error:
         return [Finding("kit", False, reason, error.do) for reason in error.reasons]
-    return [finding for step in _steps(kit, folder) for finding in step]
+    pinned = trust is not None or (folder / LOCAL / ROOT).is_file()
+    return [finding for step in _steps(kit, folder, pinned=pinned) for finding in step]
 
 
-def _steps(kit: SignedKit, folder: Path) -> Iterator[Iterator[Finding]]:
-    yield _kit(kit, folder)
+def _steps(kit: SignedKit, folder: Path, *, pinned: bool) -> Iterator[Iterator[Finding]]:
+    yield _kit(kit, pinned=pinned)
     yield (check() for check in _host_checks(kit))
     local = folder / LOCAL
     if kit.manifest.role == "broker":
@@ -65,12 +66,11 @@ def _steps(kit: SignedKit, folder: Path) -> Iterator[Iterator[Finding]]:
         yield _server(kit)
 
 
-def _kit(kit: SignedKit, folder: Path) -> Iterator[Finding]:
+def _kit(kit: SignedKit, *, pinned: bool) -> Iterator[Finding]:
     manifest = kit.manifest
     made = f"{manifest.place}, {len(kit.files)} files as signed by {kit.signer} on {format_time(manifest.made)}"
     yield Finding("kit", True, made)
-    known = (folder / LOCAL / ROOT).is_file()
-    how = "as in local/root.json" if known else "compare its id with your member"
+    how = "the one whose root you trust" if pinned else "compare this id with your member's signers"
     yield Finding(
         "charter", True, f"{manifest.charter}, version {manifest.charter_version}, {manifest.platform}: {how}"
     )
@@ -193,13 +193,13 @@ def _broker_keys(kit: SignedKit, local: Path) -> Iterator[Finding]:
     problem = "the charter has no such broker" if entry is None else broker_key_problem(local, entry)
     do = f"Move the folder that `seal broker init` made on this host to {local}."
     yield Finding("broker's keys", problem is None, problem or "signing key as in the charter", do)
-    for name in ("keys/signing.pem", "keys/issuer.pem", "keys/kek"):
+    for name in ("keys/signing.pem", "keys/issuer.pem", "keys/kek") if (local / "keys").is_dir() else ():
         yield _secret(local / name)
 
 
 def _user_keys(kit: SignedKit, local: Path) -> Iterator[Finding]:
     do = f"Move the folder that `seal charter user` made on this machine to {local}."
-    for name in ("tls.key", "signing.key", "results.key"):
+    for name in ("tls.key", "signing.key", "results.key") if local.is_dir() else ():
         yield _secret(local / name)
     user = kit.charter.user(kit.manifest.member, kit.manifest.name)
     try:
