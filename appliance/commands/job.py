@@ -208,6 +208,7 @@ def _show(found: Bundle, *, as_json: bool) -> None:
     lines = [
         f"digest   {found.digest}",
         f"job      {settings.name}: {settings.recipe}, {settings.num_rounds} rounds, {settings.min_clients}+ sites",
+        *([] if settings.options is None else [f"options  {settings.options.model_dump_json(exclude={'recipe'})}"]),
         f"script   {settings.train_script} {' '.join(settings.train_args)}".rstrip(),
         f"model    {parameters} numbers in {len(settings.model)} tensors, {settings.framework}, {settings.params_type}",
         *(f"file     {file.sha256[:16]}  {file.size:>8}  {file.path}" for file in found.manifest.files),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,12 @@ def test_a_feature_with_too_few_values_is_left_out(tmp_path: Path) -> None:
     found = load_file(run.get_result() / "model.safetensors")
     assert found["weight/count"] == 300, "the site with 100 records tells nothing"
     assert found["age/count"] == 299
+
+
+def test_a_reviewer_is_shown_a_recipes_options(tmp_path: Path) -> None:
+    digest = recipe_of("fedprox", tmp_path).export(tmp_path / "out")
+    seal = Path(sys.executable).parent / "seal"
+    command = [seal, "job", "show", tmp_path / "out" / "job.bundle"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert digest in shown
+    assert 'options  {"mu":0.7}' in shown
