@@ -12,26 +12,21 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from planning import plan_of
 
 from appliance.demo.setting import (
     HOSPITALS,
-    IMAGE,
-    MODEL_KEY,
     OWNER,
-    PRODUCTS,
     SERVER,
     SITES,
     Setting,
-    data_key,
     found_consortium,
-    member_of,
     now,
     publish,
-    vcpu_model,
 )
 from appliance.kits.enrolling import planned_documents
 from appliance.kits.making import Made, make_kits, write_kit
-from appliance.kits.plan import Plan, PlannedGuest, PlannedImage, PlannedUser
+from appliance.kits.plan import Plan
 from appliance.kits.starting import guest_start
 from appliance.kits.user_keys import create_user_keys, write_user_keys
 from policies.charter import Changes, files_of
@@ -59,35 +54,6 @@ class Planned:
     def make(self, key: Ed25519PrivateKey) -> list[Made]:
         """The kits of the plan, signed by `key`."""
         return make_kits(self.plan, self.setting.store, self.setting.first_root, key, now())
-
-
-def plan_of(setting: Setting) -> Plan:
-    server = PlannedGuest(
-        role="server",
-        name=SERVER,
-        member=OWNER,
-        image=IMAGE,
-        vcpu_model=vcpu_model(PRODUCTS[SERVER]),
-        listen=setting.server_address,
-        address=setting.server_address,
-        resources={"model": MODEL_KEY},
-    )
-    sites = tuple(
-        PlannedGuest(
-            role="site",
-            name=site,
-            member=member_of(site),
-            image=IMAGE,
-            vcpu_model=vcpu_model(PRODUCTS[site]),
-            server=SERVER,
-            disks=("data",),
-            resources={"data": data_key(site)},
-        )
-        for site in SITES
-    )
-    user = PlannedUser(name="reader", member=OWNER, server=SERVER, request="reader/request.json", rights="member")
-    image = PlannedImage(name=IMAGE, folder="image", source="the builder's release page")
-    return Plan(images=(image,), guests=(server, *sites), users=(user,))
 
 
 @pytest.fixture(scope="module")
