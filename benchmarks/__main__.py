@@ -1,14 +1,22 @@
-"""`make bench`: each measurement beside what limits it on this machine."""
+"""`make bench`: each measurement beside what limits it on this machine. `python -m benchmarks NAME…` chooses."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 
-from benchmarks import verifier
+from benchmarks import broker, federation, verifier
 
-MEASUREMENTS = {"verifier": verifier.measure}
+MEASUREMENTS: dict[str, Callable[[], Mapping[str, object]]] = {
+    "verifier": verifier.measure,
+    "broker": broker.measure,
+    "federation": federation.measure,
+}
 
 if __name__ == "__main__":
-    json.dump({name: measure() for name, measure in MEASUREMENTS.items()}, sys.stdout, indent=2)
+    chosen = sys.argv[1:] or list(MEASUREMENTS)
+    if unknown := [name for name in chosen if name not in MEASUREMENTS]:
+        sys.exit(f"no such benchmark: {', '.join(unknown)} (there are: {', '.join(MEASUREMENTS)})")
+    json.dump({name: MEASUREMENTS[name]() for name in chosen}, sys.stdout, indent=2)
     sys.stdout.write("\n")
