@@ -90,6 +90,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # a file or folder that was named, mostly to be written, and that no verb spoke of itself
+        unusable = Unusable(
+            error.strerror or str(error) or type(error).__name__,
+            where="this machine" if error.filename is None else str(error.filename),
+            do="See that its folder is there, has room, and may be written.",
+        )
+        sys.exit(report_error(unusable, as_json=as_json))
     sys.exit(result if isinstance(result, int) else 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 SEAL = [sys.executable, "-m", "appliance.cli"]
 
@@ -46,3 +47,12 @@ def test_doctor_names_the_purposes_it_knows() -> None:
     result = seal("doctor", "--for", "moon")
     assert result.returncode == 2
     assert "Name one of demo, guest-host." in result.stderr
+
+
+def test_what_cannot_be_written_is_one_error_that_names_it(tmp_path: Path) -> None:
+    result = seal("site", "key", str(tmp_path / "no-such-folder" / "data.key"), "--json")
+    assert result.returncode == 2
+    error = json.loads(result.stdout)["error"]
+    assert error["what"] == "No such file or directory"
+    assert str(tmp_path / "no-such-folder") in error["where"]
+    assert "Traceback" not in result.stderr
