@@ -125,6 +125,8 @@ def _tell(folder: Path, processes: Processes, display: Display, booted: Path | N
         step.detail = f"charter {report.charter[:12]}, root signed by 3, threshold 2"
     with display.step("Two members approve image, places and code") as step:
         recipe = job.make_recipe()
+        if booted is not None:  # the image holds no TensorBoard
+            recipe.settings = recipe.settings.model_copy(update={"tracking": None})
         bundle = make_bundle(recipe.folder, recipe.settings)
         seal_site_data(setting, job.split_patients())
         setting = admit(setting, bundle.digest, recipe.name)
