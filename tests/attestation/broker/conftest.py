@@ -104,6 +104,7 @@ class BrokerProcess:
     entry: BrokerEntry
     process: subprocess.Popen[str]
     lines: list[dict[str, Any]]
+    reader: threading.Thread
 
     def wait_for(self, event: str, seconds: float = 15) -> dict[str, Any]:
         """The first log line with this event; fails after `seconds`."""
@@ -120,6 +121,7 @@ class BrokerProcess:
     def stop(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
         self.process.wait(timeout=15)
+        self.reader.join(timeout=15)  # it ends with the pipe; closed under its hands, it would fail
         if self.process.stderr:
             self.process.stderr.close()
 
@@ -140,8 +142,9 @@ def start_broker(folder: Path, entry: BrokerEntry) -> BrokerProcess:
             for line in process.stderr or ()
         )
 
-    threading.Thread(target=read, daemon=True).start()
-    running = BrokerProcess(folder, entry, process, lines)
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    running = BrokerProcess(folder, entry, process, lines, reader)
     running.wait_for("ready")
     return running
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -21,6 +22,8 @@ from attestation.ledger.tree import verify_consistency
 from policies.errors import Refused, SealwrightError
 
 SITE_KEY = "borealis-hospital/key/data"
+left_to_the_collector = pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket:ResourceWarning")
+"""urllib3 closes the plain socket, not the TLS one, of a connection that is reset before its handshake begins."""
 
 
 def hammer(world: Any, ended: threading.Event, released: list[bytes], told: list[int]) -> None:
@@ -73,16 +76,19 @@ def kill_and_look(world: Any, tools: Any, folder: Path, kills: int, seed: int) -
             thread.join(timeout=30)
         with suppress(Refused):
             broker.stop()
+        gc.collect()  # such sockets are this test's, not the next one's
     entries = read_database(database, lambda step: step.entries(0, step.size()))
     assert all(parse_entry(entries[index]).kind == "job" for index in told)
     assert len(released) > kills / 4
     assert set(released) == {b"north's data key"}
 
 
+@left_to_the_collector
 def test_a_killed_broker_loses_nothing_that_it_told(world: Any, tools: Any, audited: Any) -> None:
     kill_and_look(world, tools, world.folder / "one", kills=2, seed=1)
 
 
+@left_to_the_collector
 @pytest.mark.long
 def test_a_broker_killed_two_hundred_times_loses_nothing(
     tmp_path: Path, virtual_vendor: Any, virtual_chips: Any, tools: Any
