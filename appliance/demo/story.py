@@ -86,12 +86,14 @@ def run_demo(folder: Path, display: Display, booted: Path | None = None) -> Repo
     """
     processes = Processes(folder / "logs")
     outcome: queue.Queue[Report | BaseException] = queue.Queue()
+    told = threading.Event()
 
     def tell() -> None:
         try:
             outcome.put(_tell(folder, processes, display, booted))
         except BaseException as error:  # handed to the thread that waits below, which raises it
             outcome.put(error)
+        told.wait()  # when this thread ends, the kernel ends the processes that it started: not before they are stopped
 
     narrator = threading.Thread(target=tell, name="story", daemon=True)
     try:
@@ -115,6 +117,7 @@ def run_demo(folder: Path, display: Display, booted: Path | None = None) -> Repo
         return ended
     finally:
         processes.stop_all()
+        told.set()
 
 
 def _tell(folder: Path, processes: Processes, display: Display, booted: Path | None) -> Report:
