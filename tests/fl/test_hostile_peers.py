@@ -479,6 +479,7 @@ def test_another_first_model_than_the_records_fails_the_job(
         ({"roster": SITES[:1]}, "is not approved in charter"),
         ({"approved_for": ("cygnus-bio",)}, "not approved for borealis-hospital"),
         ({"approved_days": -1}, "approval expired"),
+        ({"approved_job": "another"}, "approved for the job another"),
         ({"roster": ("cygnus-bio",), "approved_for": SITES}, None),
         ({"charter": "0" * 64, "approved_for": SITES}, "another charter"),
         ({"rounds": 9, "approved_for": SITES}, "not the bundle's"),
@@ -498,8 +499,9 @@ def test_a_site_approves_for_itself_whatever_the_server_says(
     script = f"# {changes}\n" + Path(__file__).read_text()[:200]
     bundle, model = make_job(tmp_path, script, num_rounds=1, min_clients=1)
     sites, days = changes.pop("approved_for", None), changes.pop("approved_days", 1)
-    if sites is not None or days != 1:
-        world.approve(bundle, sites or SITES, days=days)
+    name = changes.pop("approved_job", bundle.settings.name)
+    if sites is not None or days != 1 or name != bundle.settings.name:
+        world.approve(bundle, sites or SITES, days=days, job=name)
     record, token, sealed = craft(world, bundle, model, **changes)
     world.told.clear()
     with model, world.site(server, SITES[0]), world.client(server) as client:
