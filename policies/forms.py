@@ -108,9 +108,14 @@ class Document(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the canonical members: what differs from its default, so that a field that a later version adds (with
+        a default that means what its absence meant) changes no document that was signed before it."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
     def to_bytes(self) -> bytes:
         """Return the canonical JSON (RFC 8785) of this document: what is stored, hashed and signed."""
-        return rfc8785.dumps(self.model_dump(mode="json"))
+        return rfc8785.dumps(self.to_json())
 
 
 D = TypeVar("D", bound=Document)
@@ -129,7 +134,7 @@ def parse_document(kind: type[D], raw: bytes, where: str) -> D:
     """Return the document of `kind` in `raw`.
 
     Raises MalformedDocument if `raw` is larger than DOCUMENT_LIMIT, is no such document, or is not the canonical form
-    of it (which also refuses duplicate members, trailing bytes and omitted fields).
+    of it (which also refuses duplicate members, trailing bytes and spelt-out defaults).
     """
     do = "Write it with Sealwright's own commands; do not edit it by hand."
     if len(raw) > DOCUMENT_LIMIT:

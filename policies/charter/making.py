@@ -131,7 +131,7 @@ def _assemble(
                 keys=root_keys(consortium),
                 roles=root_roles(consortium),
                 consistent_snapshot=True,
-                unrecognized_fields={CONSORTIUM_FIELD: consortium.model_dump(mode="json")},
+                unrecognized_fields={CONSORTIUM_FIELD: consortium.to_json()},
             )
         )
     wanted = delegations(consortium)

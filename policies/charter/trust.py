@@ -113,7 +113,7 @@ def read_consortium(name: str, root: Root) -> tuple[Consortium | None, list[str]
     except ValidationError as error:
         return None, [f"{name}: its consortium is not valid: {words}" for words in complaints(error)]
     reasons = []
-    if consortium.model_dump(mode="json") != root.unrecognized_fields[CONSORTIUM_FIELD]:
+    if consortium.to_json() != root.unrecognized_fields[CONSORTIUM_FIELD]:
         reasons.append(f"{name}: its consortium leaves out fields")
     if root.consistent_snapshot is not True:
         reasons.append(f"{name}: consistent snapshots are not on")

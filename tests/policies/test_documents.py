@@ -17,6 +17,7 @@ from policies.documents import (
     INIT_DATA_LIMIT,
     BrokerAddress,
     Document,
+    Enrolment,
     InitData,
     ServerAddress,
     init_data_digest,
@@ -86,6 +87,17 @@ def test_fields_hold_what_they_must(field: str, value: object) -> None:
     table = {**json.loads(image("demo").to_bytes()), field: value}
     with pytest.raises(MalformedDocument):
         parse_document(type(image("demo")), json.dumps(table, separators=(",", ":"), sort_keys=True).encode(), "x")
+
+
+def test_a_field_of_a_later_version_leaves_older_documents_readable() -> None:
+    class Later(Enrolment):
+        floor: int = 3
+
+    signed = enrolment("site", "borealis-site", "borealis-hospital").to_bytes()
+    assert parse_document(Later, signed, "enrolment").to_bytes() == signed
+    assert b'"floor"' in parse_document(Later, signed, "enrolment").model_copy(update={"floor": 4}).to_bytes()
+    with pytest.raises(MalformedDocument, match="canonical"):
+        parse_document(Later, signed.replace(b'"image"', b'"floor":3,"image"'), "enrolment")
 
 
 def test_times_are_in_utc_and_whole_seconds() -> None:
