@@ -12,7 +12,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from policies.errors import Refused
@@ -30,6 +31,21 @@ class Watched:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    lasting: str | None = None
+    """A program that, wherever it runs below the process, is to live as long as the process itself. A service may
+    replace such a helper when it dies, but in an undertaking that is watched its death is a sign."""
+    seen: set[int] = field(default_factory=set)
+
+    def lost(self) -> str | None:
+        """Which lasting program has ended although the process itself lives."""
+        if self.lasting is None:
+            return None
+        now = {pid for pid in _below(self.process.pid) if self.lasting in _command(pid)}
+        gone = sorted(self.seen - now)
+        self.seen.update(now)
+        if not gone or self.process.poll() is not None:
+            return None
+        return f"{Path(self.lasting).stem}, process {gone[0]} of {self.name},"
 
     def last_words(self) -> str:
         """The last lines of its log, for a message about its end."""
@@ -45,9 +61,17 @@ class Processes:
         self._running: dict[str, Watched] = {}
         self._lock = threading.Lock()
 
-    def start(self, name: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Watched:
+    def start(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        lasting: str | None = None,
+    ) -> Watched:
         """Start `argv` under `name`; its output goes to `<logs>/<name>.log`.
 
+        `lasting` is a program that must not end below it before itself (`Watched.lasting`).
         The kernel sends SIGTERM to it when the *thread* that started it ends, so start from one that lives long enough.
         """
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -61,7 +85,7 @@ class Processes:
                 env=None if env is None else dict(env),
                 start_new_session=True,
             )
-        watched = Watched(name, process, log)
+        watched = Watched(name, process, log, lasting)
         with self._lock:
             self._running[name] = watched
         return watched
@@ -70,14 +94,22 @@ class Processes:
         """Where the process of this name writes, or wrote."""
         return self._logs / f"{name}.log"
 
-    def dead(self, *, within: float = 0.0) -> Watched | None:
-        """The first process found to have ended although nobody stopped it, looked for during `within` seconds."""
+    def dead(self, *, within: float = 0.0) -> Refused | None:
+        """The sentence that names the first process found to have ended although nobody stopped it.
+
+        Looked for during `within` seconds; None if all live.
+        """
         deadline = time.monotonic() + within
         while True:
             with self._lock:
-                ended = [watched for watched in self._running.values() if watched.process.poll() is not None]
-            if ended or time.monotonic() >= deadline:
-                return ended[0] if ended else None
+                for watched in self._running.values():
+                    if watched.process.poll() is not None:
+                        return _died(watched)
+                    lost = watched.lost()
+                    if lost is not None:
+                        return _ended(lost, "ended", watched)
+            if time.monotonic() >= deadline:
+                return None
             time.sleep(0.05)
 
     def stop(self, name: str) -> None:
@@ -109,16 +141,36 @@ class Processes:
         _end(remaining)
 
 
-def died(watched: Watched) -> Refused:
+def _died(watched: Watched) -> Refused:
     """The sentence that names a process which ended in the middle."""
     status = watched.process.returncode
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+    return _ended(watched.name, how, watched)
+
+
+def _ended(who: str, how: str, watched: Watched) -> Refused:
     words = watched.last_words()
     return Refused(
-        f"{watched.name} {how} in the middle, so everything was stopped",
+        f"{who} {how} in the middle, so everything was stopped",
         where=str(watched.log),
-        do=f"Its last words: {words}" if words else "It wrote nothing.",
+        do=f"The last words there: {words}" if words else "Nothing was written there.",
     )
+
+
+def _below(parent: int) -> list[int]:
+    """The processes below `parent`, each after its parent."""
+    found = [parent]
+    for pid in found:
+        for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):  # it ended while it was looked at: the next look tells
+                found += map(int, listed.read_text("ascii").split())
+    return found[1:]
+
+
+def _command(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
 
 
 def _end(processes: Sequence[Watched]) -> None:

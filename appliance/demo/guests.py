@@ -23,6 +23,8 @@ from appliance.processes import Processes
 from policies.errors import Refused
 
 POLL_SECONDS: Final = 0.05
+EVALUATOR: Final = "rego_worker.py"
+"""What evaluates rules below broker and guests. They would replace a dead one; here its death ends all."""
 START_SECONDS: Final = 40.0
 """How long a process may take until it is ready."""
 BOOT_SECONDS: Final = 420.0
@@ -63,13 +65,13 @@ def start_guest(processes: Processes, setting: Setting, name: str, start: Start)
     argv += [] if start.id_block else ["--no-id-block"]
     for disk, path in start.disks.items():
         argv += ["--disk", f"{disk}={path}"]
-    processes.start(name, argv)
+    processes.start(name, argv, lasting=EVALUATOR)
 
 
 def start_broker(processes: Processes, setting: Setting) -> None:
     """Start the broker's process."""
     config = setting.folder / "broker/broker.toml"
-    processes.start(BROKER, [sys.executable, "-m", "attestation.broker", str(config)])
+    processes.start(BROKER, [sys.executable, "-m", "attestation.broker", str(config)], lasting=EVALUATOR)
 
 
 def console(log: Path) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ from appliance.demo.setting import (
 )
 from appliance.kits.making import make_user_kit, write_kit
 from appliance.kits.user_keys import write_user_keys
-from appliance.processes import Processes, died
+from appliance.processes import Processes
 from attestation.broker.config import CONFIG_NAME, load_config
 from attestation.broker.storage import read_database
 from attestation.connection import BrokerClient
@@ -106,11 +106,11 @@ def run_demo(folder: Path, display: Display, booted: Path | None = None) -> Repo
                 except queue.Empty:
                     dead = processes.dead()
                     if dead is not None:
-                        raise died(dead) from None
+                        raise dead from None
         if isinstance(ended, BaseException):
             dead = processes.dead(within=SETTLE_SECONDS)
             if dead is not None:
-                raise died(dead) from ended
+                raise dead from ended
             if isinstance(ended, AttackSucceeded):
                 raise Refused(str(ended), where="attacks", do="This is a defect: please report it.") from ended
             raise ended

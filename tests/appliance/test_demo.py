@@ -177,25 +177,34 @@ def processes_of(folder: Path) -> dict[int, list[str]]:
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
+            words = command_line(int(entry.name))
             if any(str(folder) in word for word in words):
                 found[int(entry.name)] = words
     return found
 
 
+def command_line(pid: int) -> list[str]:
+    """The words of a process's command line; none if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return []
+
+
 def kill(folder: Path, *marks: str) -> None:
-    """Kill the one process under `folder` whose command line has all `marks`."""
-    (victim,) = [pid for pid, words in processes_of(folder).items() if all(mark in " ".join(words) for mark in marks)]
-    os.kill(victim, signal.SIGKILL)
+    """Kill the first process under `folder`, or below one of those, whose command line has all `marks`."""
+    named = processes_of(folder)
+    below = {child: command_line(child) for parent in named for child in descendants(parent)}
+    victims = [pid for pid, words in {**named, **below}.items() if all(mark in " ".join(words) for mark in marks)]
+    assert victims
+    os.kill(victims[0], signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
     ("marks", "named"),
     [
         (("attestation.broker",), "acme-broker was ended by SIGKILL"),
+        (("rego_worker.py",), "rego_worker, process"),
         (("cut/run/borealis-site/guest", "/init"), "borealis-site ended with exit status 137"),
         pytest.param(
             ("attestation.virtual", "chips/acme-server"), "acme-server was ended by SIGKILL", marks=pytest.mark.long

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.processes import Processes, died
+from appliance.processes import Processes
 from policies.errors import Refused
 
 SLEEP = [sys.executable, "-c", "import time; print('started', flush=True); time.sleep(60)"]
@@ -44,7 +44,7 @@ def test_a_killed_process_is_found_and_named_with_its_signal(tmp_path: Path) -> 
     assert wait_until(lambda: processes.dead() is not None)
     dead = processes.dead()
     assert dead is not None
-    assert "site-borealis was ended by SIGKILL" in str(died(dead))
+    assert "site-borealis was ended by SIGKILL" in str(dead)
     processes.stop_all()
     assert wait_until(lambda: gone(victim.process.pid))
 
