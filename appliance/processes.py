@@ -41,7 +41,8 @@ class Watched:
         if self.lasting is None:
             return None
         now = {pid for pid in _below(self.process.pid) if self.lasting in _command(pid)}
-        gone = sorted(self.seen - now)
+        # The kernel's lists of children may leave one out while others come and go: ask for each by its number.
+        gone = sorted(pid for pid in self.seen - now if self.lasting not in _command(pid))
         self.seen.update(now)
         if not gone or self.process.poll() is not None:
             return None

@@ -210,6 +210,13 @@ class _Workers:
 
 
 _workers = _Workers()
+
+
+def end_idle_evaluators() -> None:
+    """End the evaluating processes that have nothing to do; the next decision starts one again."""
+    _workers.close()
+
+
 atexit.register(_workers.close)
 os.register_at_fork(after_in_child=_workers.forget)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from appliance.output import print_json
 from policies.errors import Unusable
+
+if TYPE_CHECKING:
+    from attestation.ledger.audit import AuditReport
+    from attestation.ledger.audits import LedgersReport
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Check a ledger, its receipts and evidence offline.")
 
@@ -44,23 +48,35 @@ def verify(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Check the bundle in DIR from the charter's first root alone: every file, every signature, every decision."""
+    """Check the bundle in DIR from the charter's first root alone: every file, every signature, every decision.
+
+    DIR may hold the bundles of several brokers, each in a folder with its broker's name: then all are checked.
+    """
     from attestation.endorsements.sources import read_bounded
     from attestation.ledger.audit import verify_audit
+    from attestation.ledger.audits import holds_several, verify_audits
 
     root = read_bounded(trust, ROOT_LIMIT, "root")
     if not root.startswith(b"{"):
         raise Unusable("this is no charter's root", where=str(trust), do="Give 1.root.json as handed out.")
-    report = verify_audit(folder, root)
+    found = verify_audits(folder, root) if holds_several(folder) else verify_audit(folder, root)
     if as_json:
-        print_json(report.to_json())
+        print_json(found.to_json())
     else:
-        for problem in report.problems:
-            typer.echo(f"{problem.file}: {problem.reason}")
+        _tell(found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _tell(found: AuditReport | LedgersReport) -> None:
+    from attestation.ledger.audit import AuditReport
+
+    for problem in found.problems:
+        typer.echo(f"{problem.file}: {problem.reason}")
+    reports = [found] if isinstance(found, AuditReport) else list(found.ledgers.values())
+    for report in reports:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items()))
         typer.echo(f"{report.entries} entries ({kinds or 'none'}) of broker {report.broker or '?'}")
-        if report.platform == "virtual":
-            typer.echo("The platform is virtual: nothing here vouches for hardware.")
-        typer.echo("The story holds." if report.ok else f"The story does not hold: {len(report.problems)} problems.")
-    if not report.ok:
-        raise typer.Exit(1)
+    if any(report.platform == "virtual" for report in reports):
+        typer.echo("The platform is virtual: nothing here vouches for hardware.")
+    typer.echo("The story holds." if found.ok else f"The story does not hold: {len(found.problems)} problems.")

@@ -32,7 +32,8 @@ def demo(
 ) -> int:
     """Run one attested federated job and its attacks, end to end.
 
-    Everything runs on this machine: a broker, a server and two sites as processes of their own, on virtual chips.
+    Everything runs on this machine: brokers, a server and two sites as processes of their own, on virtual chips. A
+    charter is founded, and everything started from signed kits, by the verbs of `seal`: OUT/commands.sh lists them.
 
     With --vm they are machines that QEMU emulates, which takes minutes; the attacks are then left out.
 
@@ -79,11 +80,12 @@ def _decisions(report: Report) -> Table:
 
     from appliance.demo.display import brief
 
-    table = Table("entry", "who", "image", "measurement", "TCB", "decision", box=None, pad_edge=False)
+    table = Table("broker", "entry", "who", "image", "measurement", "TCB", "decision", box=None, pad_edge=False)
     for row in report.decisions:
         refused = row["kind"] == "denial"
         words = f"{row['what']} {row['outcome']}" if row["what"] else row["outcome"]
         table.add_row(
+            row["broker"],
             str(row["entry"]),
             row["who"],
             row["image"] or "",

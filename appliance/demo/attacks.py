@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from appliance.demo.guests import Start, honest_start, last_refusal, start_guest
-from appliance.demo.setting import BROKER, OWNER, SERVER, Setting, image_reference, init_data, now
+from appliance.demo.guests import Start, honest_start, last_refusal, start_otherwise
+from appliance.demo.setting import BROKER, IMAGE, OWNER, SERVER, Setting
 from appliance.processes import Processes
 from attestation.binding import NONCE_SIZE, report_data
 from attestation.canonical import b64, unb64
@@ -35,9 +35,10 @@ from fl.environments.kit import current_charter, open_kit
 from fl.environments.user_client import UserClient
 from fl.jobs.bundle import Bundle, make_bundle
 from fl.transport.memory import SealedMemory
-from policies.charter import Changes, files_of, path_of, propose, publish, sign
-from policies.documents import InitData, write_init_data
+from policies.charter import path_of
+from policies.documents import InitData, parse_init_data, write_init_data
 from policies.errors import Refused
+from policies.kits import INIT_DATA
 
 REFUSAL_SECONDS: Final = 30.0
 CONTACT_SECONDS: Final = 10.0
@@ -75,9 +76,9 @@ def foreign_charter(title: str, setting: Setting, processes: Processes) -> Repel
 
     The guest itself turns away from brokers of another charter; so a program of the host's sends the evidence as well.
     """
-    document = init_data(setting, SITE).model_copy(update={"charter": "0" * 64})
+    document = _init_data(setting, SITE).model_copy(update={"charter": "0" * 64})
     booted = _boot_with(title, setting, processes, document)
-    client = BrokerClient(setting.broker, setting.charter().consortium.trust_domain)
+    client = _client(setting)
     try:
         host = _Impostor(setting, write_init_data(document))
         session = host.open(client)
@@ -89,7 +90,8 @@ def foreign_charter(title: str, setting: Setting, processes: Processes) -> Repel
 
 def another_place(title: str, setting: Setting, processes: Processes) -> Repelled:
     """A site's host boots the approved image with init-data that claims the server's place."""
-    document = init_data(setting, SERVER).model_copy(update={"listen": init_data(setting, SITE).brokers[0].url[8:]})
+    at = setting.broker().url.removeprefix("https://")
+    document = _init_data(setting, SERVER).model_copy(update={"listen": at})
     return _boot_with(title, setting, processes, document)
 
 
@@ -101,7 +103,7 @@ def debug_guest(title: str, setting: Setting, processes: Processes) -> Repelled:
 
 def replayed_evidence(title: str, setting: Setting, _: Processes) -> Repelled:
     """Evidence that was good in an earlier session is sent in a new one."""
-    client = BrokerClient(setting.broker, setting.charter().consortium.trust_domain)
+    client = _client(setting)
     try:
         guest = _Impostor(setting)
         first = guest.open(client)
@@ -114,7 +116,7 @@ def replayed_evidence(title: str, setting: Setting, _: Processes) -> Repelled:
 
 def swapped_key(title: str, setting: Setting, _: Processes) -> Repelled:
     """Somebody between guest and broker puts a key of its own beside the guest's evidence."""
-    client = BrokerClient(setting.broker, setting.charter().consortium.trust_domain)
+    client = _client(setting)
     try:
         guest = _Impostor(setting)
         session = guest.open(client)
@@ -127,12 +129,16 @@ def swapped_key(title: str, setting: Setting, _: Processes) -> Repelled:
 
 def one_signature(title: str, setting: Setting, _: Processes) -> Repelled:
     """One member alone publishes a charter that approves another image."""
-    at = now()
-    reference = image_reference(setting.image, setting.manifest).model_copy(update={"svn": setting.manifest.svn + 1})
-    proposal = propose(setting.store, Changes(put=files_of([reference])), at)
-    signed = sign(proposal, setting.members[OWNER], at)
+    reference, folder = setting.charter().image(IMAGE), setting.folder / "attacks"
+    if reference is None:
+        raise AttackSucceeded(f"the charter has no image {IMAGE} to replace")
+    other, proposal = folder / "image.json", folder / "alone.json"
+    other.write_bytes(reference.model_copy(update={"svn": reference.svn + 1}).to_bytes())
+    words = ("--put", f"images/{IMAGE}.json={other}", "--out", proposal)
+    setting.seal("charter", "propose", setting.charter_folder, *words)
+    setting.seal("charter", "sign", proposal, "--key", setting.member_key(OWNER), "--yes")
     try:
-        publish(setting.store, signed, at)
+        setting.seal("charter", "publish", proposal, "--to", setting.charter_folder)
     except Refused as refusal:
         return Repelled(title, "charter", refusal.reasons)
     raise AttackSucceeded("a charter that one member signed was published")
@@ -191,13 +197,21 @@ def _boot_with(title: str, setting: Setting, processes: Processes, document: Ini
 def _boot(title: str, setting: Setting, processes: Processes, start: Start) -> Repelled:
     """Boot a guest that must be refused."""
     name = f"attack-{_slug(title)}"
-    start_guest(processes, setting, name, start)
+    start_otherwise(processes, setting, name, start)
     log = processes.log_of(name)
     status = processes.finish(name, within=REFUSAL_SECONDS, what="it should have been refused")
     reasons = last_refusal(log)
     if status != 1 or not reasons:
         raise AttackSucceeded(f"{title}: the guest ended with status {status} and was not refused (see {log})")
     return Repelled(title, BROKER, reasons)
+
+
+def _init_data(setting: Setting, guest: str) -> InitData:
+    return parse_init_data((setting.guest_kit(guest) / INIT_DATA).read_bytes())
+
+
+def _client(setting: Setting) -> BrokerClient:
+    return BrokerClient(setting.broker(), setting.charter().consortium.trust_domain)
 
 
 def _slug(title: str) -> str:
@@ -208,8 +222,9 @@ class _Impostor:
     """A program on a host that owns the chip, knows the protocol, and speaks to the broker as it likes."""
 
     def __init__(self, setting: Setting, init_data: bytes | None = None) -> None:
-        self._setting = setting
-        self._init_data = read_init_data(setting.init_data(SITE)) if init_data is None else init_data
+        self._chip, self._vendor = setting.processor(SITE)
+        own = setting.guest_kit(SITE) / INIT_DATA
+        self._init_data = read_init_data(own) if init_data is None else init_data
         settings = LaunchSettings(vcpu_model="EPYC-Milan")
         self._context = launch(read_measured(setting.image), settings, self._init_data, os.urandom(32))
         self._kem, self._tls = HybridPrivateKey.generate(), ec.generate_private_key(ec.SECP256R1())
@@ -231,10 +246,11 @@ class _Impostor:
 
     def evidence(self, session: Mapping[str, Any], keys: Mapping[str, bytes]) -> SnpEvidence:
         """A genuine report for this session and these keys."""
-        charter, chip = session["charter"], self._setting.chips[SITE]
+        charter = session["charter"]
         nonce = unb64(session["nonce"], where="nonce")
         data = report_data(BROKER, charter["id"], charter["version"], nonce, keys)
-        return SnpEvidence(report_for(chip, self._context, data), chip.certificate_table(self._setting.vendor))
+        table = self._chip.certificate_table(self._vendor)
+        return SnpEvidence(report_for(self._chip, self._context, data), table)
 
     def attest(
         self, client: BrokerClient, session: Mapping[str, Any], evidence: SnpEvidence, keys: Mapping[str, bytes]

@@ -40,7 +40,14 @@ class Display:
         """Show the steps while this context is open."""
         if not self._live:
             return nullcontext()
-        return Live(console=self._console, get_renderable=self._table, refresh_per_second=10)
+        # Standard output and error stay themselves: verbs that run meanwhile divert them.
+        return Live(
+            console=self._console,
+            get_renderable=self._table,
+            refresh_per_second=10,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
 
     @contextmanager
     def step(self, title: str) -> Iterator[Step]:

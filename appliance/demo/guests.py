@@ -5,22 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.demo.setting import (
-    BOOTED_SERVER_PORT,
-    BROKER,
-    PRODUCTS,
-    SERVER,
-    SITES,
-    Setting,
-    vcpu_model,
-)
+from appliance.demo.setting import PRODUCTS, SITES, Setting, vcpu_model
+from appliance.kits.starting import DISKS
 from appliance.processes import Processes
 from policies.errors import Refused
+from policies.kits import INIT_DATA, LOCAL
 
 POLL_SECONDS: Final = 0.05
 EVALUATOR: Final = "rego_worker.py"
@@ -33,45 +27,47 @@ BOOT_SECONDS: Final = 420.0
 
 @dataclass(frozen=True)
 class Start:
-    """How a host starts a guest: on whose chip, from which image and init-data, with which guest policy.
+    """How a host starts a guest when it does not follow its kit: which image and init-data, with which guest policy.
 
     `id_block` False leaves out the image's ID block: the secure processor then starts whatever the host likes.
     """
 
-    chip: str
+    guest: str
     image: Path
     init_data: Path
     policy: int = 0x30000
     id_block: bool = True
-    disks: Mapping[str, Path] = field(default_factory=dict)
 
 
 def honest_start(setting: Setting, guest: str) -> Start:
-    """The start that the charter foresees for a guest."""
-    disks = {"data": setting.sealed_data(guest)} if guest in SITES else {}
-    return Start(guest, setting.image, setting.init_data(guest), disks=disks)
+    """What a guest's kit starts."""
+    return Start(guest, setting.image, setting.guest_kit(guest) / INIT_DATA)
 
 
-def start_guest(processes: Processes, setting: Setting, name: str, start: Start) -> None:
-    """Start a guest by its virtual platform, as a process or booted; its console goes to the log of `name`."""
-    if setting.booted is None:
-        argv = [sys.executable, "-m", "attestation.virtual", "--image", str(start.image)]
-    else:
-        argv = [sys.executable, "-m", "appliance.cli", "vm", "boot", str(start.image), "--vcpus", "1"]
-        argv += ["--forward", f"{BOOTED_SERVER_PORT}:{BOOTED_SERVER_PORT}"] if name == SERVER else []
-    argv += ["--vendor", str(setting.vendor.folder), "--chip", str(setting.chip_folder(start.chip))]
-    argv += ["--init-data", str(start.init_data), "--policy", hex(start.policy)]
-    argv += ["--vcpu-model", vcpu_model(PRODUCTS[start.chip]), "--run", str(setting.folder / "run" / name)]
-    argv += [] if start.id_block else ["--no-id-block"]
-    for disk, path in start.disks.items():
-        argv += ["--disk", f"{disk}={path}"]
-    processes.start(name, argv, lasting=EVALUATOR)
+def start_guest(processes: Processes, setting: Setting, guest: str) -> None:
+    """Start a guest from its kit; its console goes to the log of `guest`."""
+    _start(processes, setting, guest, "vm", "launch", str(setting.guest_kit(guest)))
 
 
-def start_broker(processes: Processes, setting: Setting) -> None:
-    """Start the broker's process."""
-    config = setting.folder / "broker/broker.toml"
-    processes.start(BROKER, [sys.executable, "-m", "attestation.broker", str(config)], lasting=EVALUATOR)
+def start_broker(processes: Processes, setting: Setting, broker: str) -> None:
+    """Start a broker from its kit."""
+    _start(processes, setting, broker, "broker", "run", str(setting.broker_kit(broker)))
+
+
+def start_otherwise(processes: Processes, setting: Setting, name: str, start: Start) -> None:
+    """Start a guest as a hostile host does, past its kit; its console goes to the log of `name`."""
+    words = ["vm", "launch", str(start.image), "--init-data", str(start.init_data), "--policy", hex(start.policy)]
+    words += ["--vendor", str(setting.vendor(start.guest)), "--chip", str(setting.chip(start.guest))]
+    words += ["--vcpu-model", vcpu_model(PRODUCTS[start.guest]), "--run", str(setting.folder / "attacks/run" / name)]
+    words += [] if start.id_block else ["--no-id-block"]
+    if start.guest in SITES:
+        words += ["--disk", f"data={setting.guest_kit(start.guest) / LOCAL / DISKS / 'data'}"]
+    _start(processes, setting, name, *words)
+
+
+def _start(processes: Processes, setting: Setting, name: str, *words: str) -> None:
+    setting.seal.note(["seal", *words])
+    processes.start(name, [sys.executable, "-m", "appliance.cli", *words], lasting=EVALUATOR)
 
 
 def console(log: Path) -> Iterator[dict[str, Any]]:

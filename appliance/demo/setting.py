@@ -1,75 +1,55 @@
-"""The setting of the demonstration: three members with their keys, a virtual vendor's chips, an image, a broker, a
-charter that two members sign, and data that lies sealed on disk.
+"""The setting of the demonstration: three members, each with a folder that stands for its own host, and who runs what.
 
-Everything is made anew in one folder; nothing in it outlives the next run.
+`founding` fills it by the commands of `seal`. Everything is made anew in one folder; nothing in it outlives the next
+run. What members send each other goes through `shared`: public halves, requests, proposals, images, never a secret.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import os
 import shutil
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from appliance.kits.user_keys import UserKeys, create_user_keys
-from attestation.broker.config import create_broker
+from appliance.demo.verbs import Verbs
+from appliance.kits.starting import CHIP, VENDOR
 from attestation.evidence.report import Product
-from attestation.virtual.chip import Chip, create_chip
-from attestation.virtual.vendor import Vendor, create_vendor
-from cvm_image.generate import LaunchGrid, generate_image
-from cvm_image.manifest import MANIFEST, ImageManifest
-from cvm_image.signing import SigningKeys, create_signing_keys
-from cvm_image.verify import load_image
-from fl.guard.sealed_data import seal_file
-from policies.charter import Changes, Charter, amend, files_of, found, load_charter, write_store
-from policies.charter.layout import release_path
-from policies.documents import (
-    BrokerAddress,
-    BrokerEntry,
-    BundleApproval,
-    Consortium,
-    Document,
-    Enrolment,
-    ImageReference,
-    InitData,
-    Member,
-    ReferenceMeasurement,
-    ServerAddress,
-    VirtualRoot,
-    init_data_digest,
-    write_init_data,
-)
+from attestation.virtual.chip import Chip, load_chip
+from attestation.virtual.vendor import Vendor, load_vendor
+from policies.charter import Charter, current_charter, read_store
+from policies.documents import BrokerEntry
 from policies.errors import Unusable
-from policies.keys import generate_ed25519, load_private_key, public_pem
-from policies.ready_made import release_policy, shared_policies
+from policies.kits import LOCAL
 
 OWNER: Final = "acme-pharma"
 HOSPITALS: Final = ("borealis-hospital", "cygnus-bio")
 MEMBERS: Final = (OWNER, *HOSPITALS)
 SCIENTIST: Final = "scientist"
-BROKER: Final = "acme-broker"
+BROKERS: Final[Mapping[str, str]] = {"acme-broker": OWNER}
+"""Each broker's name and the member who runs it; the first is the one that attacks go to."""
+BROKER_THRESHOLD: Final = 1
+"""How many brokers must vouch for a guest, and put the time on the charter."""
+BROKER: Final = next(iter(BROKERS))
 SERVER: Final = "acme-server"
 SITES: Final[Mapping[str, str]] = {"borealis-site": "borealis-hospital", "cygnus-site": "cygnus-bio"}
 """Each site's name and its member."""
+GUESTS: Final = (SERVER, *SITES)
 PRODUCTS: Final[Mapping[str, Product]] = {
     SERVER: Product.GENOA,
     "borealis-site": Product.MILAN,
     "cygnus-site": Product.TURIN,
 }
+"""The processor of each guest's host."""
 IMAGE: Final = "fl"
 MODEL_KEY: Final = f"{OWNER}/key/model"
-APPROVAL_DAYS: Final = 30
 BOOTED_BROKER_PORT: Final = 9443
+"""The first broker's port for booted guests; the others' follow."""
 BOOTED_SERVER_PORT: Final = 8443
-"""The ports that a booted image's packet filter lets through (`cvm_image/recipes/fl.toml`)."""
+"""Ports that a booted image's packet filter lets through (`cvm_image/recipes/fl.toml`)."""
 HOST_SEEN_BY_GUEST: Final = "10.0.2.2"
 """The host's loopback, as QEMU's user network shows it to a booted guest."""
 MARK: Final = "demonstration"
@@ -81,60 +61,120 @@ def data_key(site: str) -> str:
     return f"{SITES[site]}/key/data"
 
 
+def owner_of(resource: str) -> str:
+    """The member whose resource it is."""
+    return resource.partition("/")[0]
+
+
+def brokers_of(resource: str) -> tuple[str, ...]:
+    """Where a resource is deposited: at its own member's broker, or at the first where the member runs none.
+
+    One broker holds a resource whole. A resource that is split among several names them here.
+    """
+    own = [broker for broker, member in BROKERS.items() if member == owner_of(resource)]
+    return ((own or [BROKER])[:1][0],)
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What was set up, and where it lies. `first_root` is the charter's identity: its SHA-256 names the charter."""
+    """Where everything lies, and the ports. `seal` runs a verb and writes it down."""
 
     folder: Path
-    members: Mapping[str, Ed25519PrivateKey] = field(repr=False)
-    broker: BrokerEntry
-    broker_key: Ed25519PrivateKey = field(repr=False)
-    vendor: Vendor
-    chips: Mapping[str, Chip] = field(repr=False)
-    manifest: ImageManifest
-    builder: SigningKeys = field(repr=False)
-    scientist: UserKeys = field(repr=False)
-    data_keys: Mapping[str, bytes] = field(repr=False)
-    model_key: bytes = field(repr=False)
-    server_address: str
-    store: Mapping[str, bytes] = field(repr=False)
+    broker_ports: Mapping[str, int]
+    server_port: int
     booted: Path | None = None
     """The built image that guests boot as machines; None: guests are processes of a generated image."""
+    seal: Verbs = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seal", Verbs(self.folder))
+
+    # --- hosts ------------------------------------------------------------------------------------------------------
+
+    def home(self, member: str) -> Path:
+        """A member's own host."""
+        return self.folder / member
+
+    @property
+    def shared(self) -> Path:
+        """What members send each other."""
+        return self.folder / "shared"
 
     @property
     def image(self) -> Path:
         """The image's folder."""
-        return self.booted or self.folder / "image"
+        return self.booted or self.shared / "image"
 
-    @property
-    def first_root(self) -> bytes:
-        """The bytes of the charter's first root."""
-        return self.store["metadata/1.root.json"]
+    def member_key(self, member: str) -> Path:
+        """The file of a member's private key, on its own host."""
+        return self.home(member) / "member.key"
+
+    def chip(self, guest: str) -> Path:
+        """Where the chip of a guest's host lies."""
+        return self.home(member_of(guest)) / guest_kit(guest) / LOCAL / CHIP
+
+    def vendor(self, guest: str) -> Path:
+        """Where the vendor of that chip lies."""
+        return self.chip(guest).with_name(VENDOR)
+
+    def processor(self, guest: str) -> tuple[Chip, Vendor]:
+        """The chip of a guest's host, and who made it: what a hostile host owns."""
+        return load_chip(self.chip(guest)), load_vendor(self.vendor(guest))
+
+    # --- kits -------------------------------------------------------------------------------------------------------
+
+    def broker_kit(self, broker: str) -> Path:
+        """The kit of a broker, at its operator's."""
+        return self.home(BROKERS[broker]) / f"broker-{broker}"
+
+    def guest_kit(self, guest: str) -> Path:
+        """The kit of a guest, at its host."""
+        return self.home(member_of(guest)) / guest_kit(guest)
 
     @property
     def kit(self) -> Path:
-        """The data scientist's folder."""
-        return self.folder / "kit"
+        """The data scientist's kit."""
+        return self.home(OWNER) / f"user-{OWNER}-{SCIENTIST}"
 
-    def charter(self, at: datetime | None = None) -> Charter:
+    # --- the charter ------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Path:
+        """consortium.toml."""
+        return self.shared / "consortium.toml"
+
+    @property
+    def charter_folder(self) -> Path:
         """The charter as members published it last."""
-        return load_charter(self.store, self.first_root, at or now())
+        return self.shared / "charter"
 
-    def chip_folder(self, guest: str) -> Path:
-        """Where the chip of a guest's host lies."""
-        return self.folder / "chips" / guest
+    @property
+    def first_root(self) -> bytes:
+        """The bytes of the charter's first root: its SHA-256 names the charter."""
+        return (self.charter_folder / "metadata/1.root.json").read_bytes()
 
-    def init_data(self, guest: str) -> Path:
-        """The file with which a guest is started."""
-        return self.folder / "init-data" / f"{guest}.toml"
+    def charter(self) -> Charter:
+        """The charter as members published it last, whoever serves it."""
+        return current_charter(read_store(self.charter_folder), self.first_root)
 
-    def sealed_data(self, site: str) -> Path:
-        """The site's data at rest."""
-        return self.folder / "data" / f"{site}.sealed"
+    def broker(self, name: str = BROKER) -> BrokerEntry:
+        """A broker as the charter has it. Raises Unusable if it has none of this name."""
+        entry = self.charter().broker(name)
+        if entry is None:
+            raise Unusable(f"the charter has no broker {name}", where=str(self.charter_folder), do="Found it anew.")
+        return entry
 
-    def two_keys(self) -> list[Ed25519PrivateKey]:
-        """The keys of two members: as many as shared decisions need."""
-        return [self.members[name] for name in MEMBERS[:2]]
+
+def new_setting(folder: Path, booted: Path | None = None) -> Setting:
+    """An empty setting in `folder`, with ports for everything that will listen.
+
+    `booted`: the built image (virtual variant) that guests boot; without it an image of processes is generated.
+    """
+    if booted is None:
+        server, *brokers = free_ports(1 + len(BROKERS))
+    else:
+        server, brokers = BOOTED_SERVER_PORT, [BOOTED_BROKER_PORT + number for number in range(len(BROKERS))]
+    return Setting(folder, dict(zip(BROKERS, brokers, strict=True)), server, booted)
 
 
 def now() -> datetime:
@@ -180,175 +220,19 @@ def claim_folder(folder: Path) -> BinaryIO:
     return held
 
 
-def found_consortium(folder: Path, booted: Path | None = None) -> Setting:
-    """Make everything, in a claimed folder, up to a charter that has no guest and no code yet.
-
-    `booted`: the built image (virtual variant) that guests boot; without it an image of processes is generated.
-    """
-    at = now()
-    members = {name: generate_ed25519(_fresh(folder / "members" / name) / "member.pem") for name in MEMBERS}
-    broker_port, server_port = (BOOTED_BROKER_PORT, BOOTED_SERVER_PORT) if booted else free_ports(2)
-    broker = create_broker(
-        folder / "broker",
-        name=BROKER,
-        member=OWNER,
-        url=f"https://127.0.0.1:{broker_port}",
-        listen=f"127.0.0.1:{broker_port}",
-        at=at,
-    )
-    vendor = create_vendor(folder / "vendor")
-    chips = {guest: create_chip(vendor, folder / "chips" / guest, product) for guest, product in PRODUCTS.items()}
-    builder = create_signing_keys(folder / "builder")
-    models = tuple(vcpu_model(product) for product in sorted(set(PRODUCTS.values()), key=lambda one: one.value))
-    if booted is None:
-        manifest = generate_image(folder / "image", name=IMAGE, keys=builder, grid=LaunchGrid(vcpu_models=models))
-    else:
-        manifest = approvable(booted)
-    consortium = Consortium(
-        name="oncology",
-        platform="virtual",
-        trust_domain="virtual.oncology.example",
-        members=tuple(Member(name=name, public_key=public_pem(key)) for name, key in members.items()),
-        brokers=(broker,),
-        threshold=2,
-        virtual_roots=tuple(
-            VirtualRoot(product=product.value, ark_spki_sha256=authority.ark_spki_sha256)
-            for product, authority in vendor.authorities.items()
-        ),
-    )
-    scientist = create_user_keys(consortium.trust_domain, OWNER, SCIENTIST, at)
-    scientist_document = scientist.document(rights=("submit", "view", "download"))
-    files = {
-        **files_of([image_reference(booted or folder / "image", manifest), scientist_document]),
-        **shared_policies(),
-        policy_path(MODEL_KEY): release_policy(roles={"server"}, members={OWNER}),
-        **{
-            policy_path(data_key(site)): release_policy(roles={"site"}, names={site}, members={member})
-            for site, member in SITES.items()
-        },
-    }
-    broker_key = load_private_key(folder / "broker/keys/signing.pem")
-    store = found(consortium, files, members.values(), [broker_key], at)
-    return Setting(
-        folder=folder,
-        members=members,
-        broker=broker,
-        broker_key=broker_key,
-        vendor=vendor,
-        chips=chips,
-        manifest=manifest,
-        builder=builder,
-        scientist=scientist,
-        data_keys={site: os.urandom(32) for site in SITES},
-        model_key=os.urandom(32),
-        server_address=f"127.0.0.1:{server_port}",
-        store=store,
-        booted=booted,
-    )
-
-
-def approvable(image: Path) -> ImageManifest:
-    """The manifest of a built image. Raises Unusable unless it is the one that the demonstration can approve."""
-    manifest = load_image(image)
-    if (manifest.name, manifest.platform) != (IMAGE, "virtual"):
-        raise Unusable(
-            f"the image is {manifest.name} for the {manifest.platform} platform, not {IMAGE} for the virtual one",
-            where=str(image),
-            do="Make it: make image",
-        )
-    return manifest
-
-
-def admit(setting: Setting, bundle: str, job: str) -> Setting:
-    """Two members enrol the three guests and approve the job's bundle: the charter's second version."""
-    at = now()
-    documents: list[Document] = [enrolment(setting, guest) for guest in PRODUCTS]
-    documents.append(
-        BundleApproval(
-            bundle=bundle,
-            job=job,
-            sites=tuple(SITES),
-            note="reviewed by two members",
-            expires=at + timedelta(days=APPROVAL_DAYS),
-        )
-    )
-    return publish(setting, Changes(put=files_of(documents)), at)
-
-
-def publish(setting: Setting, changes: Changes, at: datetime) -> Setting:
-    """Two members sign a change of the charter, and the broker's folder gets it."""
-    store = amend(setting.store, changes, setting.two_keys(), [setting.broker_key], at)
-    write_store(setting.folder / "broker/charter", store)
-    return replace(setting, store=store)
-
-
-def enrolment(setting: Setting, guest: str) -> Enrolment:
-    """The place of a guest, for the init-data that its host was given, on its own chip."""
-    path = setting.init_data(guest)
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(write_init_data(init_data(setting, guest)))
-    return Enrolment(
-        role="server" if guest == SERVER else "site",
-        name=guest,
-        member=member_of(guest),
-        image=IMAGE,
-        init_data_sha256=init_data_digest(path.read_bytes()),
-        chips=(setting.chips[guest].chip_id.hex(),),
-    )
-
-
-def init_data(setting: Setting, guest: str) -> InitData:
-    """What the host of a guest is to start it with."""
-    server = guest == SERVER
-    listen, address, url = setting.server_address, setting.server_address, setting.broker.url
-    if setting.booted is not None:
-        listen = f"0.0.0.0:{BOOTED_SERVER_PORT}"
-        address = f"{HOST_SEEN_BY_GUEST}:{BOOTED_SERVER_PORT}"
-        url = f"https://{HOST_SEEN_BY_GUEST}:{BOOTED_BROKER_PORT}"
-    return InitData(
-        version=1,
-        algorithm="sha256",
-        charter=setting.charter().id,
-        role="server" if server else "site",
-        name=guest,
-        brokers=(BrokerAddress(name=BROKER, url=url),),
-        listen=listen if server else None,
-        server=None if server else ServerAddress(name=SERVER, address=address),
-        resources={"model": MODEL_KEY} if server else {"data": data_key(guest)},
-    )
-
-
-def seal_site_data(setting: Setting, plain: Mapping[str, bytes]) -> None:
-    """Each hospital encrypts its patients' file under a key that only its broker deposit holds. `plain`: by site."""
-    for site, content in plain.items():
-        path = setting.sealed_data(site)
-        path.parent.mkdir(exist_ok=True, mode=0o700)
-        seal_file(path, {"train.safetensors": content}, setting.data_keys[site])
-
-
-def image_reference(folder: Path, manifest: ImageManifest) -> ImageReference:
-    """An image as the charter approves it."""
-    return ImageReference(
-        name=manifest.name,
-        platform=manifest.platform,
-        manifest_sha256=hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
-        svn=manifest.svn,
-        measurements=tuple(ReferenceMeasurement(**value.model_dump()) for value in manifest.measurements),
-        roles=("server", "site"),
-    )
-
-
-def policy_path(resource: str) -> str:
-    """Where the owner's release policy of a resource stands in the charter."""
-    path = release_path(resource)
-    if path is None:
-        raise ValueError(f"{resource} can have no release policy")
-    return path
-
-
 def member_of(guest: str) -> str:
     """Whose guest it is."""
     return SITES.get(guest, OWNER)
+
+
+def role_of(guest: str) -> str:
+    """The role in which it is enrolled."""
+    return "site" if guest in SITES else "server"
+
+
+def guest_kit(guest: str) -> str:
+    """The name of a guest's kit."""
+    return f"{role_of(guest)}-{guest}"
 
 
 def vcpu_model(product: Product) -> str:
@@ -363,8 +247,3 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
-
-
-def _fresh(folder: Path) -> Path:
-    folder.mkdir(parents=True, mode=0o700)
-    return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import sys
 import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,35 +13,26 @@ from typing import TYPE_CHECKING, Any, Final
 from appliance.demo import attacks, job
 from appliance.demo.attacks import AttackSucceeded, Repelled
 from appliance.demo.display import Display, Step, brief
-from appliance.demo.guests import BOOT_SECONDS, START_SECONDS, honest_start, start_broker, start_guest, wait_for_event
+from appliance.demo.founding import THRESHOLD, admit, deliver, deposit_keys, found_consortium, seal_site_data
+from appliance.demo.guests import BOOT_SECONDS, START_SECONDS, start_broker, start_guest, wait_for_event
 from appliance.demo.setting import (
-    BROKER,
-    MODEL_KEY,
+    BROKERS,
+    GUESTS,
+    MEMBERS,
     OWNER,
-    SCIENTIST,
+    PRODUCTS,
     SERVER,
     SITES,
     Setting,
-    admit,
     claim_folder,
-    data_key,
-    found_consortium,
-    now,
-    seal_site_data,
+    new_setting,
 )
-from appliance.kits.making import make_user_kit, write_kit
-from appliance.kits.user_keys import write_user_keys
 from appliance.processes import Processes
-from attestation.broker.config import CONFIG_NAME, load_config
-from attestation.broker.storage import read_database
-from attestation.connection import BrokerClient
-from attestation.ledger.audit import verify_audit
-from attestation.ledger.bundle import export_bundle
+from attestation.ledger.audits import verify_audits
 from fl.environments.prod import ProdEnv
 from fl.jobs.bundle import make_bundle
-from policies.documents import ServerAddress
 from policies.errors import Refused
-from policies.kits import LOCAL
+from policies.kits import LOCAL, ROOT
 
 if TYPE_CHECKING:
     from fl.jobs.progress import JobEvent
@@ -84,13 +76,14 @@ def run_demo(folder: Path, display: Display, booted: Path | None = None) -> Repo
     Raises Refused when something that should work is refused, when a process dies in the middle (naming it), or when
     an attack succeeds. No process is left behind in any case.
     """
-    processes = Processes(folder / "logs")
+    processes, setting = Processes(folder / "logs"), new_setting(folder, booted)
+    streams = sys.stdout, sys.stderr
     outcome: queue.Queue[Report | BaseException] = queue.Queue()
     told = threading.Event()
 
     def tell() -> None:
         try:
-            outcome.put(_tell(folder, processes, display, booted))
+            outcome.put(_tell(setting, processes, display))
         except BaseException as error:  # handed to the thread that waits below, which raises it
             outcome.put(error)
         told.wait()  # when this thread ends, the kernel ends the processes that it started: not before they are stopped
@@ -117,37 +110,42 @@ def run_demo(folder: Path, display: Display, booted: Path | None = None) -> Repo
         return ended
     finally:
         processes.stop_all()
+        setting.seal.close()
+        sys.stdout, sys.stderr = streams
         told.set()
 
 
-def _tell(folder: Path, processes: Processes, display: Display, booted: Path | None) -> Report:
+def _tell(setting: Setting, processes: Processes, display: Display) -> Report:
+    folder, booted = setting.folder, setting.booted
     report = Report(booted=booted is not None)
     with display.step("Three members found a virtual consortium") as step:
-        setting = found_consortium(folder, booted)
+        found_consortium(setting)
         report.charter = setting.charter().id
-        step.detail = f"charter {report.charter[:12]}, root signed by 3, threshold 2"
+        step.detail = f"charter {report.charter[:12]}, root signed by {len(MEMBERS)}, threshold {THRESHOLD}"
     with display.step("Two members approve image, places and code") as step:
         recipe = job.make_recipe()
         if booted is not None:  # the image holds no TensorBoard
             recipe.settings = recipe.settings.model_copy(update={"tracking": None})
         bundle = make_bundle(recipe.folder, recipe.settings)
+        admit(setting, bundle.digest, recipe.name)
+        step.detail = f"{len(GUESTS)} guests, bundle {bundle.digest[:12]}"
+    with display.step("Every host gets a signed kit") as step:
+        kits = deliver(setting)
         seal_site_data(setting, job.split_patients())
-        setting = admit(setting, bundle.digest, recipe.name)
-        write_root(setting)
-        step.detail = f"image {setting.manifest.name}, 3 guests, bundle {bundle.digest[:12]}"
-    with display.step("The broker starts; members deposit their keys") as step:
-        start_broker(processes, setting)
-        wait_for_event(processes.log_of(BROKER), "ready")
-        deposit_keys(setting)
-        step.detail = f"{BROKER}: {len(SITES) + 1} keys"
+        step.detail = f"{len(kits)} kits, signed by {OWNER}"
+    with display.step("Brokers start; members deposit their keys") as step:
+        for broker in BROKERS:
+            start_broker(processes, setting, broker)
+        for broker in BROKERS:
+            wait_for_event(processes.log_of(broker), "ready")
+        step.detail = f"{', '.join(BROKERS)}: {deposit_keys(setting)} keys"
     with display.step("Three guests attest and get their keys") as step:
-        guests = (SERVER, *SITES)
-        for guest in guests:
-            start_guest(processes, setting, guest, honest_start(setting, guest))
+        for guest in GUESTS:
+            start_guest(processes, setting, guest)
         ready = {SERVER: "serving", **dict.fromkeys(SITES, "joined")}
-        for guest in guests:
+        for guest in GUESTS:
             wait_for_event(processes.log_of(guest), ready[guest], within=BOOT_SECONDS if booted else START_SECONDS)
-            step.detail += f"{', ' if step.detail else ''}{guest} on {setting.chips[guest].product.value}"
+            step.detail += f"{', ' if step.detail else ''}{guest} on {PRODUCTS[guest].value}"
     with display.step("The approved job trains over two hospitals") as step:
         run = ProdEnv(setting.kit, workspace_root=folder / "result").execute(recipe)
         run.watch(lambda event: show_event(step, event, recipe.settings.num_rounds))
@@ -171,29 +169,6 @@ def _tell(folder: Path, processes: Processes, display: Display, booted: Path | N
     return report
 
 
-def write_root(setting: Setting) -> None:
-    """Hand the charter's first root to the broker, the data scientist and the auditor."""
-    (setting.folder / "broker/root.json").write_bytes(setting.first_root)
-    (setting.folder / "root.json").write_bytes(setting.first_root)
-    server = ServerAddress(name=SERVER, address=setting.server_address)
-    kit = make_user_kit(setting.store, f"{OWNER}/{SCIENTIST}", server, setting.members[OWNER], now())
-    write_kit(kit, setting.kit)
-    write_user_keys(setting.kit / LOCAL, setting.scientist, model_key=setting.model_key)
-
-
-def deposit_keys(setting: Setting) -> None:
-    """Each owner deposits its key, signed with its member key."""
-    charter = setting.charter()
-    client = BrokerClient(setting.broker, charter.consortium.trust_domain)
-    try:
-        keys = {MODEL_KEY: setting.model_key, **{data_key(site): key for site, key in setting.data_keys.items()}}
-        for resource, key in keys.items():
-            owner = setting.members[resource.partition("/")[0]]
-            client.deposit(resource, key, owner, charter_id=charter.id)
-    finally:
-        client.close()
-
-
 def show_event(step: Step, event: JobEvent, rounds: int) -> None:
     """Keep a step's detail at what the job does now."""
     if event.kind == "aggregated" and event.round is not None:
@@ -214,19 +189,20 @@ def check_accuracy(report: Report) -> None:
         )
 
 
-def export_ledger(broker: Path, folder: Path) -> None:
-    """Write the broker's ledger, with all that stands behind it, into `folder`."""
-    database = broker / load_config(broker / CONFIG_NAME).database
-    read_database(database, lambda snapshot: export_bundle(snapshot, folder))
-
-
 def audit(setting: Setting, report: Report) -> None:
-    """Export the ledger, check it as an auditor does, and take the decisions from what was checked."""
+    """Export each broker's ledger, check all as an auditor does, and take the decisions from what was checked."""
     folder = setting.folder / "audit"
-    export_ledger(setting.folder / "broker", folder)
-    found = verify_audit(folder, setting.first_root)
+    folder.mkdir()
+    for broker in BROKERS:
+        setting.seal("audit", "export", setting.broker_kit(broker) / LOCAL, folder / broker)
+    found = verify_audits(folder, (setting.folder / ROOT).read_bytes())
     if not found.ok:
         problems = tuple(f"{problem.file}: {problem.reason}" for problem in found.problems)
         raise Refused("the audit found problems", where=str(folder), do="Read them.", reasons=problems)
-    report.decisions = [decision.to_json() for decision in found.decisions]
+    told = [
+        {"broker": broker, **decision.to_json()}
+        for broker, ledger in found.ledgers.items()
+        for decision in ledger.decisions
+    ]
+    report.decisions = sorted(told, key=lambda row: (row["time"], row["broker"], row["entry"]))
     report.audit = {"entries": found.entries, "files": sum(1 for path in folder.rglob("*") if path.is_file())}

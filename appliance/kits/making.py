@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from appliance.kits.plan import Plan, PlannedGuest, broker_addresses, init_data_of
+from appliance.kits.plan import Plan, PlannedGuest, broker_addresses, brokers_for, init_data_of
 from appliance.kits.readme import write_readme
 from policies.charter import Charter, current_charter
 from policies.charter.signing import AnyKey
-from policies.documents import Address, BrokerEntry, ServerAddress
+from policies.documents import Address, BrokerAddress, BrokerEntry, ServerAddress
 from policies.errors import Unusable
 from policies.kits import (
     CHARTER,
@@ -66,14 +66,6 @@ def make_kits(
     if not chosen:
         raise Unusable("the plan has no place here", where=member or "deployment", do="Check the member's name.")
     return [_finished(manifest, own, store, root, key) for manifest, own in chosen]
-
-
-def make_user_kit(store: Mapping[str, bytes], user: str, server: ServerAddress, key: AnyKey, at: datetime) -> Made:
-    """Return the kit of one user (`MEMBER/NAME`) without a plan: what `make_kits` makes where no name needs a host's
-    line."""
-    member, _, name = user.partition("/")
-    manifest, own = _user_kit(member, name, server, Plan(), current_charter(store), at)
-    return _finished(manifest, own, store, None, key)
 
 
 def _finished(
@@ -150,7 +142,8 @@ def _guest_kit(guest: PlannedGuest, plan: Plan, charter: Charter, at: datetime) 
         charter,
         at,
         ports=ports,
-        server=None if guest.server is None else plan.server(guest.server),
+        server=plan.server_of(guest),
+        brokers=brokers_for(guest, charter),
         disks=guest.disks,
         image=KitImage(
             name=guest.image,
@@ -191,10 +184,11 @@ def _manifest(
     *,
     ports: tuple[Port, ...] = (),
     server: ServerAddress | None = None,
+    brokers: tuple[BrokerAddress, ...] | None = None,
     disks: tuple[str, ...] = (),
     image: KitImage | None = None,
 ) -> KitManifest:
-    brokers = broker_addresses(charter)
+    brokers = broker_addresses(charter) if brokers is None else brokers
     needed = {urlsplit(broker.url).hostname or "" for broker in brokers}
     needed |= set() if server is None else {host_of(server.address)}
     needed |= {host_of(port.listen) for port in ports}

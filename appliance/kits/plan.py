@@ -63,7 +63,8 @@ class PlannedGuest(Document):
     """A guest and its host. `listen` is where it listens there, `address` where others reach it (servers, gateways).
 
     `vcpu_model` and `vcpus` are measured: the image must have been signed for them. `disks` are files that the host
-    shows to the guest; `resources` are the keys that it asks for, by purpose.
+    shows to the guest; `resources` are the keys that it asks for, by purpose. Where the guest itself sees other
+    addresses than everybody else (behind its host's address translation), `reaches` and `server_at` give them.
     """
 
     role: GuestRole
@@ -77,6 +78,8 @@ class PlannedGuest(Document):
     listen: Address | None = None
     address: Address | None = None
     server: Name | None = None
+    server_at: Address | None = None
+    reaches: tuple[BrokerAddress, ...] = Field(default=(), max_length=16)
     disks: tuple[Name, ...] = Field(default=(), max_length=16)
     resources: dict[Name, Resource] = Field(default_factory=dict, max_length=64)
     chips: tuple[ChipId, ...] | None = Field(default=None, min_length=1, max_length=64)
@@ -88,6 +91,9 @@ class PlannedGuest(Document):
             raise ValueError(f"{self.name}: a server needs `listen` and `address`")
         if self.role in {"site", "inner"} and self.server is None:
             raise ValueError(f"{self.name}: a {self.role} needs the name of its `server`")
+        if self.server_at is not None and self.server is None:
+            raise ValueError(f"{self.name}: `server_at` says where a `server` is, which is missing")
+        must_be_unique(tuple(broker.name for broker in self.reaches), "broker")
         return self
 
 
@@ -144,6 +150,14 @@ class Plan(Document):
             raise MalformedDocument("a server needs an `address`", where=name, do="Add it to the plan.")
         return ServerAddress(name=name, address=found.address)
 
+    def server_of(self, guest: PlannedGuest) -> ServerAddress | None:
+        """Where a guest reaches the server that it joins; None for one that joins none."""
+        if guest.server is None:
+            return None
+        if guest.server_at is not None:
+            return ServerAddress(name=guest.server, address=guest.server_at)
+        return self.server(guest.server)
+
     def broker_listens(self, broker: BrokerAddress) -> str:
         """Where a broker listens on its host."""
         for planned in self.brokers:
@@ -170,6 +184,20 @@ def broker_addresses(charter: Charter) -> tuple[BrokerAddress, ...]:
     return tuple(BrokerAddress(name=broker.name, url=broker.url) for broker in charter.consortium.brokers)
 
 
+def brokers_for(guest: PlannedGuest, charter: Charter) -> tuple[BrokerAddress, ...]:
+    """Every broker of a charter as a guest reaches it. Raises Unusable where the plan names a broker that is none."""
+    own = {broker.name: broker for broker in guest.reaches}
+    every = broker_addresses(charter)
+    unknown = sorted(own.keys() - {broker.name for broker in every})
+    if unknown:
+        raise Unusable(
+            f"{guest.role} {guest.name} reaches {', '.join(unknown)}, which is no broker of the charter",
+            where="deployment",
+            do="Correct `reaches` in the plan.",
+        )
+    return tuple(own.get(broker.name, broker) for broker in every)
+
+
 def init_data_of(guest: PlannedGuest, plan: Plan, charter: Charter) -> bytes:
     """The file with which a guest's host starts it."""
     return write_init_data(
@@ -179,9 +207,9 @@ def init_data_of(guest: PlannedGuest, plan: Plan, charter: Charter) -> bytes:
             charter=charter.id,
             role=guest.role,
             name=guest.name,
-            brokers=broker_addresses(charter),
+            brokers=brokers_for(guest, charter),
             listen=guest.listen,
-            server=None if guest.server is None else plan.server(guest.server),
+            server=plan.server_of(guest),
             resources=guest.resources,
         )
     )

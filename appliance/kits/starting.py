@@ -18,7 +18,9 @@ from policies.keys import load_private_key, public_pem, write_secret
 from policies.kits import INIT_DATA, LOCAL, ROOT, KitImage, SignedKit, open_signed_kit
 
 if TYPE_CHECKING:
+    from attestation.virtual.platform import Machine
     from cvm_image.hardware import HardwarePlan
+    from cvm_image.qemu import Forward
 
 IMAGE: Final = "image"
 VENDOR: Final = "vendor"
@@ -116,7 +118,11 @@ def image_reasons(folder: Path, wanted: KitImage) -> list[str]:
 
 
 def launch_virtual_guest(start: GuestStart) -> int:
-    """Start the guest on the host's virtual chip, its console on standard output; return its exit status."""
+    """Start the guest on the host's virtual chip, its console on standard output; return its exit status.
+
+    An image whose kernel boots is started as a machine, any other as a process.
+    """
+    from appliance.booted_guest import is_bootable
     from attestation.virtual.__main__ import image_disks
     from attestation.virtual.chip import load_chip
     from attestation.virtual.launch import LaunchSettings, read_measured
@@ -131,29 +137,53 @@ def launch_virtual_guest(start: GuestStart) -> int:
             do="Give --print-qemu or --print-libvirt, and start what is printed.",
         )
     chip = load_chip(start.chip)
-    settings = start.settings
+    settings, files = start.settings, read_measured(start.image)
+    boots = is_bootable(files.kernel)
     machine = Machine(
         chip=chip,
         certificates=chip.certificate_table(load_vendor(start.vendor)),
-        files=read_measured(start.image),
+        files=files,
         init_data=start.init_data,
         settings=LaunchSettings(settings.vcpu_model, settings.vcpus, policy=load_image(start.image).policy),
-        disks=image_disks(start.image) | dict(start.disks),
+        disks={} if boots else image_disks(start.image) | dict(start.disks),
     )
     place = start.kit.manifest.place
     sys.stderr.write(f"seal: virtual platform, {place} on {chip.product.value} chip {chip.chip_id.hex()[:16]}\n")
-    return run_guest(machine, start.run)
+    return _boot(machine, start) if boots else run_guest(machine, start.run)
+
+
+def _boot(machine: Machine, start: GuestStart) -> int:
+    """Start the guest as a machine that QEMU emulates; its ports keep their numbers."""
+    from appliance.booted_guest import run_booted_guest
+    from cvm_image.build.image import new_log
+    from cvm_image.build.launching import find_tools
+    from cvm_image.build.store import Store, default_cache
+
+    store = Store(default_cache())
+    return run_booted_guest(
+        machine,
+        start.image.resolve(),
+        start.run,
+        tools=find_tools(store, log=new_log(store, "boot")),
+        memory_mib=start.settings.memory_mib,
+        forwards=_forwards(start),
+        disks=start.disks,
+    )
+
+
+def _forwards(start: GuestStart) -> tuple[Forward, ...]:
+    from cvm_image.qemu import Forward
+
+    ports = [int(port.listen.rpartition(":")[2]) for port in start.kit.manifest.ports]
+    return tuple(Forward(port, port) for port in ports)
 
 
 def hardware_plan(start: GuestStart) -> HardwarePlan:
     """The guest as QEMU or libvirt is to start it on SEV-SNP hardware; its ports keep their numbers."""
     from cvm_image.hardware import Shape, plan_hardware
-    from cvm_image.qemu import Forward
 
-    settings, ports = start.settings, [int(port.listen.rpartition(":")[2]) for port in start.kit.manifest.ports]
-    shape = Shape(
-        settings.vcpu_model, settings.vcpus, settings.memory_mib, tuple(Forward(port, port) for port in ports)
-    )
+    settings = start.settings
+    shape = Shape(settings.vcpu_model, settings.vcpus, settings.memory_mib, _forwards(start))
     return plan_hardware(start.image, start.init_data, start.run, shape, start.disks)
 
 

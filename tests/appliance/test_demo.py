@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from attestation.ledger.audit import verify_audit
+from attestation.ledger.audits import verify_audits
 from policies.charter import read_store
+from policies.kits import open_signed_kit
 
 SEAL = [sys.executable, "-m", "appliance.cli"]
 STORY_SECONDS = 240
@@ -45,7 +46,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     """A demonstration that was told to its end: its folder and its report."""
     folder = tmp_path_factory.mktemp("demo") / "told"
     result = seal("demo", "--out", str(folder), "--json", timeout=STORY_SECONDS)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(result.stdout)
     assert report == json.loads((folder / "report.json").read_text())
     return folder, report
@@ -91,14 +92,14 @@ def test_one_flipped_byte_in_any_file_of_the_audit_is_noticed_and_named(
     copy = tmp_path / "audit"
     shutil.copytree(folder / "audit", copy)
     root = (folder / "root.json").read_bytes()
-    assert verify_audit(copy, root).ok
+    assert verify_audits(copy, root).ok
     unnoticed = []
     for path in sorted(one for one in copy.rglob("*") if one.is_file()):
         whole = path.read_bytes()
         changed = bytearray(whole)
         changed[len(whole) // 2] ^= 0x01
         path.write_bytes(changed)
-        named = {problem.file for problem in verify_audit(copy, root).problems}
+        named = {problem.file for problem in verify_audits(copy, root).problems}
         if str(path.relative_to(copy)) not in named:
             unnoticed.append(str(path.relative_to(copy)))
         path.write_bytes(whole)
@@ -122,11 +123,14 @@ def test_patients_and_keys_lie_nowhere_in_clear(told: tuple[Path, dict[str, Any]
     folder, _ = told
     secrets = {site: content[-2000:-1900] for site, content in split_patients().items()}
     (model_key,) = folder.rglob("model.key")
-    secrets["model key"] = model_key.read_bytes()
+    keys = [model_key, *sorted(folder.rglob("data.key"))]
+    assert len(keys) == 3
+    secrets |= {str(key.relative_to(folder)): key.read_bytes() for key in keys}  # each at its owner's, mode 0600
+    assert all(key.stat().st_mode & 0o077 == 0 for key in keys)
     found = [
         (name, str(path.relative_to(folder)))
         for path in folder.rglob("*")
-        if path.is_file() and path != model_key
+        if path.is_file() and path not in keys
         for name, secret in secrets.items()
         if secret in path.read_bytes()
     ]
@@ -135,11 +139,27 @@ def test_patients_and_keys_lie_nowhere_in_clear(told: tuple[Path, dict[str, Any]
 
 def test_the_charter_is_signed_by_two_members(told: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = told
-    store = read_store(folder / "broker/charter")
+    store = read_store(folder / "shared/charter")
     shared = ("images.json", "enrolments.json", "code.json", "policies.json", "snapshot.json")
     for name, raw in store.items():
         if name.endswith(shared):
             assert len(json.loads(raw)["signatures"]) >= 2, name
+
+
+def test_the_charter_and_the_kits_are_made_by_the_commands(told: tuple[Path, dict[str, Any]]) -> None:
+    """Every file of every kit is one that a member signed; each verb that made it stands in the transcript."""
+    folder, _ = told
+    transcript = (folder / "commands.sh").read_text().splitlines()
+    verbs = {" ".join(line.split()[1:3]) for line in transcript}
+    assert verbs >= {
+        *(f"charter {verb}" for verb in ("key", "user", "init", "sign", "publish", "timestamp", "enrol", "kit")),
+        *("broker init", "broker run", "image generate", "vm launch", "secret put", "site seal", "audit export"),
+    }
+    root = (folder / "root.json").read_bytes()
+    kits = [path.parent for path in folder.rglob("kit.dsse.json")]
+    assert {open_signed_kit(kit, trust=root).manifest.role for kit in kits} == {"broker", "server", "site", "user"}
+    charters = {path.read_bytes() for path in folder.rglob("metadata/2.snapshot.json")}
+    assert charters == {(folder / "shared/charter/metadata/2.snapshot.json").read_bytes()}
 
 
 # --- cut short --------------------------------------------------------------------------------------------------------
@@ -203,18 +223,16 @@ def kill(folder: Path, *marks: str) -> None:
 @pytest.mark.parametrize(
     ("marks", "named"),
     [
-        (("attestation.broker",), "acme-broker was ended by SIGKILL"),
+        (("broker run", "broker-acme-broker"), "acme-broker was ended by SIGKILL"),
         (("rego_worker.py",), "rego_worker, process"),
-        (("cut/run/borealis-site/guest", "/init"), "borealis-site ended with exit status 137"),
+        (("site-borealis-site/local/run/guest", "/init"), "borealis-site ended with exit status 137"),
+        pytest.param(("vm launch", "server-acme-server"), "acme-server was ended by SIGKILL", marks=pytest.mark.long),
         pytest.param(
-            ("attestation.virtual", "chips/acme-server"), "acme-server was ended by SIGKILL", marks=pytest.mark.long
+            ("server-acme-server/local/run/guest", "/init"),
+            "acme-server ended with exit status 137",
+            marks=pytest.mark.long,
         ),
-        pytest.param(
-            ("cut/run/acme-server/guest", "/init"), "acme-server ended with exit status 137", marks=pytest.mark.long
-        ),
-        pytest.param(
-            ("attestation.virtual", "chips/cygnus-site"), "cygnus-site was ended by SIGKILL", marks=pytest.mark.long
-        ),
+        pytest.param(("vm launch", "site-cygnus-site"), "cygnus-site was ended by SIGKILL", marks=pytest.mark.long),
     ],
 )
 def test_killing_any_one_process_ends_all_and_names_it(
@@ -244,7 +262,7 @@ def test_interrupted_it_leaves_no_process_behind(
 def test_killing_a_training_script_ends_all_and_names_its_site(telling: tuple[Path, subprocess.Popen[str]]) -> None:
     folder, process = telling
     (guest,) = [
-        pid for pid, words in processes_of(folder).items() if "cut/run/cygnus-site/guest/init" in " ".join(words)
+        pid for pid, words in processes_of(folder).items() if "site-cygnus-site/local/run/guest/init" in " ".join(words)
     ]
     assert wait_until(lambda: len(descendants(guest)) >= 3, 60)  # the sandbox, its first process, the script
     os.kill(descendants(guest)[-1], signal.SIGKILL)

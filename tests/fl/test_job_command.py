@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from appliance.cli import main
-from appliance.demo.guests import honest_start, start_broker, start_guest, wait_for_event
-from appliance.demo.setting import BROKER, SERVER, SITES, Setting, admit, found_consortium, seal_site_data
-from appliance.demo.story import deposit_keys, write_root
+from appliance.demo.founding import admit, deliver, deposit_keys, found_consortium, seal_site_data
+from appliance.demo.guests import start_broker, start_guest, wait_for_event
+from appliance.demo.setting import BROKERS, GUESTS, SERVER, SITES, Setting, new_setting
 from appliance.processes import Processes
 
 CLIENT = """
@@ -77,18 +77,22 @@ def setting(tmp_path_factory: pytest.TempPathFactory, job_folder: Path) -> Itera
     with pytest.raises(SystemExit):
         main(["job", "bundle", str(job_folder / "job.py"), "--out", str(scratch / "bundle")])
     bundle = parse_bundle((scratch / "bundle" / "job.bundle").read_bytes())
-    made = found_consortium(scratch / "consortium")
+    (scratch / "consortium").mkdir()
+    made = new_setting(scratch / "consortium")
+    found_consortium(made)
+    admit(made, bundle.digest, "plus")
+    deliver(made)
     seal_site_data(made, dict(zip(SITES, (b"1.0", b"3.0"), strict=True)))
-    made = admit(made, bundle.digest, "plus")
-    write_root(made)
     processes = Processes(made.folder / "logs")
     try:
-        start_broker(processes, made)
-        wait_for_event(processes.log_of(BROKER), "ready")
+        for broker in BROKERS:
+            start_broker(processes, made, broker)
+        for broker in BROKERS:
+            wait_for_event(processes.log_of(broker), "ready")
         deposit_keys(made)
-        for guest in (SERVER, *SITES):
-            start_guest(processes, made, guest, honest_start(made, guest))
-        for guest in (SERVER, *SITES):
+        for guest in GUESTS:
+            start_guest(processes, made, guest)
+        for guest in GUESTS:
             wait_for_event(processes.log_of(guest), "serving" if guest == SERVER else "joined")
         yield made
     finally:

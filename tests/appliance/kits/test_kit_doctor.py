@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import struct
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from planning import plan_of
+from planning import member_key, plan_of, publish, store_of
 
-from appliance.demo.setting import BROKER, OWNER, Setting, found_consortium, now, publish
+from appliance.demo.founding import found_consortium
+from appliance.demo.setting import BROKER, OWNER, Setting, new_setting, now
 from appliance.kits.diagnosis import clock_finding, name_finding, port_finding
 from appliance.kits.firmware import host_product, parse_status, product_of
 from appliance.kits.making import make_kits, write_kit
@@ -81,23 +83,24 @@ class Delivered:
 
 @pytest.fixture
 def delivered(tmp_path: Path) -> Delivered:
-    setting = found_consortium(tmp_path / "made")
+    (tmp_path / "made").mkdir()
+    setting = new_setting(tmp_path / "made")
+    found_consortium(setting)
     plan = plan_of(setting).model_copy(update={"guests": (), "users": ()})
-    (made,) = make_kits(plan, setting.store, setting.first_root, setting.members[OWNER], now())
-    write_kit(made, tmp_path / "kit")
-    (setting.folder / "broker").rename(tmp_path / "kit/local")
+    made = make_kits(plan, store_of(setting), setting.first_root, member_key(setting), now())
+    write_kit(next(kit for kit in made if kit.name == f"broker-{BROKER}"), tmp_path / "kit")
+    shutil.copytree(setting.home(OWNER) / BROKER, tmp_path / "kit/local")
     return Delivered(setting, tmp_path / "kit")
 
 
 def test_a_broker_takes_the_kit_s_charter_and_never_an_older_one(delivered: Delivered) -> None:
     setting, local = delivered.setting, delivered.kit / "local"
     assert broker_settings(delivered.kit) == local / "broker.toml"
-    assert read_store(local / "charter") == dict(setting.store)
-    (setting.folder / "broker").mkdir()
-    newer = publish(setting, Changes(renew=frozenset({"images"})), now())
-    write_store(local / "charter", newer.store)
+    assert read_store(local / "charter") == store_of(setting)
+    publish(setting, Changes(renew=frozenset({"images"})))
+    write_store(local / "charter", store_of(setting))
     broker_settings(delivered.kit)
-    assert read_store(local / "charter") == dict(newer.store)
+    assert read_store(local / "charter") == store_of(setting)
 
 
 def test_a_broker_s_folder_of_another_charter_or_with_other_keys_is_not_started(delivered: Delivered) -> None:

@@ -12,18 +12,10 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from planning import plan_of
+from planning import broker_key, member_key, plan_of, publish, store_of
 
-from appliance.demo.setting import (
-    HOSPITALS,
-    OWNER,
-    SERVER,
-    SITES,
-    Setting,
-    found_consortium,
-    now,
-    publish,
-)
+from appliance.demo.founding import found_consortium
+from appliance.demo.setting import HOSPITALS, OWNER, SERVER, SITES, Setting, new_setting, now
 from appliance.kits.enrolling import planned_documents
 from appliance.kits.making import Made, make_kits, write_kit
 from appliance.kits.plan import Plan
@@ -53,19 +45,21 @@ class Planned:
 
     def make(self, key: Ed25519PrivateKey) -> list[Made]:
         """The kits of the plan, signed by `key`."""
-        return make_kits(self.plan, self.setting.store, self.setting.first_root, key, now())
+        return make_kits(self.plan, store_of(self.setting), self.setting.first_root, key, now())
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
     folder = tmp_path_factory.mktemp("kits")
-    setting = found_consortium(folder / "made")
+    (folder / "made").mkdir()
+    setting = new_setting(folder / "made")
+    found_consortium(setting)
     domain = setting.charter().consortium.trust_domain
-    write_user_keys(setting.folder / "reader", create_user_keys(domain, OWNER, "reader", now()))
+    write_user_keys(setting.shared / "reader", create_user_keys(domain, OWNER, "reader", now()))
     plan = plan_of(setting)
-    documents = planned_documents(plan, setting.charter(), setting.folder)
-    setting = publish(setting, Changes(put=files_of(documents)), now())
-    made = make_kits(plan, setting.store, setting.first_root, setting.members[OWNER], now())
+    documents = planned_documents(plan, setting.charter(), setting.shared)
+    publish(setting, Changes(put=files_of(documents)))
+    made = make_kits(plan, store_of(setting), setting.first_root, member_key(setting), now())
     for kit in made:
         write_kit(kit, folder / "out" / kit.name)
     return Planned(setting, plan, {kit.name: kit for kit in made}, folder / "out")
@@ -93,7 +87,6 @@ def test_no_kit_holds_a_secret(planned: Planned) -> None:
         path.read_bytes() for path in setting.folder.rglob("*") if path.is_file() and path.stat().st_mode & 0o077 == 0
     ]
     secrets = [key for key in keys if len(key) in range(16, 4096)]
-    secrets += [*setting.data_keys.values(), setting.model_key]
     assert len(secrets) > 10
     for name, kit in planned.kits.items():
         for path, content in kit.files.items():
@@ -137,8 +130,8 @@ def test_nobody_but_a_member_makes_kits(planned: Planned) -> None:
     with pytest.raises(KitRefused, match="no member of the charter signed"):
         planned.make(Ed25519PrivateKey.generate())
     with pytest.raises(KitRefused, match="no member of the charter signed"):
-        planned.make(planned.setting.broker_key)
-    hospital = planned.setting.members[HOSPITALS[0]]
+        planned.make(broker_key(planned.setting))
+    hospital = member_key(planned.setting, HOSPITALS[0])
     assert {verify_kit(kit.files, kit.name).signer for kit in planned.make(hospital)} == {HOSPITALS[0]}
 
 
@@ -155,7 +148,7 @@ def test_a_kit_does_not_give_a_place_that_nobody_signed(planned: Planned) -> Non
         }
     )
     with pytest.raises(KitRefused) as refusal:
-        make_kits(moved, planned.setting.store, None, planned.setting.members[OWNER], now())
+        make_kits(moved, store_of(planned.setting), None, member_key(planned.setting), now())
     assert any(SERVER in reason for reason in refusal.value.reasons)
 
 
@@ -169,7 +162,7 @@ def test_a_kit_whose_place_was_signed_away_is_refused(planned: Planned, tmp_path
     from policies.kits import sign_kit
 
     manifest = signed.manifest.model_copy(update={"files": digests})
-    files[MANIFEST] = sign_kit(manifest, planned.setting.members[OWNER])
+    files[MANIFEST] = sign_kit(manifest, member_key(planned.setting))
     with pytest.raises(KitRefused) as refusal:
         verify_kit(files, kit.name)
     assert any("init-data" in reason for reason in refusal.value.reasons)
@@ -241,6 +234,6 @@ def test_secret_files_in_a_kit_are_refused_when_it_is_made(planned: Planned) -> 
     """A member's key that strayed into what a kit carries is found before the kit exists."""
     from appliance.kits.making import _refuse_secrets
 
-    key = private_pem(planned.setting.members[OWNER])
+    key = private_pem(member_key(planned.setting))
     with pytest.raises(Unusable, match="holds a private key"):
         _refuse_secrets({"charter/targets/x": b"{}\n" + key}, "site-borealis-site")
