@@ -85,10 +85,10 @@ def _check_rules(path: str, raw: bytes, where: str) -> None:
         if what is not None:
             raise Unusable(f"these rules decide nothing: {what}", where=where, do="See docs/how-to/write-a-policy.md.")
     if path == "policies/appraisal.toml":
-        from attestation.verifier import load_profile
+        from attestation.verifier.appraisal_policy import load_appraisal_policy
 
         try:
-            load_profile(raw.decode("utf-8"))
+            load_appraisal_policy(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise Unusable("not UTF-8 text", where=where, do="See docs/reference/evidence-policy.md.") from error
 

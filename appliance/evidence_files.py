@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 from attestation.canonical import read_json_object
 from attestation.endorsements.chain import Endorsements
 from attestation.endorsements.sources import from_certificate_table, from_files, read_bounded
-from attestation.errors import MalformedEvidence
+from attestation.errors import MalformedEvidence, MalformedProfile
 from attestation.evidence.composite import SnpEvidence
 from attestation.evidence.hcl import MAGIC, HclEvidence, parse_hcl_report
 from attestation.evidence.report import REPORT_SIZE, parse_report
 from attestation.verifier import Appraisal, Expected, Profile, verify_hcl, verify_snp
+from attestation.verifier.profile_form import MAX_PROFILE_SIZE, ProfileSection
 from policies.errors import Unusable
 
 MAX_EVIDENCE_SIZE = 4 << 20
+
+P = TypeVar("P", bound=ProfileSection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,19 @@ def _from_cache(endorsements: Endorsements, report: bytes, cache: Path | None) -
     from attestation.endorsements.kds_cache import KdsCache
 
     return complete(endorsements, parse_report(report, strict=False), KdsCache(cache))
+
+
+def read_profile_file(path: Path, load: Callable[[str], P]) -> P:
+    """The verifier's profile in a file, as `load` reads its text. Raises MalformedProfile, which names the file."""
+    raw = read_bounded(path, MAX_PROFILE_SIZE, "policy file")
+    try:
+        return load(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise MalformedProfile(
+            "the policy file is no text in UTF-8", where=str(path), do="Write it in TOML."
+        ) from error
+    except MalformedProfile as error:
+        raise MalformedProfile(error.what, where=str(path), do=error.do) from error
 
 
 def _read_snp(raw: bytes) -> SnpEvidence | HclEvidence:

@@ -1,4 +1,4 @@
-"""`seal evidence` for GPUs and switches: what the command does when REPORT is their evidence."""
+"""What `seal evidence` reads and says of GPUs and switches."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from appliance.output import print_json
+from appliance.evidence_files import MAX_EVIDENCE_SIZE, read_profile_file
 from attestation.endorsements.sources import read_bounded
-from attestation.errors import MalformedProfile
 from attestation.evidence.gpu.kinds import is_gpu_evidence
 
 if TYPE_CHECKING:
     from attestation.verifier.appraisal import Appraisal
     from attestation.verifier.gpu.profile import GpuProfile
-
-MAX_EVIDENCE_SIZE = 4 << 20
 
 
 class GpuFiles(NamedTuple):
@@ -35,43 +32,30 @@ def is_gpu_file(path: Path) -> bool:
     return is_gpu_evidence(read_bounded(path, MAX_EVIDENCE_SIZE, "evidence file"))
 
 
-def verify_gpu_file(
-    report: Path, files: GpuFiles, policy: Path | None, nonce: bytes | None, at: datetime, *, as_json: bool
-) -> None:
-    """Appraise GPU evidence, print the verdict, and end with status 0 if it affirms, else 1.
+def appraise_gpu(report: Path, files: GpuFiles, policy: Path | None, nonce: bytes | None, at: datetime) -> Appraisal:
+    """The verdict on GPU evidence. Raises Unusable: a file, the profile or the nonce cannot be used."""
+    from attestation.verifier.gpu.profile import SHOW_GPU, load_gpu_profile
 
-    Raises:
-        Unusable: a file, the profile or the nonce cannot be used; the error says which.
-    """
-    from appliance.evidence_tables import print_appraisal
-    from attestation.verifier.gpu.profile import SHOW_GPU
-
-    profile = SHOW_GPU if policy is None else read_gpu_profile(policy)
-    appraisal = _appraise(report, files, profile, nonce, at)
-    if as_json:
-        print_json(appraisal.to_json())
-    else:
-        print_appraisal(appraisal, str(report), at, about=tuple(gpu_summary(appraisal)))
-    raise typer.Exit(0 if appraisal.affirming else 1)
+    profile = SHOW_GPU if policy is None else read_profile_file(policy, load_gpu_profile)
+    return _appraise(report, files, profile, nonce, at)
 
 
-def show_gpu(report: Path, chain: Path | None, *, as_json: bool) -> None:
-    """Print what GPU evidence says, decoded. Nothing is verified."""
+def gpu_claims(report: Path, chain: Path | None) -> dict[str, Any]:
+    """What GPU evidence says, decoded. Nothing is verified."""
     from attestation.evidence.gpu.kinds import looks_like_nras_bundle
     from attestation.evidence.gpu.nras import parse_nras_bundle
     from attestation.verifier.gpu.profile import SHOW_GPU
 
     raw = read_bounded(report, MAX_EVIDENCE_SIZE, "evidence file")
-    claims: dict[str, Any]
-    if looks_like_nras_bundle(raw):
-        bundle = parse_nras_bundle(raw)
-        claims = {"overall": dict(bundle.overall.claims)}
-        claims["devices"] = {name: dict(token.claims) for name, token in bundle.devices.items()}
-    else:
-        claims = _appraise(report, GpuFiles(chain, (), (), None), SHOW_GPU, None, datetime.now(UTC)).claims
-    if as_json:
-        print_json({"verified": False, "claims": claims})
-        return
+    if not looks_like_nras_bundle(raw):
+        return dict(_appraise(report, GpuFiles(chain, (), (), None), SHOW_GPU, None, datetime.now(UTC)).claims)
+    bundle = parse_nras_bundle(raw)
+    devices = {name: dict(token.claims) for name, token in bundle.devices.items()}
+    return {"overall": dict(bundle.overall.claims), "devices": devices}
+
+
+def print_gpu_claims(claims: Mapping[str, Any]) -> None:
+    """Print every claim on a line, for people."""
     for line in _lines(claims, ""):
         typer.echo(line)
     typer.echo("\nNot verified. `seal evidence verify` proves who signed it, and judges it.")
@@ -96,33 +80,6 @@ def _appraise(report: Path, files: GpuFiles, profile: GpuProfile, nonce: bytes |
     from attestation.verifier.gpu.files import appraise_gpu_file
 
     return appraise_gpu_file(report, Files(*files), profile, nonce=nonce, at=at)
-
-
-def read_gpu_profile(path: Path) -> GpuProfile:
-    """The GPU profile in a file. Raises MalformedProfile, which names the file."""
-    from attestation.verifier.gpu.profile import MAX_PROFILE_SIZE, load_gpu_profile
-
-    raw = read_bounded(path, MAX_PROFILE_SIZE, "policy file")
-    try:
-        return load_gpu_profile(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise MalformedProfile(
-            "the policy file is no text in UTF-8", where=str(path), do="Write it in TOML."
-        ) from error
-    except MalformedProfile as error:
-        raise MalformedProfile(error.what, where=str(path), do=error.do) from error
-
-
-def print_gpu_profile(name: str, *, as_json: bool) -> None:
-    """Print a ready-made GPU profile, `show-gpu` or `broker-gpu`, as commented TOML or as JSON."""
-    from attestation.verifier.gpu.profile import BROKER_GPU, SHOW_GPU
-    from attestation.verifier.gpu.profile_toml import gpu_profile_to_toml
-
-    chosen = {profile.name: profile for profile in (SHOW_GPU, BROKER_GPU)}[name]
-    if as_json:
-        print_json(chosen.model_dump(by_alias=True, mode="json"))
-    else:
-        typer.echo(gpu_profile_to_toml(chosen), nl=False)
 
 
 def gpu_summary(appraisal: Appraisal) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,9 @@
 """The questions that a charter's rules answer, and the documents in which they are put.
 
 What is checked whatever the charter says (attestation, enrolment, approval, rights) is code, where it is needed. Rules
-come on top: a release needs both the floor and the owner's policy, and has neither by default; `appraisal.rego` and
-`admission.rego` are a consortium's further demands, and without them there are none.
+come on top, by one rule for all packages (docs/adr/0018-rules-add-demands.md): a module in the charter adds demands,
+and one that is not there adds none. Only a release is no demand but a grant: it needs a yes of both the floor and the
+owner's policy, so that there the absence of either denies.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from policies.charter import Charter
 from policies.decisions import Decision, Rules
 from policies.documents import Enrolment, Role, User, format_time
 
-Subject = Literal["release", "appraisal", "admission"]
-SUBJECTS: Final[tuple[Subject, ...]] = ("release", "appraisal", "admission")
+Subject = Literal["release", "appraisal", "admission", "peers", "export"]
+SUBJECTS: Final[tuple[Subject, ...]] = ("release", "appraisal", "admission", "peers", "export")
+Place = tuple[Role, str]
+"""A guest's role and name, as it is enrolled."""
+ExportKind = Literal["update", "metric", "log", "result"]
+"""What leaves a guest: a site's whole update, the metrics beside it, a number that its script logs; a job's result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +65,24 @@ def _rules(file: str, text: str) -> Rules:
 
 
 def appraisal_reasons(
-    charter: Charter, appraisal: Mapping[str, Any], enrolment: Enrolment, at: datetime
+    charter: Charter,
+    appraisal: Mapping[str, Any],
+    enrolment: Enrolment,
+    at: datetime,
+    *,
+    devices: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[str, ...]:
     """Return what the consortium's further demands (`policies/appraisal.rego`) say against a guest.
 
-    `appraisal` is what `Appraisal.to_json()` gives. The rules see the enrolment and its image beside it.
+    `appraisal` is what `Appraisal.to_json()` gives for the CPU, `devices` the same for each further device by name
+    (`gpu0`, …). The rules see the enrolment and its image beside them.
     """
     image = charter.image(enrolment.image)
     document = {
         "appraisal": appraisal,
         "at": format_time(at),
         "charter": _charter(charter),
+        "devices": {} if devices is None else dict(devices),
         "enrolment": enrolment.model_dump(mode="json"),
         "image": None if image is None else image.model_dump(mode="json"),
     }
@@ -101,6 +113,85 @@ def admission_document(charter: Charter, job: Mapping[str, Any], role: Role, nam
         "sites": [place.model_dump(mode="json") for place in places if place is not None],
         "submitter": _user(charter, job.get("submitter")),
     }
+
+
+def peer_reasons(charter: Charter, here: Place, peer: Mapping[str, Any], at: datetime) -> tuple[str, ...]:
+    """Return what the consortium's further demands (`policies/peers.rego`) say against a peer of the guest `here`.
+
+    `peer` is what its appraisal has shown: `role`, `name`, `age_seconds` (since its oldest EAR was signed), `submods`
+    (as an EAR has them) and `brokers` (who signed its EARs). The peer may have called, or have been called.
+    """
+    return _against(ask(charter, "peers", peer_document(charter, here, peer, at)))
+
+
+def peer_document(charter: Charter, here: Place, peer: Mapping[str, Any], at: datetime) -> dict[str, Any]:
+    """Return the `input` of the peers rules."""
+    return {
+        "at": format_time(at),
+        "charter": _charter(charter),
+        "here": _place(charter, *here),
+        "peer": {**peer, **_place(charter, str(peer["role"]), str(peer["name"]))},
+    }
+
+
+def export_reasons(
+    charter: Charter,
+    job: Mapping[str, Any],
+    kind: ExportKind,
+    size: int,
+    *,
+    here: Place,
+    to: tuple[str, str],
+    at: datetime,
+    sealed: bool = False,
+) -> tuple[str, ...]:
+    """Return what the consortium's further demands (`policies/export.rego`) say against something that is to leave.
+
+    `size` is in bytes; `to` is a guest's role and name, or "user" and MEMBER/USER, for whom `sealed` results are.
+    `job` is the record as a mapping, as for admission.
+    """
+    document = export_document(charter, job, kind, size, here=here, to=to, at=at, sealed=sealed)
+    return _against(ask(charter, "export", document))
+
+
+def export_document(
+    charter: Charter,
+    job: Mapping[str, Any],
+    kind: ExportKind,
+    size: int,
+    *,
+    here: Place,
+    to: tuple[str, str],
+    at: datetime,
+    sealed: bool = False,
+) -> dict[str, Any]:
+    """Return the `input` of the export rules."""
+    return {
+        "at": format_time(at),
+        "charter": _charter(charter),
+        "from": _place(charter, *here),
+        "job": dict(job),
+        "kind": kind,
+        "sealed": sealed,
+        "size": size,
+        "to": _place(charter, *to),
+    }
+
+
+def _place(charter: Charter, role: str, name: str) -> dict[str, Any]:
+    """A guest by its place in the charter, a user by its member; members and jurisdictions are null if unknown.
+
+    The jurisdiction is that of the guest's host, or else its member's.
+    """
+    if role == "user":
+        member = name.partition("/")[0] if _user(charter, name) else None
+        own = None
+    else:
+        place = charter.enrolment(role, name)
+        member, own = (None, None) if place is None else (place.member, place.jurisdiction)
+    known = None if member is None else charter.consortium.member(member)
+    home = None if known is None else known.jurisdiction
+    return {"role": role, "name": name, "member": member, "jurisdiction": own or home}
 
 
 def _charter(charter: Charter) -> dict[str, Any]:

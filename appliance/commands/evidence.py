@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from appliance.evidence_files import read_evidence
-from appliance.gpu_evidence import GpuFiles, is_gpu_file, print_gpu_profile, show_gpu, verify_gpu_file
+from appliance.evidence_files import read_evidence, read_profile_file
+from appliance.gpu_evidence import GpuFiles, appraise_gpu, gpu_claims, gpu_summary, is_gpu_file, print_gpu_claims
 from appliance.output import print_json
 from policies.errors import Unusable
 
@@ -68,15 +68,18 @@ def show(report: ReportFile, vek: VekFile = None, chain: ChainPath = None, as_js
     from appliance.evidence_tables import print_claims
     from attestation.verifier import SHOW, Expected
 
-    if is_gpu_file(report):
-        show_gpu(report, chain, as_json=as_json)
-        return
-    evidence = read_evidence(report, vek=vek, chain=chain, crls=())
-    appraisal = evidence.appraise(SHOW, Expected(), datetime.now(UTC))
-    if as_json:
-        print_json({"verified": False, "claims": appraisal.claims})
+    gpu = is_gpu_file(report)
+    if gpu:
+        claims = gpu_claims(report, chain)
     else:
-        print_claims(appraisal.claims, str(report))
+        evidence = read_evidence(report, vek=vek, chain=chain, crls=())
+        claims = dict(evidence.appraise(SHOW, Expected(), datetime.now(UTC)).claims)
+    if as_json:
+        print_json({"verified": False, "claims": claims})
+    elif gpu:
+        print_gpu_claims(claims)
+    else:
+        print_claims(claims, str(report))
 
 
 @app.command(
@@ -99,24 +102,26 @@ def verify(
 ) -> None:
     """Verify evidence offline and list every check that fails: exit status 0 if it affirms, else 1."""
     from appliance.evidence_tables import print_appraisal
-    from attestation.verifier import SHOW, Expected
+    from attestation.verifier import SHOW, Expected, load_profile
 
     moment = datetime.now(UTC) if at is None else _moment(at)
+    data = _report_data(nonce, report_data)
+    about: tuple[tuple[str, str], ...] | None = None
     if is_gpu_file(report):
-        _report_data(nonce, report_data)
         asked = report_data or nonce
         given = None if asked is None else _hex(asked, "--nonce", 32, 64)
         files = GpuFiles(chain, tuple(crl or ()), tuple(rim or ()), jwks)
-        verify_gpu_file(report, files, policy, given, moment, as_json=as_json)
-        return
-    profile = SHOW if policy is None else _profile(policy)
-    expected = Expected(report_data=_report_data(nonce, report_data), id_block=_id_block(id_block))
-    evidence = read_evidence(report, vek=vek, chain=chain, crls=crl or (), cache=cache)
-    appraisal = evidence.appraise(profile, expected, moment)
+        appraisal = appraise_gpu(report, files, policy, given, moment)
+        about = tuple(gpu_summary(appraisal))
+    else:
+        profile = SHOW if policy is None else read_profile_file(policy, load_profile)
+        expected = Expected(report_data=data, id_block=_id_block(id_block))
+        evidence = read_evidence(report, vek=vek, chain=chain, crls=crl or (), cache=cache)
+        appraisal = evidence.appraise(profile, expected, moment)
     if as_json:
         print_json(appraisal.to_json())
     else:
-        print_appraisal(appraisal, str(report), moment)
+        print_appraisal(appraisal, str(report), moment, about=about)
     raise typer.Exit(0 if appraisal.affirming else 1)
 
 
@@ -178,37 +183,31 @@ def policy(
         Literal["show", "broker", "show-gpu", "broker-gpu"],
         typer.Option(help="`show` judges the hardware; `broker` demands every judgement; `-gpu` is for GPUs."),
     ] = "show",
+    section: Annotated[
+        bool, typer.Option("--section", help="A GPU's profile as the section [gpu] of the charter's appraisal.toml.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print a ready-made profile as commented TOML, to start one of your own from."""
     from attestation.verifier import BROKER, SHOW
+    from attestation.verifier.gpu.profile import BROKER_GPU, SHOW_GPU
 
-    if profile in ("show-gpu", "broker-gpu"):
-        print_gpu_profile(profile, as_json=as_json)
-        return
-    chosen = {"show": SHOW, "broker": BROKER}[profile]
+    ready_made = {one.name: one for one in (SHOW, BROKER, SHOW_GPU, BROKER_GPU)}
+    chosen = ready_made[profile]
+    if section and profile not in ("show-gpu", "broker-gpu"):
+        raise Unusable("--section is for GPU profiles", where="command line", do="Add --profile broker-gpu.")
     if as_json:
-        print_json(chosen.model_dump(by_alias=True, mode="json"))
+        document = chosen.model_dump(by_alias=True, mode="json")
+        print_json({"gpu": document} if section else document)
         return
+    from attestation.verifier.gpu.profile import GpuProfile
+    from attestation.verifier.gpu.profile_toml import gpu_profile_to_toml
     from attestation.verifier.profile_toml import profile_to_toml
 
-    typer.echo(profile_to_toml(chosen), nl=False)
-
-
-def _profile(path: Path) -> Any:
-    from attestation.endorsements.sources import read_bounded
-    from attestation.errors import MalformedProfile
-    from attestation.verifier.profile import MAX_PROFILE_SIZE, load_profile
-
-    raw = read_bounded(path, MAX_PROFILE_SIZE, "policy file")
-    try:
-        return load_profile(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise MalformedProfile(
-            "the policy file is no text in UTF-8", where=str(path), do="Write it in TOML."
-        ) from error
-    except MalformedProfile as error:
-        raise MalformedProfile(error.what, where=str(path), do=error.do) from error
+    if isinstance(chosen, GpuProfile):
+        typer.echo(gpu_profile_to_toml(chosen, section="gpu" if section else ""), nl=False)
+    else:
+        typer.echo(profile_to_toml(chosen), nl=False)
 
 
 def _id_block(paths: tuple[Path, Path] | None) -> tuple[bytes, bytes] | None:

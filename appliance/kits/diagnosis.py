@@ -22,7 +22,7 @@ from appliance.kits.starting import CHIP, DISKS, IMAGE, VENDOR, broker_key_probl
 from attestation.connection import FetchedCharter, fetch_charter
 from attestation.evidence.report import Product
 from attestation.evidence.tcb import Tcb
-from attestation.verifier.profile import load_profile
+from attestation.verifier.appraisal_policy import load_appraisal_policy
 from policies.errors import KitRefused, SealwrightError
 from policies.forms import format_time
 from policies.keys import load_private_key, public_pem, read_secret
@@ -150,7 +150,7 @@ def _firmware(kit: SignedKit) -> Finding:
 def _tcb_finding(kit: SignedKit, product: Product, tcb: Tcb, what: str) -> Finding:
     """Whether a broker will take this patch level: the charter's own floor, where it sets one."""
     text = kit.charter.policy("appraisal.toml")
-    floor = None if text is None else load_profile(text).tcb.of(product).reported
+    floor = None if text is None else load_appraisal_policy(text).cpu.tcb.of(product).reported
     ok = floor is None or tcb.at_least(floor.tcb)
     wanted = "" if floor is None else f", the charter asks for {floor.tcb}"
     return Finding(

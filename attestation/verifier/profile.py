@@ -8,22 +8,21 @@ evidence authentic at all (report signature, chain, names, root) have no such li
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from attestation.endorsements.roots import AMD_ROOTS, RootPin
 from attestation.errors import MalformedProfile
 from attestation.evidence.report import Product
 from attestation.evidence.tcb import Tcb
+from attestation.verifier.profile_form import MAX_PROFILE_SIZE as MAX_PROFILE_SIZE
+from attestation.verifier.profile_form import ProfileSection, Severity, check_profile, read_profile
 
-MAX_PROFILE_SIZE = 1 << 20
-
-Severity = Literal["refuse", "warn", "allow"]
-"""`refuse`: a failure makes the evidence contraindicated. `warn`: a warning. `allow`: the check is not made."""
+_WHERE = "profile"
+_DO = "`seal evidence policy` prints all settings with their meaning."
 
 Bit = Literal["set", "clear", "any"]
 """What a bit must be; `any` lets both pass."""
@@ -40,18 +39,6 @@ AbiVersion = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,2})\.(0|[1-9][0-9]{
 FirmwareVersion = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,2})(\.(0|[1-9][0-9]{0,2})){2}$")]
 CspId = Annotated[str, Field(pattern=r"^[ -~]{1,256}$")]
 ProductName = Literal["Milan", "Genoa", "Turin"]
-
-
-class ProfileSection(BaseModel):
-    """A table of a profile: kebab-case names, nothing unknown, frozen."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        populate_by_name=True,
-        alias_generator=lambda name: name.replace("_", "-"),
-    )
 
 
 class Root(ProfileSection):
@@ -383,7 +370,8 @@ def with_virtual_roots(profile: Profile, pins: Iterable[RootPin]) -> Profile:
     roots = tuple(Root(product=pin.product.value, spki_sha256=pin.spki_sha256, virtual=pin.virtual) for pin in pins)
     if not roots or not all(root.virtual for root in roots):
         raise MalformedProfile("virtual roots are needed", where="profile", do="Give the virtual vendor's ARK pins.")
-    return _checked({**profile.model_dump(by_alias=True), "roots": [root.model_dump(by_alias=True) for root in roots]})
+    document = {**profile.model_dump(by_alias=True), "roots": [root.model_dump(by_alias=True) for root in roots]}
+    return check_profile(Profile, document, where=_WHERE, do=_DO)
 
 
 def load_profile(text: str) -> Profile:
@@ -392,25 +380,4 @@ def load_profile(text: str) -> Profile:
     Raises:
         MalformedProfile: no TOML, an unknown name, a value of the wrong kind, or a contradiction, all of them named.
     """
-    if len(text) > MAX_PROFILE_SIZE:
-        raise MalformedProfile(f"more than {MAX_PROFILE_SIZE} characters", where="profile", do="Check the file.")
-    try:
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise MalformedProfile(
-            f"this is no TOML: {error}", where="profile", do="`seal evidence policy` prints one to start from."
-        ) from error
-    return _checked(document)
-
-
-def _checked(document: dict[str, Any]) -> Profile:
-    try:
-        return Profile.model_validate(document)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or 'profile'}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()[:10]
-        )
-        raise MalformedProfile(
-            faults, where="profile", do="`seal evidence policy` prints all settings with their meaning."
-        ) from error
+    return read_profile(Profile, text, where=_WHERE, do=_DO)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from attestation.verifier.profile import Checks, Profile, ProfileSection, TcbFloor
+from attestation.verifier.profile import Checks, Profile, TcbFloor
+from attestation.verifier.profile_form import ProfileSection, check_lines, is_tables, scalar_lines
 from attestation.verifier.snp import ORDERED
 
 _HEAD = """\
@@ -15,13 +15,19 @@ _HEAD = """\
 # Checks that make evidence authentic at all (report-signature, vek-profile, vek-extensions, chain-signatures,
 # chain-profile, trusted-root) cannot be turned off: `roots` says whom they trust.
 """
+_WIDTH = 45
 
 
 def profile_to_toml(profile: Profile, *, comments: bool = True) -> str:
     """The whole profile in TOML; `load_profile` reads it back to an equal one."""
     lines = [_HEAD] if comments else []
     lines += _scalars(profile, comments)
-    lines += _check_lines(profile.checks, comments)
+    lines.append("")
+    if comments:
+        lines.append(
+            "# How a check that fails is taken: refuse, warn (the verdict is `warning`), or allow (it is not made)."
+        )
+    lines += ["[checks]", *check_lines(profile.checks, ORDERED, _WIDTH, comments=comments)]
     for root in profile.roots:
         lines += ["", "[[roots]]", *_scalars(root, comments)]
     for name, field in Profile.model_fields.items():
@@ -29,20 +35,6 @@ def profile_to_toml(profile: Profile, *, comments: bool = True) -> str:
         if isinstance(section, ProfileSection) and not isinstance(section, Checks):
             lines += _section(field.alias or name, section, comments)
     return "\n".join(lines) + "\n"
-
-
-def _check_lines(checks: Checks, comments: bool) -> Iterator[str]:
-    """Every switchable check in the order in which they are made, with its rule."""
-    yield ""
-    if comments:
-        yield "# How a check that fails is taken: refuse, warn (the verdict is `warning`), or allow (it is not made)."
-    yield "[checks]"
-    for one in ORDERED:
-        name = one.name.replace("-", "_")
-        if name in Checks.model_fields:
-            setting = f"{one.name} = {json.dumps(getattr(checks, name))}"
-            rule = " ".join(one.rule.split("\n\n")[0].split())
-            yield f"{setting:<45} # {rule}" if comments else setting
 
 
 def _section(name: str, section: BaseModel, comments: bool) -> Iterator[str]:
@@ -57,29 +49,14 @@ def _section(name: str, section: BaseModel, comments: bool) -> Iterator[str]:
         value = getattr(section, inner)
         if isinstance(value, BaseModel):
             yield from _section(f"{name}.{field.alias or inner}", value, comments)
-        elif _is_tables(value):
+        elif is_tables(value):
             for table in value:
                 yield from ("", f"[[{name}.{field.alias or inner}]]", *_scalars(table, comments))
 
 
 def _scalars(section: BaseModel, comments: bool) -> Iterator[str]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        key = field.alias or name
-        nested = isinstance(value, BaseModel) or (
-            isinstance(value, tuple) and value and isinstance(value[0], BaseModel)
-        )
-        if nested:
-            continue
-        comment = f"  # {field.description}" if comments and field.description else ""
-        if value is not None:
-            yield f"{key} = {_value(value)}{comment}"
-        elif comments:
-            yield f"# {key} = {_example(field.annotation)}{comment}"
-
-
-def _is_tables(value: object) -> bool:
-    return isinstance(value, tuple) and bool(value) and isinstance(value[0], BaseModel)
+    examples = {field.alias or name: _example(field.annotation) for name, field in type(section).model_fields.items()}
+    return scalar_lines(section, examples, comments=comments)
 
 
 def _example(annotation: object) -> str:
@@ -88,15 +65,3 @@ def _example(annotation: object) -> str:
     if TcbFloor in kinds:
         return "{ bootloader = 0, tee = 0, snp = 0, microcode = 0 }"
     return '"..."' if str in (getattr(kind, "__origin__", kind) for kind in kinds) else "0"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, str):
-        return json.dumps(value)
-    if isinstance(value, tuple):
-        return f"[{', '.join(_value(item) for item in value)}]"
-    raise TypeError(f"a profile holds no {type(value).__name__}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from attestation.endorsements.certificates import MAX_CRL_SIZE, load_crl, split_pem
 from attestation.endorsements.nvidia import MAX_CHAIN_SIZE
+from attestation.endorsements.nvidia_endorsements import MAX_RIMS, GpuEndorsements
 from attestation.endorsements.nvidia_revocation import MAX_LISTS, MAX_RESPONSES, RevocationData
 from attestation.endorsements.sources import read_bounded
 from attestation.errors import MalformedEndorsement
@@ -24,10 +25,11 @@ from attestation.verifier.appraisal import Appraisal
 from attestation.verifier.gpu.check import GpuExpected
 from attestation.verifier.gpu.nras import verify_nras
 from attestation.verifier.gpu.profile import GpuProfile
-from attestation.verifier.gpu.verify import MAX_RIMS, verify_devices
+from attestation.verifier.gpu.verify import verify_devices
 from policies.errors import Unusable
 
 RIM_SUFFIXES = frozenset({".swidtag", ".xml"})
+REVOCATION_SUFFIXES = frozenset({".crl", ".ocsp", ".der", ".pem"})
 CHAIN_NAME = "cert_chain.pem"
 """The chain's name in a folder that is given for it."""
 
@@ -123,6 +125,23 @@ def _rims(files: GpuFiles) -> tuple[bytes, ...]:
     if len(paths) > MAX_RIMS:
         raise Unusable(f"{len(paths)} manifests", where="manifests", do=f"Give at most {MAX_RIMS}.")
     return tuple(read_bounded(path, MAX_RIM_SIZE, "manifest") for path in paths)
+
+
+def read_endorsement_folder(folder: Path) -> GpuEndorsements:
+    """The manifests (`.swidtag`, `.xml`) and the revocation data (`.crl`, `.ocsp`, `.der`, `.pem`) in a folder.
+
+    A folder that is not there holds none. Raises Unusable and MalformedEndorsement as `appraise_gpu_file` does.
+    """
+    if not folder.is_dir():
+        return GpuEndorsements()
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    rims = [path for path in files if path.suffix in RIM_SUFFIXES]
+    if len(rims) > MAX_RIMS:
+        raise Unusable(f"{len(rims)} manifests", where=str(folder), do=f"Keep at most {MAX_RIMS}.")
+    return GpuEndorsements(
+        tuple(read_bounded(path, MAX_RIM_SIZE, "manifest") for path in rims),
+        read_revocation([path for path in files if path.suffix in REVOCATION_SUFFIXES]),
+    )
 
 
 def read_revocation(paths: Sequence[Path]) -> RevocationData:

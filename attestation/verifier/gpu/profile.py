@@ -7,18 +7,12 @@ all (chains, signatures, roots) have no line: `device-roots`, `rim-roots` and `n
 
 from __future__ import annotations
 
-import tomllib
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from attestation.endorsements.nvidia import NVIDIA_DEVICE_ROOT, NVIDIA_RIM_ROOT
-from attestation.errors import MalformedProfile
-
-MAX_PROFILE_SIZE = 1 << 20
-
-Severity = Literal["refuse", "warn", "allow"]
-"""`refuse`: a failure makes the evidence contraindicated. `warn`: a warning. `allow`: the check is not made."""
+from attestation.verifier.profile_form import ProfileSection, Severity, read_profile
 
 Mode = Literal["spt", "mpt", "ppcie", "unstated"]
 Pin = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -30,17 +24,7 @@ Board = Annotated[str, Field(pattern=r"^[A-Z0-9]{1,16}(/[A-Z0-9]{1,16}){2}$")]
 Count = Annotated[int, Field(ge=0, le=64)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        populate_by_name=True,
-        alias_generator=lambda name: name.replace("_", "-"),
-    )
-
-
-class GpuChecks(_Section):
+class GpuChecks(ProfileSection):
     """How each check that fails is taken: refuse, warn or allow."""
 
     gpu_certificate_validity: Severity = "refuse"
@@ -70,7 +54,7 @@ class GpuChecks(_Section):
     gpu_count: Severity = "refuse"
 
 
-class DeviceRules(_Section):
+class DeviceRules(ProfileSection):
     """Which devices are let in."""
 
     models: Annotated[tuple[Model, ...], Field(strict=False)] = Field(
@@ -93,7 +77,7 @@ class DeviceRules(_Section):
     switches: Count | None = Field(None, description="How many switches must be there; left out, any number.")
 
 
-class VersionRules(_Section):
+class VersionRules(ProfileSection):
     """Which driver and VBIOS may run. Lists that are empty let every version in."""
 
     drivers: Annotated[tuple[DriverVersion, ...], Field(strict=False)] = Field((), description="Driver, one of these.")
@@ -102,7 +86,7 @@ class VersionRules(_Section):
     minimum_vbios: VbiosVersion | None = Field(None, description="VBIOS, at least.")
 
 
-class GpuRevocationRules(_Section):
+class GpuRevocationRules(ProfileSection):
     """How fresh revocation data must be, and what a hold is worth."""
 
     max_age_days: Annotated[int, Field(ge=0, le=3650)] = Field(
@@ -111,7 +95,7 @@ class GpuRevocationRules(_Section):
     hold: Literal["refuse", "allow"] = Field("refuse", description="A certificate that is on hold.")
 
 
-class NrasRules(_Section):
+class NrasRules(ProfileSection):
     """Tokens of NVIDIA's remote attestation service, the second way."""
 
     issuers: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
@@ -120,7 +104,7 @@ class NrasRules(_Section):
     max_age_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(3600, description="Since a token was issued.")
 
 
-class GpuProfile(_Section):
+class GpuProfile(ProfileSection):
     """All rules for GPUs and switches."""
 
     name: str = Field(
@@ -134,6 +118,10 @@ class GpuProfile(_Section):
     )
     rim_roots: Annotated[tuple[Pin, ...], Field(strict=False, min_length=1)] = Field(
         (NVIDIA_RIM_ROOT,), description="SHA-256 of the keys (SPKI) that signers of reference manifests may end in."
+    )
+    manifests: Annotated[tuple[Pin, ...], Field(strict=False)] = Field(
+        (),
+        description="SHA-256 of the manifests' files that count; empty lets all count that a root above vouches for.",
     )
     checks: GpuChecks = GpuChecks()
     devices: DeviceRules = DeviceRules()
@@ -182,20 +170,4 @@ def load_gpu_profile(text: str) -> GpuProfile:
     Raises:
         MalformedProfile: no TOML, an unknown name, or a value of the wrong kind, all of them named.
     """
-    if len(text) > MAX_PROFILE_SIZE:
-        raise MalformedProfile(f"more than {MAX_PROFILE_SIZE} characters", where="GPU profile", do="Check the file.")
-    try:
-        document: dict[str, Any] = tomllib.loads(text)
-        return GpuProfile.model_validate(document)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise MalformedProfile(
-            f"this is no TOML: {error}", where="GPU profile", do="docs/reference/gpu-evidence.md has one to start from."
-        ) from error
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc']) or 'profile'}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()[:10]
-        )
-        raise MalformedProfile(
-            faults, where="GPU profile", do="docs/reference/gpu-evidence.md lists all settings."
-        ) from error
+    return read_profile(GpuProfile, text, where="GPU profile", do="docs/reference/gpu-evidence.md lists all settings.")

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from attestation.endorsements.certificates import spki_sha256
 from attestation.endorsements.failure import Failure
 from attestation.endorsements.nvidia import NVIDIA_DEVICE_ROOT, VerifiedRim, resolve_device_chain, verify_rim
+from attestation.endorsements.nvidia_endorsements import MAX_RIMS
 from attestation.endorsements.nvidia_revocation import RevocationData, revocation_of
 from attestation.errors import MalformedEvidence
 from attestation.evidence.gpu.document import MAX_DEVICES, GpuEvidence
@@ -41,7 +43,6 @@ ORDERED: tuple[GpuCheck, ...] = (*CHECKS.values(), *GROUP_CHECKS.values())
 ALWAYS = frozenset(CHECKS) - frozenset(SWITCHABLE)
 """Checks without which nothing is authentic: no profile turns them off."""
 
-MAX_RIMS = 64
 NVDEC_MEASUREMENT = 35
 """The measurement (index from 0) that has no meaning while NVDEC0 is disabled, as NVIDIA's verifiers have it."""
 
@@ -116,7 +117,8 @@ def verify_devices(
         raise MalformedEvidence(f"{len(devices)} devices", where="GPU evidence", do="Give between 1 and 64 devices.")
     if len(rims) > MAX_RIMS:
         raise MalformedEvidence(f"{len(rims)} manifests", where="GPU evidence", do=f"Give at most {MAX_RIMS}.")
-    manifests = tuple(verify_rim(raw, profile.rim_roots) for raw in rims)
+    counting = (raw for raw in rims if not profile.manifests or sha256(raw).hexdigest() in profile.manifests)
+    manifests = tuple(verify_rim(raw, profile.rim_roots) for raw in counting)
     data = revocation or RevocationData()
     cases = tuple(_case(one, profile, expected, manifests, data, at.astimezone(UTC)) for one in devices)
     shared = [(one, one.run_group(cases)) for one in GROUP_CHECKS.values() if one.run_group is not None]
