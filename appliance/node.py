@@ -12,24 +12,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from attestation.attester.boot import Boot, read_boot
 from attestation.canonical import canonical_bytes
-from attestation.client import GuestSession
-from attestation.errors import BrokerUnavailable
+from attestation.client import PAUSE_SECONDS, GuestSession
+from attestation.errors import BrokerUnavailable, LeaseEnded
 from attestation.identity import Identity
 from policies.charter import Charter
 from policies.documents import InitData
 from policies.errors import Refused, SealwrightError, Unusable
 
 KEY_SIZE: Final = 32
-RETRY_SECONDS: Final = 2.0
+RETRY_SECONDS: Final = 1.0
 """Between two tries to reach a broker."""
 FIRST_CONTACT_SECONDS: Final = 30.0
 """How long a starting guest looks for a broker before it gives up."""
+
+T = TypeVar("T")
 
 _console = threading.Lock()
 
@@ -49,60 +51,71 @@ def tell(line: str) -> None:
 class Lease:
     """A guest's standing: its current identity, renewed by fresh attestation until it is refused.
 
-    Safe to use from many threads; calls to the broker go one at a time.
+    Unreachable brokers do not end it: what needs a lease then waits until they are back, PAUSE_SECONDS at most. Safe to
+    use from many threads.
     """
 
-    def __init__(self, session: GuestSession) -> None:
+    def __init__(self, session: GuestSession, stop: threading.Event) -> None:
         self._session = session
-        self._lock = threading.Lock()
+        self._stop = stop
         self._identity = _patiently(session.attest)
 
     def identity(self) -> Identity:
-        """The newest identity. Raises Refused once its EAR has ended unrenewed: without a lease there is no work."""
+        """The newest identity. Raises LeaseEnded once its EARs have ended unrenewed: without a lease, no work."""
         identity = self._identity
-        if self.now() >= identity.ear_expires:
-            raise Refused(
-                "the guest's lease has ended and no broker could be reached to renew it",
-                where=identity.spiffe_id,
-                do="Bring a broker back; the guest renews by itself.",
-            )
+        if self.now() >= identity.lease_ends:
+            raise LeaseEnded(identity.spiffe_id)
         return identity
 
     def charter(self) -> Charter:
-        """The charter as the broker showed it last."""
+        """The charter as enough brokers showed it last."""
         return self._session.charter
 
     def now(self) -> datetime:
-        """The broker's time."""
+        """The brokers' time."""
         return self._session.now()
 
     def release(self, resource: str) -> bytes:
-        """Ask the broker for a resource."""
-        with self._lock:
-            return self._session.release(resource)
+        """Ask the brokers for a resource."""
+        return self._waiting(lambda: self._session.release(resource))
 
     def record(self, kind: str, document: Mapping[str, Any]) -> str:
-        """Write into the ledger; return the entry with its receipt as canonical JSON."""
-        with self._lock:
-            entry, receipt = self._session.recorded(kind, document)
+        """Write into a ledger; return the entry with its receipt as canonical JSON.
+
+        If a broker falls silent before it has answered, the entry may stand there and again where it was tried next.
+        """
+        entry, receipt = self._waiting(lambda: self._session.recorded(kind, document))
         return canonical_bytes({"entry": entry, "receipt": receipt.to_json()}).decode()
 
-    def keep(self, stop: threading.Event, refused: Callable[[Refused], None]) -> None:
-        """Renew until `stop`; a refusal is told and ends the lease, silence of the brokers only pauses it."""
-        while not stop.wait(self._pause()):
+    def keep(self, refused: Callable[[Refused], None]) -> None:
+        """Renew until the guest stops. A refusal is told and ends the lease; so does a silence of PAUSE_SECONDS."""
+        while not self._stop.wait(self._until_renewal()):
             try:
-                with self._lock:
-                    self._identity = self._session.renew()
-                say("renewed", until=_rfc3339(self._identity.ear_expires))
-            except BrokerUnavailable as error:
-                say("waiting", what=error.what, until=_rfc3339(self._identity.ear_expires))
+                self._identity = self._session.renew()
+                say("renewed", until=_rfc3339(self._identity.lease_ends))
+            except (BrokerUnavailable, Unusable) as error:
+                say("waiting", what=error.what, until=_rfc3339(self._identity.lease_ends))
+                if self.now() - self._identity.lease_ends > timedelta(seconds=PAUSE_SECONDS):
+                    refused(LeaseEnded(self._identity.spiffe_id))
+                    return
             except Refused as error:
                 refused(error)
                 return
 
-    def _pause(self) -> float:
+    def _waiting(self, ask: Callable[[], T]) -> T:
+        """`ask`, and again while no broker can be reached or the lease is being renewed."""
+        deadline = time.monotonic() + PAUSE_SECONDS
+        while True:
+            try:
+                return ask()
+            except (BrokerUnavailable, LeaseEnded) as error:
+                if time.monotonic() >= deadline or self._stop.wait(RETRY_SECONDS):
+                    raise
+                say("waiting", what=error.what)
+
+    def _until_renewal(self) -> float:
         """Seconds until the next renewal: half of what is left, at least RETRY_SECONDS."""
-        return max(RETRY_SECONDS, (self._identity.ear_expires - self.now()).total_seconds() / 2)
+        return max(RETRY_SECONDS, (self._identity.lease_ends - self.now()).total_seconds() / 2)
 
 
 def _patiently(attest: Callable[[], Identity]) -> Identity:
@@ -139,7 +152,7 @@ def _run(boot: Boot, stop: threading.Event) -> int:
     if service is None:
         raise _incomplete(f"this image has no service for the role {session.init.role}")
     say("attesting", world=boot.world, role=session.init.role, name=session.init.name)
-    lease = Lease(session)
+    lease = Lease(session, stop)
     identity = lease.identity()
     claims = session.ear.claims
     say(
@@ -148,20 +161,20 @@ def _run(boot: Boot, stop: threading.Event) -> int:
         identity=identity.spiffe_id,
         image=session.ear.subject.image,
         measurement=claims.get("measurement"),
-        until=_rfc3339(identity.ear_expires),
+        brokers=list(session.brokers),
+        until=_rfc3339(identity.lease_ends),
     )
-    keys = {purpose: lease.release(resource) for purpose, resource in sorted(session.init.resources.items())}
-    say("released", resources=sorted(session.init.resources.values()))
-
     refusals: list[Refused] = []
 
     def end(error: Refused) -> None:
         refusals.append(error)
         stop.set()
 
-    keeper = threading.Thread(target=lease.keep, args=(stop, end), name="lease", daemon=True)
+    keeper = threading.Thread(target=lease.keep, args=(end,), name="lease", daemon=True)
     keeper.start()
     try:
+        keys = {purpose: lease.release(resource) for purpose, resource in sorted(session.init.resources.items())}
+        say("released", resources=sorted(session.init.resources.values()))
         service(session.init, boot, lease, keys, stop)
     finally:
         stop.set()

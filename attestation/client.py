@@ -1,56 +1,56 @@
-"""What a guest uses to talk to brokers. Synchronous; every wait has a bound.
+"""What a guest uses to talk to the brokers of its charter. Synchronous; every wait has a bound.
 
-A guest believes nothing that its host tells it. The charter's root comes from its init-data (which HOST_DATA binds),
-the charter from whoever has it, since it verifies itself; a broker's keys come from the charter; the time and the
-charter's version come from the broker's signed answers to nonces of the guest's own; the host's clock is used for
-nothing but measuring how long something took.
+A guest believes nothing that its host tells it, and no broker alone. The charter's root comes from its init-data (which
+HOST_DATA binds), the charter from whoever has it, since it verifies itself; the brokers' keys come from the charter;
+the time and the charter's version come from what enough brokers (`Consortium.broker_threshold`, called k) have signed
+over nonces of the guest's own, and from nothing else: the host's clock only measures how long something took. k brokers
+have to appraise the guest, each by a report of its own, before it has a credential.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Final
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from attestation.binding import NONCE_SIZE, report_data
-from attestation.canonical import b64, digests, unb64
-from attestation.connection import TIMEOUT, FetchedCharter
+from attestation.agreement import Agreement, Said, agree
+from attestation.broker_session import Attester as Attester
+from attestation.broker_session import BrokerSession, Guest, Opened
+from attestation.canonical import format_time
+from attestation.connection import TIMEOUT, fetch_from
 from attestation.connection import BrokerClient as BrokerClient
 from attestation.connection import fetch_charter as fetch_charter
-from attestation.ear import Ear, verify_ear
-from attestation.errors import AnswerRefused, CharterMoved, LedgerRefused
-from attestation.evidence.composite import SnpEvidence
-from attestation.hybrid import HybridPrivateKey
+from attestation.connection import ledger_keys as ledger_keys
+from attestation.ear import Ear
+from attestation.ears import different_guests, lease_end
+from attestation.errors import AnswerRefused, BrokerRefused, BrokerUnavailable, LeaseEnded
+from attestation.fan_out import ask_all
+from attestation.guest_keys import GuestKeys
 from attestation.identity import Identity, spiffe_id
-from attestation.ledger.receipt import Receipt, check_receipt, parse_receipt
-from attestation.messages import Answer, Call, release_info, request_digest, sign_proof
-from policies.charter import Charter
-from policies.documents import InitData, parse_init_data
-from policies.errors import Unusable
+from attestation.ledger.receipt import Receipt
+from attestation.messages import not_deposited
+from policies.charter import Charter, load_charter
+from policies.documents import BrokerAddress, InitData, parse_init_data
+from policies.errors import Refused, SealwrightError, Unusable
 
-
-class Attester(Protocol):
-    """Where evidence comes from (attestation.attester)."""
-
-    def evidence(self, report_data: bytes) -> SnpEvidence:
-        """A report over these 64 bytes, with its certificates."""
+PAUSE_SECONDS: Final = 600.0
+"""How long whatever needs a lease waits for one that ended because brokers are out of reach; then it gives up."""
+TRIES: Final = 3
+"""How often an attestation begins anew because the charter has moved on meanwhile."""
+ROUND_CALLS: Final = 3
+"""A round of questions to all brokers takes at most so many times the time-out of one connection."""
 
 
 class GuestSession:
-    """An attested guest's dealings with one broker: evidence, credential, resources, records.
+    """A guest's dealings with the brokers of its init-data: evidence, credential, resources, records.
 
-    Use it from one thread. The broker's clock is `now()`: the time that the broker signed last, and what has passed
-    since by a clock that the host cannot turn back.
+    `attest` and `renew` are for one thread; the rest may be called from any, meanwhile too.
     """
 
     def __init__(
@@ -63,206 +63,359 @@ class GuestSession:
         timeout: float = TIMEOUT,
         randomness: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        self._attester = attester
-        self._init_data = init_data
+        """`root`: the charter's first root, if it is at hand; `not_before`: when the image was built."""
         self.init: InitData = parse_init_data(init_data)
+        self._keys = GuestKeys()
+        self._guest = Guest(attester, threading.Lock(), init_data, self.init, self._keys, randomness)
         self._root = root
         self._not_before = not_before
         self._timeout = timeout
-        self._randomness = randomness
-        self._tls_key = ec.generate_private_key(ec.SECP256R1())
-        self._sign_key = Ed25519PrivateKey.generate()
-        self._kem_key = HybridPrivateKey.generate()
-        self._fetched: FetchedCharter | None = None
+        self._charter: Charter | None = None
+        self._refetch_at = datetime.fromtimestamp(0, UTC)
         self._clock = (datetime.fromtimestamp(0, UTC), 0.0)
-        self._session = ""
-        self._nonce = ""
-        self._counter = 0
-        self._size = 0
-        self._ear: Ear | None = None
+        self._sessions: dict[str, BrokerSession] = {}
+        self._ears: tuple[Ear, ...] = ()
+        self._certificate: str | None = None
 
     # --- what the guest knows ---------------------------------------------------------------------------------------
 
     @property
     def charter(self) -> Charter:
-        """The charter as it was fetched last."""
-        return self._known().charter
+        """The newest charter that enough brokers follow, as far as this guest has heard."""
+        if self._charter is None:
+            raise Unusable("the guest has no charter yet", where="session", do="Call attest() first.")
+        return self._charter
+
+    @property
+    def ears(self) -> tuple[Ear, ...]:
+        """The EARs of the last attestation, in the order of the init-data's brokers."""
+        if not self._ears:
+            raise Unusable("the guest has not attested yet", where="session", do="Call attest() first.")
+        return self._ears
 
     @property
     def ear(self) -> Ear:
-        """The EAR of the last attestation."""
-        if self._ear is None:
-            raise Unusable("the guest has not attested yet", where="session", do="Call attest() first.")
-        return self._ear
+        """The first of them; what they say of the guest is the same."""
+        return self.ears[0]
+
+    @property
+    def brokers(self) -> tuple[str, ...]:
+        """The brokers that affirmed the guest at its last attestation."""
+        return tuple(ear.broker for ear in self._ears)
 
     def now(self) -> datetime:
-        """The broker's time."""
+        """The brokers' time: what enough of them signed last, and what has passed since."""
         said, mark = self._clock
         return said + timedelta(seconds=time.monotonic() - mark)
 
     def close(self) -> None:
         """Close connections."""
-        if self._fetched is not None:
-            self._fetched.client.close()
+        for session in self._sessions.values():
+            session.close()
 
     def refresh_charter(self) -> Charter:
-        """Fetch the charter anew; nothing older than the known one is taken."""
-        known = self._fetched
-        fetched = fetch_charter(
-            [(broker.name, broker.url) for broker in self.init.brokers],
-            charter_id=self.init.charter,
-            root=self._root,
-            known=known.charter if known else None,
-            not_before=self._not_before,
-            timeout=self._timeout,
-        )
-        self._fetched = fetched
-        self._tell_time(fetched.at)
-        if known is not None:
-            known.client.close()
-        return fetched.charter
+        """Ask all brokers for time and charter; fetch a newer one if enough of them follow it. Raises as `attest`."""
+        if self._charter is None:
+            self._first_charter()
+        for _ in range(TRIES):
+            questions = {name: session.told for name, session in self._sessions.items()}
+            answers, failures = self._ask(questions)
+            words = {name: word for name, (word, identifier) in answers.items() if identifier == self.charter.id}
+            failures |= self._astray(name for name in answers if name not in words)
+            if self._agreed(words, failures) is not None:
+                break
+        return self.charter
 
     # --- what the guest does ----------------------------------------------------------------------------------------
 
     def attest(self) -> Identity:
-        """Attest to a broker and take a credential over this guest's own keys.
+        """Attest to every broker of the init-data that the charter has; take a credential over this guest's own keys.
 
-        Raises BrokerRefused with every reason, BrokerUnavailable, AnswerRefused.
+        Raises BrokerRefused if so many brokers refuse that k cannot affirm (every broker, every reason),
+        BrokerUnavailable if k could not be reached or do not agree on time and charter, AnswerRefused.
         """
-        self.refresh_charter()
-        try:
-            self._appraised()
-        except CharterMoved:
-            self.refresh_charter()
-            self._appraised()
-        return self._credential()
+        if self._charter is None:
+            self._first_charter()
+        for attempt in range(1, TRIES + 1):
+            charter = self.charter
+            try:
+                if (ears := self._appraised(charter)) is not None:
+                    self._ears = ears
+                    return self._identity(ears)
+            except BrokerUnavailable:
+                raise
+            except Refused:  # the brokers may have gone over to a newer charter between two of their answers
+                if attempt == TRIES or self.refresh_charter().version == charter.version:
+                    raise
+        raise BrokerUnavailable("the charter changes too fast to attest under it", where="charter")
 
     def renew(self) -> Identity:
-        """Attest afresh with the same keys: a new EAR and a new certificate. Raises as `attest` does."""
+        """Attest afresh with the same keys: new EARs; a new certificate when the old one is half over.
+
+        Raises as `attest` does; the older EARs then stand until they end.
+        """
         return self.attest()
 
     def release(self, resource: str, job: Mapping[str, Any] | None = None) -> bytes:
-        """A resource's value, if its owner and the charter's floor release it. Raises BrokerRefused (every reason)."""
-        body = json.dumps({"job": None if job is None else dict(job), "resource": resource}).encode()
-        answer, request = self._prove("POST", "/v1/release", body)
-        result = answer.result
-        serial, sealed = result.get("serial"), result.get("sealed")
-        if result.get("resource") != resource or type(serial) is not int or not isinstance(sealed, str):
-            raise AnswerRefused((f"the answer is not about {resource}",))
-        info = release_info(self._known().client.name, resource, serial, request)
-        value = self._kem_key.open(unb64(sealed, where="sealed resource"), info=info)
-        self._logged(answer, "release")
-        return value
+        """A resource's value, from the first broker that has it, its owner's own before others.
+
+        Raises BrokerRefused (every reason, if its owner's policy or the charter's floor does not release it, or no
+        broker has it), BrokerUnavailable, LeaseEnded.
+        """
+        failures: dict[str, SealwrightError] = {}
+        for name in self._holders(resource):
+            try:
+                return self.release_from(name, resource, job)
+            except BrokerUnavailable as error:
+                failures[name] = error
+            except BrokerRefused as error:
+                failures[name] = error
+                if not_deposited(resource) not in error.reasons:
+                    raise
+        raise _all_failed(failures)
+
+    def release_from(self, broker: str, resource: str, job: Mapping[str, Any] | None = None) -> bytes:
+        """What one broker releases under the name `resource`. Raises BrokerRefused, BrokerUnavailable, LeaseEnded."""
+        self._demand_lease()
+        if broker not in self.brokers:
+            raise BrokerUnavailable(f"broker {broker} has not affirmed this guest", where="brokers")
+        return self._sessions[broker].release(resource, job)
 
     def record(self, kind: str, document: Mapping[str, Any]) -> Receipt:
-        """Have something written down in the ledger. Raises BrokerRefused with every reason."""
+        """Have something written down in the ledger of one broker. Raises BrokerRefused, BrokerUnavailable."""
         return self.recorded(kind, document)[1]
 
     def recorded(self, kind: str, document: Mapping[str, Any]) -> tuple[str, Receipt]:
         """As `record`; returns the entry as it stands in the ledger too, for those who show it to others."""
-        answer, _ = self._prove("POST", "/v1/records", json.dumps({"document": dict(document), "kind": kind}).encode())
-        return str(answer.result.get("entry")), self._logged(answer, kind)
+        self._demand_lease()
+        failures: dict[str, SealwrightError] = {}
+        for name in self.brokers:
+            try:
+                return self._sessions[name].recorded(kind, document)
+            except Refused as error:
+                failures[name] = error
+        raise _all_failed(failures)
+
+    # --- charter and time -------------------------------------------------------------------------------------------
+
+    def _first_charter(self) -> None:
+        """Fetch the charter from all brokers at once; take the newest that enough of them follow."""
+        questions = {
+            broker.name: partial(
+                fetch_from,
+                broker.name,
+                broker.url,
+                self.init.charter,
+                self._root,
+                None,
+                self._not_before,
+                self._timeout,
+            )
+            for broker in self.init.brokers
+        }
+        fetched, failures = self._ask(questions, enough=None)
+        for found in fetched.values():
+            found.client.close()
+        versions: dict[int, list[str]] = {}
+        for name, found in fetched.items():
+            versions.setdefault(found.charter.version, []).append(name)
+        for version in sorted(versions, reverse=True):
+            found = fetched[versions[version][0]]
+            if len(versions[version]) >= found.charter.consortium.broker_threshold:
+                self._root = found.root
+                self._clock = (found.at, time.monotonic())
+                self._take(found.charter, found.at)
+                return
+        if not fetched:
+            raise _too_few(0, 1, failures)
+        needed = max(found.charter.consortium.broker_threshold for found in fetched.values())
+        told = {n: _unavailable(n, f"follows version {found.charter.version}") for n, found in fetched.items()}
+        raise _too_few(0, needed, {**failures, **told})
+
+    def _agreed(self, words: Mapping[str, Said], failures: Mapping[str, SealwrightError]) -> Agreement | None:
+        """What enough brokers agree on; None if it is a newer charter, which is the known one from now on."""
+        charter = self.charter
+        needed = charter.consortium.broker_threshold
+        if len(words) < needed:
+            raise _too_few(len(words), needed, {**self._strangers(), **failures})
+        agreement = agree(list(words.values()), needed, charter.version, time.monotonic())
+        if self._not_before is not None and agreement.time < self._not_before:
+            reason = f"the brokers say it is {format_time(agreement.time)}, before this image was built"
+            raise BrokerRefused((reason,), where="brokers")
+        self._clock = (agreement.time, agreement.mark)
+        if agreement.version > charter.version or agreement.time >= self._refetch_at:
+            self._fetch_newer(agreement)
+        return agreement if self.charter.version == charter.version else None
+
+    def _fetch_newer(self, agreement: Agreement) -> None:
+        """Fetch the charter (or a fresh timestamp on it) from a broker that follows the agreed version."""
+        charter, root = self.charter, self._root
+        failures: dict[str, SealwrightError] = {}
+        for name in agreement.brokers:
+            try:
+                store = self._sessions[name].client.charter_store()
+                found = load_charter(store, root or store.get("metadata/1.root.json", b""), self.now(), known=charter)
+            except SealwrightError as error:
+                failures[name] = error
+                continue
+            if found.version >= agreement.version:
+                self._take(found, self.now())
+                return
+        if agreement.version > charter.version or self.now() >= charter.expires:
+            told = "; ".join(f"{name}: {error.what}" for name, error in failures.items())
+            raise BrokerUnavailable(f"no broker gives a charter that holds: {told or 'none is newer'}", where="charter")
+
+    def _take(self, charter: Charter, at: datetime) -> None:
+        """Follow `charter` from now on, with a session for each of the init-data's brokers that is in it."""
+        self._charter = charter
+        self._refetch_at = at + (charter.expires - at) / 2
+        sessions: dict[str, BrokerSession] = {}
+        for address in self._named(charter):
+            entry, known = charter.broker(address.name), self._sessions.get(address.name)
+            if entry is None:
+                continue
+            if known is not None and known.client.entry == entry:
+                sessions[address.name] = known
+            else:
+                client = BrokerClient(entry, charter.consortium.trust_domain, url=address.url, timeout=self._timeout)
+                sessions[address.name] = BrokerSession(self._guest, client)
+        old, self._sessions = self._sessions, sessions
+        for name, session in old.items():
+            if sessions.get(name) is not session:
+                session.close()
+
+    def _named(self, charter: Charter) -> tuple[BrokerAddress, ...]:
+        return tuple(address for address in self.init.brokers if charter.broker(address.name) is not None)
+
+    def _strangers(self) -> dict[str, SealwrightError]:
+        """The init-data's brokers that the charter does not have."""
+        charter = self.charter
+        return {
+            address.name: BrokerRefused((f"it is no broker of charter version {charter.version}",), where=address.url)
+            for address in self.init.brokers
+            if charter.broker(address.name) is None
+        }
+
+    @staticmethod
+    def _astray(names: Iterable[str]) -> dict[str, SealwrightError]:
+        return {name: BrokerRefused(("it follows another charter",), where=f"broker {name}") for name in names}
+
+    # --- appraisal --------------------------------------------------------------------------------------------------
+
+    def _appraised(self, charter: Charter) -> tuple[Ear, ...] | None:
+        """The EARs of at least k brokers, from fresh evidence for each; None if the charter has moved on."""
+        needed = charter.consortium.broker_threshold
+        questions = {name: session.open for name, session in self._sessions.items()}
+        answers, failures = self._ask(questions)
+        opened: dict[str, Opened] = {name: one for name, one in answers.items() if one.charter_id == charter.id}
+        failures |= self._astray(name for name in answers if name not in opened)
+        agreement = self._agreed({name: one.said for name, one in opened.items()}, failures)
+        if agreement is None:
+            return None
+        for name, one in opened.items():
+            if name not in agreement.brokers:
+                said = f"says it is {format_time(one.said.time)} and follows charter version {one.said.version}"
+                failures[name] = _unavailable(name, f"{said}, unlike the others")
+        affirmed, refused = self._ask(
+            {name: partial(self._sessions[name].attest, opened[name], charter) for name in agreement.brokers}
+        )
+        ears = _alike(list(affirmed.values()))
+        for ear in affirmed.values():
+            if ear not in ears:
+                refused[ear.broker] = AnswerRefused(("its EAR says something else of the guest than the others'",))
+        if len(ears) < needed:
+            raise _too_few(len(ears), needed, {**self._strangers(), **failures, **refused})
+        return ears
+
+    def _identity(self, ears: tuple[Ear, ...]) -> Identity:
+        charter, subject = self.charter, ears[0].subject
+        return Identity(
+            spiffe_id=spiffe_id(charter.consortium.trust_domain, subject.role, subject.name),
+            role=subject.role,
+            name=subject.name,
+            tls_key_pem=self._keys.tls_pem(),
+            certificate_pem=self._certified(ears),
+            sign_key=self._keys.sign,
+            kem_key=self._keys.kem,
+            ears=tuple(ear.token for ear in ears),
+            lease_ends=lease_end(ears, charter),
+        )
+
+    def _certified(self, ears: tuple[Ear, ...]) -> str:
+        """The certificate over the TLS key; a new one if it is half over or its issuer is no broker any more."""
+        if self._certificate is not None and not self._certificate_due(self._certificate):
+            return self._certificate
+        failures: dict[str, SealwrightError] = {}
+        for ear in ears:
+            try:
+                others = [other.token for other in ears if other is not ear]
+                self._certificate = self._sessions[ear.broker].credential(others)
+                return self._certificate
+            except Refused as error:
+                failures[ear.broker] = error
+        if self._certificate is not None and all(isinstance(e, BrokerUnavailable) for e in failures.values()):
+            return self._certificate  # it is good for some time yet, and so are the EARs
+        raise _all_failed(failures)
+
+    def _certificate_due(self, chain: str) -> bool:
+        leaf, issuer = x509.load_pem_x509_certificates(chain.encode())[:2]
+        half = leaf.not_valid_before_utc + (leaf.not_valid_after_utc - leaf.not_valid_before_utc) / 2
+        issuers = (broker.issuer_certificate for broker in self.charter.consortium.brokers)
+        return self.now() >= half or issuer not in map(x509.load_pem_x509_certificate, map(str.encode, issuers))
 
     # --- within -----------------------------------------------------------------------------------------------------
 
-    def _known(self) -> FetchedCharter:
-        if self._fetched is None:
-            raise Unusable("the guest has no charter yet", where="session", do="Call attest() first.")
-        return self._fetched
+    def _ask(self, questions: Mapping[str, Callable[[], Any]], enough: int | None = 0) -> tuple[dict[str, Any], Any]:
+        """Ask all at once; once k have answered (`enough` None: never), the others are waited for a little only."""
+        if enough == 0:
+            enough = self.charter.consortium.broker_threshold
+        return ask_all(questions, seconds=ROUND_CALLS * self._timeout, enough=enough)
 
-    def _tell_time(self, said: datetime) -> None:
-        self._clock = (said, time.monotonic())
+    def _holders(self, resource: str) -> tuple[str, ...]:
+        """The brokers to ask for a resource, its owner's own first."""
+        owner = resource.partition("/")[0]
+        entries = {broker.name: broker.member for broker in self.charter.consortium.brokers}
+        return tuple(sorted(self.brokers, key=lambda name: entries.get(name) != owner))
 
-    def _keys(self) -> dict[str, bytes]:
-        spki = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
-        return {
-            "kem": self._kem_key.public_bytes(),
-            "sign": self._sign_key.public_key().public_bytes(*spki),
-            "tls": self._tls_key.public_key().public_bytes(*spki),
-        }
-
-    def _appraised(self) -> None:
-        """Open a session, hand over evidence, keep the EAR."""
-        known, keys = self._known(), self._keys()
-        client, charter = known.client, known.charter
-        self._nonce = b64(self._randomness(NONCE_SIZE))
-        opened = client.answer("POST", "/v1/sessions", json.dumps({"nonce": self._nonce}).encode(), nonce=self._nonce)
-        self._tell_time(opened.time)
-        if opened.result.get("charter") != {"id": charter.id, "version": charter.version}:
-            raise CharterMoved((f"broker {client.name} follows another version of the charter now",))
-        self._session, self._counter = _text(opened, "session"), 0
-        nonce = unb64(_text(opened, "nonce"), where="nonce")
-        evidence = self._attester.evidence(report_data(client.name, charter.id, charter.version, nonce, keys))
-        message = {
-            "evidence": {"certificates": b64(evidence.certificates), "report": b64(evidence.report)},
-            "init_data": b64(self._init_data),
-            "keys": {purpose: b64(key) for purpose, key in keys.items()},
-            "session": self._session,
-        }
-        answer, _ = self._prove("POST", "/v1/attest", json.dumps(message).encode())
-        ear = verify_ear(_text(answer, "ear"), charter, answer.time)
-        if ear.document.nonce != self._nonce or dict(ear.keys) != digests(keys) or ear.broker != client.name:
-            raise AnswerRefused(("the EAR is not about this guest's nonce and keys",))
-        if (ear.subject.role, ear.subject.name) != (self.init.role, self.init.name):
-            raise AnswerRefused(("the EAR is about another place",))
-        self._logged(answer, "appraisal")
-        self._ear = ear
-
-    def _credential(self) -> Identity:
-        """Take a certificate over the TLS key, and put the identity together."""
-        ear, known = self.ear, self._known()
-        name = x509.Name([])
-        csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(self._tls_key, hashes.SHA256())
-        body = json.dumps({"csr": b64(csr.public_bytes(Encoding.DER))}).encode()
-        answer, _ = self._prove("POST", "/v1/credentials", body)
-        self._logged(answer, "credential")
-        try:
-            leaf = x509.load_der_x509_certificate(unb64(_text(answer, "certificate"), where="certificate"))
-            if leaf.public_key() != self._tls_key.public_key():
-                raise AnswerRefused(("the certificate is over another key",))
-        except (ValueError, UnsupportedAlgorithm) as error:
-            raise AnswerRefused(("the answer holds no certificate",)) from error
-        chain = leaf.public_bytes(Encoding.PEM).decode("ascii") + known.client.entry.issuer_certificate
-        private = self._tls_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        subject = ear.subject
-        return Identity(
-            spiffe_id=spiffe_id(known.charter.consortium.trust_domain, subject.role, subject.name),
-            role=subject.role,
-            name=subject.name,
-            tls_key_pem=private.decode("ascii"),
-            certificate_pem=chain,
-            sign_key=self._sign_key,
-            kem_key=self._kem_key,
-            ear=ear.token,
-            ear_expires=ear.expires_at,
-        )
-
-    def _prove(self, method: str, path: str, body: bytes) -> tuple[Answer, str]:
-        """Make one call with its proof; return the answer and the request's digest."""
-        client = self._known().client
-        self._counter += 1
-        proof = sign_proof(Call(client.name, method, path, body, self._session, self._counter), self._sign_key)
-        answer = client.answer(method, path, body, nonce=self._nonce, proof=proof)
-        self._tell_time(answer.time)
-        return answer, request_digest(body, proof)
-
-    def _logged(self, answer: Answer, kind: str) -> Receipt:
-        """Check that the answer's entry is in the broker's ledger, and that the ledger does not shrink."""
-        client = self._known().client
-        entry, receipt = answer.result.get("entry"), answer.result.get("receipt")
-        if not isinstance(entry, str) or not isinstance(receipt, dict) or f'"kind":"{kind}"' not in entry:
-            raise AnswerRefused(("the answer does not show its ledger entry",))
-        parsed = parse_receipt(receipt)
-        checkpoint = check_receipt(parsed, entry.encode("utf-8"), client.origin, client.key)
-        if checkpoint.size < self._size:
-            raise LedgerRefused((f"the ledger has {checkpoint.size} entries, it had {self._size}",), where=client.name)
-        self._size = checkpoint.size
-        return parsed
+    def _demand_lease(self) -> None:
+        if self.now() >= lease_end(self.ears, self.charter):
+            raise LeaseEnded(f"{self.init.role}/{self.init.name}")
 
 
-def _text(answer: Answer, name: str) -> str:
-    """A member of an answer's result that must be a text."""
-    value = answer.result.get(name)
-    if not isinstance(value, str):
-        raise AnswerRefused((f"the answer has no {name}",))
-    return value
+def _alike(ears: Sequence[Ear]) -> tuple[Ear, ...]:
+    """The largest part of these EARs that say the same of the guest."""
+    groups = [tuple(other for other in ears if not different_guests((ear, other))) for ear in ears]
+    return max(groups, key=len, default=())
+
+
+def _unavailable(name: str, what: str) -> BrokerUnavailable:
+    return BrokerUnavailable(f"broker {name} {what}", where="brokers")
+
+
+def _too_few(have: int, needed: int, failures: Mapping[str, SealwrightError]) -> SealwrightError:
+    """Why fewer than `needed` brokers affirmed: a refusal if the others could not make up for those who refused."""
+    if len(failures) == 1 and needed == 1:
+        return next(iter(failures.values()))
+    out_of_reach = sum(isinstance(error, BrokerUnavailable) for error in failures.values())
+    reasons = (f"{have} brokers affirm the guest, {needed} are needed", *_told(failures))
+    if have + out_of_reach >= needed:
+        return BrokerUnavailable("; ".join(reasons), where="brokers", reasons=reasons)
+    return BrokerRefused(reasons, where="brokers")
+
+
+def _all_failed(failures: Mapping[str, SealwrightError]) -> SealwrightError:
+    """Why no broker did what any one of them could have done."""
+    if len(failures) == 1:
+        return next(iter(failures.values()))
+    reasons = _told(failures)
+    if any(isinstance(error, BrokerUnavailable) for error in failures.values()):
+        return BrokerUnavailable("; ".join(reasons), where="brokers", reasons=reasons)
+    return BrokerRefused(reasons, where="brokers")
+
+
+def _told(failures: Mapping[str, SealwrightError]) -> tuple[str, ...]:
+    return tuple(
+        f"{name}: {reason}"
+        for name, error in failures.items()
+        for reason in (error.reasons if isinstance(error, Refused) else (error.what,))
+    )

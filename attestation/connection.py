@@ -14,7 +14,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 import urllib3
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from attestation.binding import NONCE_SIZE
 from attestation.canonical import b64, format_time, parse_time, read_canonical, read_json_object, unb64, unb64url
@@ -261,7 +261,7 @@ def fetch_charter(
     failures: list[Exception] = []
     for name, url in brokers:
         try:
-            return _fetch_from(name, url, charter_id, root, known, not_before, timeout)
+            return fetch_from(name, url, charter_id, root, known, not_before, timeout)
         except (Refused, Unusable) as error:
             failures.append(error)
     if len(failures) == 1:
@@ -272,7 +272,7 @@ def fetch_charter(
     raise BrokerRefused(reasons or ("no broker is named",), where="brokers")
 
 
-def _fetch_from(
+def fetch_from(
     name: str,
     url: str,
     charter_id: str | None,
@@ -281,6 +281,7 @@ def _fetch_from(
     not_before: datetime | None,
     timeout: float,
 ) -> FetchedCharter:
+    """Fetch the charter from one broker, as `fetch_charter` does from the first that has it; raises as it does."""
     unpinned = Connection(name, url, None, timeout=timeout)
     try:
         store = read_charter_store(unpinned)
@@ -309,6 +310,15 @@ def _fetch_from(
         client.close()
         raise
     return FetchedCharter(charter, store, trusted, answer.time, client)
+
+
+def ledger_keys(charter: Charter) -> dict[str, Ed25519PublicKey]:
+    """The key of each broker's ledger by the ledger's origin."""
+    domain = charter.consortium.trust_domain
+    return {
+        ledger_origin(domain, broker.name): ed25519_public_key(broker.signing_key)
+        for broker in charter.consortium.brokers
+    }
 
 
 def _said_time(connection: Connection) -> datetime:

@@ -2,7 +2,7 @@
 
 A compact JWS by the broker's Ed25519 key with `kid` = the broker's name and `typ` = "eat+jwt". It names the nonce that
 the guest chose, the charter and its version, the guest's place, and the SHA-256 of each of the guest's keys. It is
-issued only for an affirming appraisal, and lives `attestation_interval_seconds` of the charter.
+issued only for an affirming appraisal, and lives `lease_seconds` of the charter: it is the guest's lease.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from attestation.canonical import format_time
 from attestation.errors import EarRefused
 from attestation.jws import ed25519_public_key, read_jws, read_jws_header, sign_jws
 from policies.errors import Refused, Unusable
@@ -140,14 +142,28 @@ def verify_ear(token: str, charter: Charter, at: datetime) -> Ear:
     if broker is None:
         raise EarRefused((f"the EAR is signed by {issuer!r}, no broker of this charter",))
     try:
-        payload = read_jws(token, ed25519_public_key(broker.signing_key), typ=TYPE)
+        ear = _signed_ear(token, broker.signing_key)
     except Refused as error:
         raise EarRefused((f"the EAR's signature is not broker {issuer}'s",)) from error
-    ear = Ear(token, parse_ear_document(payload))
     reasons = ear_reasons(ear, charter, at)
     if reasons:
-        raise EarRefused(reasons)
+        raise EarRefused(reasons, lapsed=reasons == (_ended(ear, charter),))
     return ear
+
+
+@lru_cache(maxsize=1024)
+def _signed_ear(token: str, signing_key: str) -> Ear:
+    """An EAR whose signature holds: checked once, since the same one is judged at many moments. Raises Refused."""
+    return Ear(token, parse_ear_document(read_jws(token, ed25519_public_key(signing_key), typ=TYPE)))
+
+
+def ear_end(ear: Ear, charter: Charter) -> datetime:
+    """From when on `ear` is worth nothing under `charter`, whose lease may be shorter than when it was given."""
+    return min(ear.expires_at, ear.issued_at + timedelta(seconds=charter.consortium.lease_seconds))
+
+
+def _ended(ear: Ear, charter: Charter) -> str:
+    return f"the EAR ended at {format_time(ear_end(ear, charter))} (broker {ear.broker})"
 
 
 def parse_ear_document(payload: Mapping[str, Any]) -> EarDocument:
@@ -176,9 +192,10 @@ def ear_reasons(ear: Ear, charter: Charter, at: datetime) -> tuple[str, ...]:
         reasons.append(f"the EAR is about a {document.platform} guest; this charter is {charter.consortium.platform}")
     if at < ear.issued_at - SKEW:
         reasons.append("the EAR is from the future")
-    if at >= ear.expires_at:
-        reasons.append(f"the EAR ended at {ear.expires_at:%Y-%m-%dT%H:%M:%SZ}")
-    if ear.expires_at - ear.issued_at > timedelta(seconds=charter.consortium.attestation_interval_seconds):
+    if at >= ear_end(ear, charter):
+        reasons.append(_ended(ear, charter))
+    too_long = ear.expires_at - ear.issued_at > timedelta(seconds=charter.consortium.lease_seconds)
+    if too_long and document.charter.version >= charter.version:
         reasons.append("the EAR lives longer than the charter allows")
     reasons += [
         f"the appraisal of {device} is {appraisal.status}, not affirming"

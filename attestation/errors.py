@@ -37,10 +37,14 @@ class AttesterUnavailable(Refused):
 
 
 class EarRefused(Refused):
-    """An EAR that is worth nothing here and now, with every reason."""
+    """An EAR, or a set of them, that is worth nothing here and now, with every reason.
 
-    def __init__(self, reasons: tuple[str, ...]) -> None:
-        super().__init__(reasons[0], where="EAR", do="Attest again to a broker of this charter.", reasons=reasons)
+    `lapsed`: nothing but time is against it.
+    """
+
+    def __init__(self, reasons: tuple[str, ...], *, lapsed: bool = False) -> None:
+        super().__init__(reasons[0], where="EAR", do="Attest again to the brokers of this charter.", reasons=reasons)
+        self.lapsed = lapsed
 
 
 class PeerRefused(Refused):
@@ -49,6 +53,21 @@ class PeerRefused(Refused):
     def __init__(self, reasons: tuple[str, ...], *, who: str) -> None:
         super().__init__(
             f"the peer is refused: {reasons[0]}", where=who, do="Have it attest again, or enrol it.", reasons=reasons
+        )
+
+
+class PeerLapsed(PeerRefused):
+    """A peer against whom there is nothing but that its lease has ended: it may renew it and come back."""
+
+
+class LeaseEnded(Refused):
+    """A guest's own lease that has ended, since too few brokers could be reached to renew it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            "the guest's lease has ended and too few brokers could be reached to renew it",
+            where=where,
+            do="Bring the brokers back; the guest renews by itself.",
         )
 
 
@@ -102,8 +121,16 @@ class ReleaseRefused(Refused):
 class BrokerUnavailable(Refused):
     """A broker that cannot decide now: out of reach, storage gone, or too many requests. Nothing was released."""
 
-    def __init__(self, reason: str, *, where: str) -> None:
-        super().__init__(reason, where=where, do="Try again later; see the broker's log and /healthz.")
+    def __init__(self, reason: str, *, where: str, reasons: tuple[str, ...] = ()) -> None:
+        do = "Try again later; see the broker's log and /healthz."
+        super().__init__(reason, where=where, do=do, reasons=reasons)
+
+
+class BrokersDisagree(BrokerUnavailable):
+    """Brokers of which too few say the same about the time or the charter's version: none of them is believed."""
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__(reasons[0], where="brokers", reasons=reasons)
 
 
 class DepositRefused(Refused):

@@ -1,11 +1,14 @@
 """Who a peer is: an attested guest by its credential, or a user whom the charter names.
 
-A guest's credential is an X.509 certificate over its own P-256 key, issued by a broker, that carries the guest's EAR in
-an extension. A relying party checks the EAR and the charter itself; the issuer's signature alone opens nothing.
+A guest's credential is an X.509 certificate over its own P-256 key, issued by a broker, that carries the EARs of k
+brokers over that key in an extension. A relying party checks the EARs and the charter itself; the issuer's signature
+alone opens nothing, nor does one broker's EAR where the charter asks for more. The certificate lives a day, the EARs a
+minute: they are a lease, renewed by newer ones that the guest shows in band (docs/adr/0014-leases-of-a-minute.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -18,17 +21,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from attestation.canonical import format_time
-from attestation.ear import SKEW, Ear, verify_ear
-from attestation.errors import PeerRefused
+from attestation.ear import SKEW, Ear
+from attestation.ears import lease_end, unpack_ears, verify_ears
+from attestation.errors import EarRefused, PeerLapsed, PeerRefused
 from attestation.hybrid import HybridPrivateKey
-from policies.errors import Refused, SealwrightError
+from policies.errors import SealwrightError
 
 if TYPE_CHECKING:
     from policies.charter import Charter
     from policies.documents import User
 
 EAR_EXTENSION: Final = x509.ObjectIdentifier("1.3.6.1.4.1.59999.1.1")
-"""The certificate extension that holds the EAR: the compact JWS in ASCII."""
+"""The certificate extension that holds the EARs as `attestation.ears.pack_ears` writes them."""
 DNS_SUFFIX: Final = "sealwright.internal"
 MAX_CERTIFICATE: Final = 128 * 1024
 """Bytes of the largest certificate that is read."""
@@ -56,9 +60,10 @@ class Identity:
     """The leaf, then its issuer."""
     sign_key: Ed25519PrivateKey = field(repr=False)
     kem_key: HybridPrivateKey = field(repr=False)
-    ear: str
-    """The EAR as a token."""
-    ear_expires: datetime
+    ears: tuple[str, ...]
+    """The EARs of the newest attestation, as tokens: those of at least k brokers."""
+    lease_ends: datetime
+    """When too few of them are left."""
 
     @property
     def dns_name(self) -> str:
@@ -78,42 +83,68 @@ class Peer:
     role: str
     name: str
     member: str
-    ear: Ear
+    ears: tuple[Ear, ...]
+    """Those that held: of at least k brokers."""
     spiffe_id: str
+    good_until: datetime
+    """When its lease ends, if it shows no newer EARs, or its certificate."""
+
+    @property
+    def ear(self) -> Ear:
+        """One of its EARs; as far as they speak of the guest, all say the same."""
+        return self.ears[0]
 
 
 def appraise_peer(
-    certificate_der: bytes, charter: Charter, at: datetime, *, role: str | None = None, ear: str | None = None
+    certificate_der: bytes,
+    charter: Charter,
+    at: datetime,
+    *,
+    role: str | None = None,
+    ears: Sequence[str] | None = None,
 ) -> Peer:
     """Check the guest behind a certificate (from a TLS handshake that proved its key) against `charter` at `at`.
 
-    `role` is the role it must have. `ear` is a newer EAR over the same key, presented in band; without it the one in
-    the certificate counts. Checked: issuer, validity, names, EAR (signature, time, charter, affirming, key), and that
-    its enrolment and image still stand in this charter. Raises PeerRefused with every reason.
+    `role` is the role it must have. `ears` are newer EARs over the same key, presented in band; without them those in
+    the certificate count. Checked: issuer, validity, names, EARs (of k distinct brokers, each by signature, time,
+    charter, affirming; all over this key and one guest), and that its enrolment and image still stand in this charter.
+    Raises PeerRefused with every reason: PeerLapsed if there is nothing against it but that its lease has ended.
     """
     certificate = _load_certificate(certificate_der)
     reasons = [*_issuance_reasons(certificate, charter, at)]
     names = _names(certificate, charter.consortium.trust_domain, reasons)
     key_digest = _key_digest(certificate, reasons)
-    verified = _certificate_ear(certificate, ear, charter, at, reasons)
-    if verified is not None:
-        subject = verified.subject
+    tokens = _certificate_ears(certificate, reasons) if ears is None else tuple(ears)
+    verified: tuple[Ear, ...] = ()
+    lapsed = False
+    if tokens:
+        try:
+            verified = verify_ears(tokens, charter, at)
+        except EarRefused as error:
+            lapsed = error.lapsed and not reasons
+            reasons += error.reasons
+    if verified:
+        subject = verified[0].subject
         if names is not None and names != (subject.role, subject.name):
-            reasons.append(f"the certificate names {'/'.join(names)}, its EAR {subject.role}/{subject.name}")
-        if key_digest is not None and verified.keys.get("tls") != key_digest:
-            reasons.append("the EAR is about another TLS key than the certificate's")
+            reasons.append(f"the certificate names {'/'.join(names)}, its EARs {subject.role}/{subject.name}")
+        if key_digest is not None and verified[0].keys.get("tls") != key_digest:
+            reasons.append("the EARs are about another TLS key than the certificate's")
         if role is not None and subject.role != role:
             reasons.append(f"the peer has the role {subject.role}, not {role}")
-        reasons += enrolment_reasons(verified, charter)
-    if reasons or verified is None or names is None:
-        raise PeerRefused(tuple(reasons), who="/".join(names) if names else "peer")
-    subject = verified.subject
+        reasons += enrolment_reasons(verified[0], charter)
+    elif ears is not None and not tokens:
+        reasons.append("the peer shows no EARs")
+    if reasons or not verified or names is None:
+        kind = PeerLapsed if lapsed else PeerRefused
+        raise kind(tuple(reasons), who="/".join(names) if names else "peer")
+    subject = verified[0].subject
     return Peer(
         subject.role,
         subject.name,
         subject.member,
         verified,
         spiffe_id(charter.consortium.trust_domain, subject.role, subject.name),
+        min(lease_end(verified, charter), certificate.not_valid_after_utc),
     )
 
 
@@ -238,22 +269,15 @@ def _key_digest(certificate: x509.Certificate, reasons: list[str]) -> str | None
     return sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def _certificate_ear(
-    certificate: x509.Certificate, newer: str | None, charter: Charter, at: datetime, reasons: list[str]
-) -> Ear | None:
-    token = newer
-    if token is None:
-        try:
-            extension = certificate.extensions.get_extension_for_oid(EAR_EXTENSION).value
-        except x509.ExtensionNotFound:
-            reasons.append("the certificate carries no EAR")
-            return None
-        raw = extension.value if isinstance(extension, x509.UnrecognizedExtension) else b""
-        token = raw.decode("ascii", errors="replace")
+def _certificate_ears(certificate: x509.Certificate, reasons: list[str]) -> tuple[str, ...]:
+    """The EARs in a certificate, unchecked."""
     try:
-        return verify_ear(token, charter, at)
-    except Refused as error:
-        reasons += error.reasons
+        extension = certificate.extensions.get_extension_for_oid(EAR_EXTENSION).value
+    except x509.ExtensionNotFound:
+        reasons.append("the certificate carries no EAR")
+        return ()
+    try:
+        return unpack_ears(extension.value if isinstance(extension, x509.UnrecognizedExtension) else b"")
     except SealwrightError as error:
         reasons.append(error.what)
-    return None
+        return ()

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from attestation.canonical import canonical_bytes, format_time, parse_time, read_json_object
+from attestation.ears import MAX_EAR, MAX_EARS
 from attestation.errors import AnswerRefused
 from attestation.jws import read_jws, read_jws_header, sign_jws
 from policies.documents import Digest, Name, Resource
@@ -63,9 +64,10 @@ class AttestRequest(Message):
 
 
 class CredentialRequest(Message):
-    """POST /v1/credentials: a PKCS#10 request in DER, base64, signed by the attested TLS key."""
+    """POST /v1/credentials: a PKCS#10 request in DER, base64, signed by the attested TLS key; other brokers' EARs."""
 
     csr: Base64
+    ears: Annotated[list[Annotated[str, StringConstraints(max_length=MAX_EAR)]], Field(max_length=MAX_EARS - 1)] = []
 
 
 class ReleaseRequest(Message):
@@ -235,6 +237,11 @@ def read_answer(token: str, key: Ed25519PublicKey, *, broker: str, request: str,
 def value_commitment(salt: bytes, value: bytes) -> str:
     """What stands for a deposited value in public: SHA-256 (hex) of a context, 32 secret random bytes and the value."""
     return sha256(b"sealwright-deposit-v1\0" + salt + value).hexdigest()
+
+
+def not_deposited(resource: str) -> str:
+    """The reason by which a broker says that it does not hold a resource, so that its guest asks another."""
+    return f"{resource} was not deposited at this broker"
 
 
 def release_info(broker: str, resource: str, serial: int, request: str) -> bytes:

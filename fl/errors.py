@@ -99,6 +99,10 @@ class PeerLost(Refused):
         super().__init__(what, where=where, do="Check that the peer runs and is reachable.")
 
 
+class LeaseLapsed(PeerLost):
+    """A connection that ended, or did not come about, because a lease has ended: its guest may renew it and go on."""
+
+
 class SealedDataRefused(Refused):
     """A sealed file that does not open."""
 

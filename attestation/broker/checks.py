@@ -1,7 +1,8 @@
-"""Checks of what guests and owners send, apart from any session: deposits and certificate requests."""
+"""Checks of what guests and owners send, apart from any session: deposits, certificate requests, others' EARs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -12,7 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from attestation.broker.journal import digest
 from attestation.canonical import parse_time
-from attestation.ear import Ear
+from attestation.ear import Ear, verify_ear
+from attestation.ears import verify_ears
 from attestation.jws import ed25519_public_key, read_jws, read_jws_header
 from attestation.messages import DEPOSIT_TYPE, MAX_SECRET, Deposit, check_message, value_commitment
 from policies.charter import Charter
@@ -73,3 +75,13 @@ def check_csr(csr: bytes, ear: Ear) -> EllipticCurvePublicKey:
     if ear.keys.get("tls") != digest(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)):
         raise Refused("the request is for another key than the attested one", where="csr", do=do)
     return key
+
+
+def check_ears(own: Ear, others: Sequence[str], charter: Charter, at: datetime) -> tuple[Ear, ...]:
+    """`own` and the EARs of other brokers, if all of them hold, are about one guest and are enough. Raises EarRefused.
+
+    None that does not hold is left out silently: what a broker puts into a certificate it has checked.
+    """
+    for token in others:
+        verify_ear(token, charter, at)
+    return verify_ears([own.token, *others], charter, at)

@@ -12,6 +12,7 @@ from attestation.broker.exchange import BROKER, METRICS, count_client, json_resp
 from attestation.broker.service import Broker
 from attestation.broker.sessions import Session, attested_session, use
 from attestation.canonical import b64, digests, unb64
+from attestation.ears import MAX_EARS_SIZE
 from attestation.errors import BrokerUnavailable, SessionRefused
 from attestation.evidence.composite import SnpEvidence
 from attestation.hybrid import PUBLIC_SIZE, seal
@@ -185,11 +186,12 @@ async def attest(request: web.Request) -> web.Response:
 
 @routes.post("/v1/credentials")
 async def credentials(request: web.Request) -> web.Response:
-    """Issue a certificate over the attested TLS key."""
-    call = Call(request, await read_body(request, 16384))
-    message = parse_message(CredentialRequest, call.body, limit=16384)
+    """Issue a certificate over the attested TLS key, with this broker's EAR and those that other brokers gave."""
+    call = Call(request, await read_body(request, MAX_EARS_SIZE + 16384))
+    message = parse_message(CredentialRequest, call.body, limit=MAX_EARS_SIZE + 16384)
     try:
-        issued = await call.broker.credential(call.session, unb64(message.csr, where="csr"), call.authorise)
+        csr = unb64(message.csr, where="csr")
+        issued = await call.broker.credential(call.session, csr, message.ears, call.authorise)
     except Refused as error:
         return call.refused(error)
     request.app[METRICS].decision("credential")

@@ -120,9 +120,12 @@ def release_denial(question: ReleaseQuestion, session: Session, charter: Charter
     return Note(Entry("denial", question.at, body), {}, resource=question.resource, guest=place(question.ear.subject))
 
 
-def credential(ear: Ear, session: Session, certificate: bytes, charter: Charter, at: datetime) -> Note:
-    """An issued credential."""
-    body = {**_of_guest(ear, session, charter), "certificate": digest(certificate)}
+def credential(
+    ear: Ear, ears: Sequence[Ear], session: Session, certificate: bytes, charter: Charter, at: datetime
+) -> Note:
+    """An issued credential. `ear` is this broker's own among `ears`, all of which are in the certificate."""
+    vouching = {one.broker: digest(one.token.encode()) for one in ears}
+    body = {**_of_guest(ear, session, charter), "certificate": digest(certificate), "ears": vouching}
     return Note(Entry("credential", at, body), {digest(certificate): certificate}, guest=place(ear.subject))
 
 

@@ -8,6 +8,7 @@ broker is trusted for its owner's own resources and no more (docs/how-to/run-a-b
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from attestation.broker.storage import StoredResource
 from attestation.canonical import canonical_bytes
+from attestation.ears import pack_ears
 from attestation.errors import BrokerUnavailable
 from attestation.identity import EAR_EXTENSION, dns_name, spiffe_id
 from policies.errors import UnusableKey
@@ -150,16 +152,16 @@ class Issuer:
         trust_domain: str,
         role: str,
         name: str,
-        ear: str,
+        ears: Sequence[str],
         at: datetime,
         seconds: int,
     ) -> bytes:
-        """A guest's credential in DER: its own TLS key, its names, its EAR."""
+        """A guest's credential in DER: its own TLS key, its names, its EARs."""
         uri = x509.UniformResourceIdentifier(spiffe_id(trust_domain, role, name))
         return (
             self._leaf(f"{role}/{name}"[:64], public_key, at, timedelta(seconds=seconds))
             .add_extension(x509.SubjectAlternativeName([uri, x509.DNSName(dns_name(role, name))]), critical=False)
-            .add_extension(x509.UnrecognizedExtension(EAR_EXTENSION, ear.encode("ascii")), critical=False)
+            .add_extension(x509.UnrecognizedExtension(EAR_EXTENSION, pack_ears(ears)), critical=False)
             .sign(self._key, hashes.SHA256())
             .public_bytes(Encoding.DER)
         )

@@ -24,6 +24,7 @@ from attestation.broker.storage import Storage, Transaction
 from attestation.ear import Ear
 from attestation.errors import ReleaseRefused
 from attestation.ledger.receipt import Receipt
+from attestation.messages import not_deposited
 from policies.charter import Charter
 
 Authorise = Callable[[Session | None], Session]
@@ -138,7 +139,7 @@ class Releases:
             None if owner is None else owner_rules(owner),
         )
         if stored is None:
-            reasons += (f"{resource} was not deposited at this broker",)
+            reasons += (not_deposited(resource),)
         if reasons or stored is None:
             return question, reasons, None, 0
         sealed = request.seal(request.session, open_resource(stored, self._kek), stored.serial)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -21,7 +21,7 @@ from attestation.broker import journal
 from attestation.broker.appraisal import Question as AppraisalQuestion
 from attestation.broker.appraisal import appraise_guest, build_ear
 from attestation.broker.charters import CharterFolder, LoadedCharter
-from attestation.broker.checks import check_csr, check_deposit
+from attestation.broker.checks import check_csr, check_deposit, check_ears
 from attestation.broker.clock import CheckedClock
 from attestation.broker.journal import Note
 from attestation.broker.keys import Issuer, KeyEncryption, seal_resource
@@ -301,23 +301,32 @@ class Broker:
 
     # --- what guests have written down and issued ----------------------------------------------------------------
 
-    async def credential(self, identifier: str, csr: bytes, authorise: Authorise) -> Issued:
-        """Issue a credential over the TLS key of the attested guest, whose possession `csr` (DER) proves."""
+    async def credential(self, identifier: str, csr: bytes, others: Sequence[str], authorise: Authorise) -> Issued:
+        """Issue a credential over the TLS key of the attested guest, whose possession `csr` (DER) proves.
+
+        `others` are the EARs that other brokers gave it; with this broker's own they have to be enough for the charter.
+        """
         at = self.clock()
         charter = (await self.charter(at)).charter
         session = await self._authorised(identifier, "v1", "credential", authorise, charter, at)
         ear = await self._standing(session, "credential", charter, at)
-        public_key = check_csr(csr, ear)
+        try:
+            public_key = check_csr(csr, ear)
+            ears = check_ears(ear, others, charter, at)
+        except Refused as error:
+            denied = journal.call_denial("credential", session, error.reasons, _mark(charter), at)
+            await self.storage.transact(lambda step: journal.append(step, denied))
+            raise
         certificate = self.issuer.guest_certificate(
             public_key,
             trust_domain=charter.consortium.trust_domain,
             role=ear.subject.role,
             name=ear.subject.name,
-            ear=ear.token,
+            ears=[one.token for one in ears],
             at=at,
             seconds=charter.consortium.credential_seconds,
         )
-        note = journal.credential(ear, session, certificate, charter, at)
+        note = journal.credential(ear, ears, session, certificate, charter, at)
         return Issued(certificate, await self._note(identifier, authorise, note, charter), note.entry.to_bytes())
 
     async def record(self, identifier: str, kind: str, document: Mapping[str, Any], authorise: Authorise) -> Issued:

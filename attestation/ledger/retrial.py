@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import sha256
 from typing import Any
 
 from cryptography import x509
@@ -236,7 +237,10 @@ class Retrial:
             return [f"its certificate does not hold: {reason}" for reason in error.reasons]
         except (ValueError, TypeError, InvalidSignature):
             return ["its certificate was issued by another broker"]
-        return [] if peer.ear.token == ear.token else ["its certificate carries another EAR"]
+        carried = {one.broker: sha256(one.token.encode()).hexdigest() for one in peer.ears}
+        if carried != entry.body["ears"] or carried.get(broker.name) != entry.body["ear"]:
+            return ["its certificate carries other EARs"]
+        return []
 
     # --- within -----------------------------------------------------------------------------------------------------
 

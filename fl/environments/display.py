@@ -35,6 +35,8 @@ class Display:
             self._sites[event.site] = "joined"
         elif event.kind == "update" and event.site:
             self._sites[event.site] = "sent its update"
+        elif event.kind in {"paused", "resumed"} and event.site:
+            self._sites[event.site] = event.kind
         elif event.kind in {"lost", "refused"} and event.site:
             from rich.markup import escape
 
@@ -90,6 +92,8 @@ def line_of(event: JobEvent) -> str:
         "joined": f"{event.site} has joined",
         "lost": f"{event.site} is lost: {event.text}",
         "refused": f"{event.site} is refused: {event.text}",
+        "paused": f"{event.site} pauses: {event.text}",
+        "resumed": f"{event.site} goes on",
         "round": f"{round_} begins",
         "update": f"{round_}: {event.site} sent its update {values}".rstrip(),
         "aggregated": f"{round_} is done: {values or 'no metrics'}",

@@ -82,8 +82,8 @@ class UserClient:
             server=server.name,
             tls_key=kit.tls_key,
             certificate_pem=kit.tls_certificate,
-            charter=charter,
-            at=at,
+            charter=lambda: charter,
+            clock=lambda: at,
         ) as connection:
             yield cls(kit, charter, at, connection)
 

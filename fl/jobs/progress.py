@@ -35,13 +35,13 @@ class Status(StrEnum):
 class JobEvent(BaseModel):
     """One thing that happened in a job.
 
-    `joined`, `lost`, `refused` and `update` name a `site`; `round` begins and `aggregated` ends one (from 0); `value`
-    is a number that a script logged; `status` tells the job's new status in `text`.
+    `joined`, `lost`, `refused`, `paused`, `resumed` and `update` name a `site`; `round` begins and `aggregated` ends
+    one (from 0); `value` is a number that a script logged; `status` tells the job's new status in `text`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    kind: Literal["status", "joined", "lost", "refused", "round", "update", "aggregated", "value"]
+    kind: Literal["status", "joined", "lost", "refused", "paused", "resumed", "round", "update", "aggregated", "value"]
     site: str | None = None
     round: int | None = None
     weight: float | None = None

@@ -42,8 +42,10 @@ class JobHistory:
 
     def observe(self, event: JobEvent) -> None:
         """Take one event into account."""
-        if event.kind == "joined" and event.site:
+        if event.kind in {"joined", "resumed"} and event.site:
             self.sites[event.site] = "in the job"
+        elif event.kind == "paused" and event.site:
+            self.sites[event.site] = f"paused: {event.text}"
         elif event.kind in {"lost", "refused"} and event.site:
             self.sites[event.site] = f"{event.kind}: {event.text}"
         elif event.kind == "round":

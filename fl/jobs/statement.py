@@ -1,8 +1,8 @@
 """Statements: an attested server's signed word that this model came of this job (DESIGN.md section 5, Result).
 
-The statement is a JWS by the server's attested signing key. Its reader needs the server's EAR beside it, which a broker
-of the charter signed and which names that key: so the word is worth what the appraisal is worth, and nobody can put
-another model, bundle or roster in its place.
+The statement is a JWS by the server's attested signing key. Its reader needs the server's EARs beside it, which k
+brokers of the charter signed and which name that key: so the word is worth what the appraisals are worth, and nobody
+can put another model, bundle or roster in its place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attestation.canonical import b64, unb64
-from attestation.ear import SKEW, verify_ear
+from attestation.ear import SKEW
+from attestation.ears import MAX_EAR, MAX_EARS, verify_ears
 from attestation.identity import enrolment_reasons
 from attestation.jws import read_jws, sign_jws
 from fl.errors import StatementRefused
@@ -65,21 +66,24 @@ class SignedStatement(BaseModel):
     statement: Annotated[str, Field(max_length=256 * 1024)]
     sign_key: Annotated[str, Field(max_length=128)]
     """The server's signing key: SubjectPublicKeyInfo in DER, base64."""
-    ear: Annotated[str, Field(max_length=256 * 1024)]
-    """The server's EAR, current when the statement was signed."""
+    ears: Annotated[
+        tuple[Annotated[str, Field(max_length=MAX_EAR)], ...], Field(min_length=1, max_length=MAX_EARS, strict=False)
+    ]
+    """The server's EARs, current when the statement was signed."""
 
 
-def sign_statement(statement: Statement, key: Ed25519PrivateKey, ear: str) -> SignedStatement:
-    """Sign as the server that `ear` is about."""
+def sign_statement(statement: Statement, key: Ed25519PrivateKey, ears: tuple[str, ...]) -> SignedStatement:
+    """Sign as the server that `ears` are about."""
     public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     token = sign_jws(statement.model_dump(mode="json"), key, kid=f"server/{statement.server}", typ=STATEMENT_TYPE)
-    return SignedStatement(statement=token, sign_key=b64(public), ear=ear)
+    return SignedStatement(statement=token, sign_key=b64(public), ears=ears)
 
 
 def verify_statement(signed: SignedStatement, record: JobRecord, charter: Charter, at: datetime) -> Statement:
     """The statement, if an attested server of `charter` made it about the job of `record` before `at`.
 
-    The EAR has to be good at the time that the statement gives as its own. Raises StatementRefused with every reason.
+    The EARs have to be good, and enough, at the time that the statement gives as its own. Raises StatementRefused with
+    every reason.
     """
     try:
         der = unb64(signed.sign_key, where="statement")
@@ -87,7 +91,7 @@ def verify_statement(signed: SignedStatement, record: JobRecord, charter: Charte
         if not isinstance(key, Ed25519PublicKey):
             raise StatementRefused(record.job, ("its key is not Ed25519",))
         statement = Statement.model_validate(read_jws(signed.statement, key, typ=STATEMENT_TYPE))
-        ear = verify_ear(signed.ear, charter, datetime.fromisoformat(statement.finished))
+        ear = verify_ears(signed.ears, charter, datetime.fromisoformat(statement.finished))[0]
     except ValidationError as error:
         raise StatementRefused(record.job, (f"it is malformed: {error.errors()[0]['msg']}",)) from error
     except Refused as error:
@@ -97,7 +101,7 @@ def verify_statement(signed: SignedStatement, record: JobRecord, charter: Charte
         raise StatementRefused(record.job, (what,)) from error
     reasons = [*enrolment_reasons(ear, charter), *_differences(statement, record)]
     if not hmac.compare_digest(ear.keys.get("sign", ""), sha256(der).hexdigest()):
-        reasons.append("its key is not the one that the server's EAR names")
+        reasons.append("its key is not the one that the server's EARs name")
     if (ear.subject.role, ear.subject.name) != ("server", record.server):
         reasons.append(f"it was made by {ear.subject.role}/{ear.subject.name}, not by server/{record.server}")
     if datetime.fromisoformat(statement.finished) > at + SKEW:

@@ -1,62 +1,68 @@
-"""The sites that are connected: each with the stream on which the server speaks to it, and its current EAR."""
+"""The sites that are connected: each with the stream on which the server speaks to it, and its lease."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
-from datetime import datetime
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Final
 
-from attestation.identity import appraise_peer
+from attestation.errors import LeaseEnded, PeerLapsed
+from fl.errors import LeaseLapsed
 from fl.party import Party
 from fl.transport.frames import Finish, Frame, Lease, Prepare, Train
-from policies.errors import Refused
-
-if TYPE_CHECKING:
-    from attestation.identity import Peer
-
-CHECK_SECONDS: Final = 5.0
-"""How often a connection's lease is looked at: a lapsed EAR ends it within this time."""
+from fl.transport.lease import CHECK_SECONDS, OwnLease, PeerLease, paused
+from policies.errors import Refused, SealwrightError
 
 
 class Attendance:
-    """One site's connection, from its first appraised EAR to its end."""
+    """One site's connection, from its first appraised EARs to its end."""
 
-    def __init__(self, party: Party, certificate: bytes, ear: str) -> None:
+    def __init__(self, party: Party, certificate: bytes, lease: Lease) -> None:
         """Appraise the site. Raises PeerRefused."""
         self._party = party
         self.certificate = certificate
         self._outbox: SimpleQueue[Frame | None] = SimpleQueue()
         self._ended = threading.Event()
         self.why = ""
-        self._check_at = time.monotonic() + CHECK_SECONDS
-        self._peer: Peer = appraise_peer(certificate, party.charter(), party.clock(), role="site", ear=ear)
+        self.cause: SealwrightError | None = None
+        """The refusal, or the end of a lease, that ended the connection, if one did."""
+        self._lease = PeerLease(certificate, lease, role="site", charter=party.charter, clock=party.clock)
+        self._own = OwnLease(party.identity().certificate_der)
 
     @property
     def name(self) -> str:
         """The site's name."""
-        return self._peer.name
+        return self._lease.peer.name
 
-    def renew(self, ear: str) -> None:
-        """Take the site's newer EAR. Raises PeerRefused."""
-        self._peer = appraise_peer(self.certificate, self._party.charter(), self._party.clock(), role="site", ear=ear)
+    def renew(self, lease: Lease) -> None:
+        """Take the site's newer EARs. Raises PeerRefused."""
+        self._lease.renew(lease)
 
-    def check_when_due(self) -> None:
-        """Every CHECK_SECONDS appraise the site again, by charter and time; a refusal ends the connection."""
-        if time.monotonic() < self._check_at:
-            return
-        self._check_at = time.monotonic() + CHECK_SECONDS
+    def own_lease(self) -> Lease | None:
+        """The frame with this server's newest EARs, if the site has not had them. Raises LeaseEnded."""
+        return self._own.to_show(self._party.identity())
+
+    def check(self) -> None:
+        """End the connection if the site's lease has ended, its place is gone, or our own lease has ended."""
         try:
-            self.renew(self._peer.ear.token)
-        except Refused as error:
-            self.end("; ".join(error.reasons))
+            self._lease.check()
+            self._party.identity()
+        except (PeerLapsed, LeaseEnded, Refused) as error:
+            self.fail(error)
+
+    def fail(self, error: SealwrightError) -> None:
+        """End the connection because of `error`, which the site is told."""
+        if isinstance(error, PeerLapsed):
+            error = LeaseLapsed(paused(error, f"site {self.name}"), where=f"site/{self.name}")
+        elif isinstance(error, LeaseEnded):
+            error = LeaseLapsed(f"the server's lease was not renewed: {error.what}", where="server")
+        reasons = error.reasons if isinstance(error, Refused) else (error.what,)
+        self.end("; ".join(reasons), cause=error)
 
     @property
-    def good_until(self) -> datetime:
-        """When the site's EAR ends."""
-        return self._peer.ear.expires_at
+    def lapsed(self) -> bool:
+        """Whether the connection ended because a lease did, so that the site may come back and go on."""
+        return isinstance(self.cause, LeaseLapsed)
 
     def send(self, frame: Prepare | Train | Finish | Lease) -> None:
         """Send the site a frame; nothing happens if the connection has ended."""
@@ -65,14 +71,14 @@ class Attendance:
     def next_frame(self) -> Frame | None:
         """The next frame to send; None when the connection is to end or the next check is due."""
         try:
-            return self._outbox.get(timeout=max(0.01, self._check_at - time.monotonic()))
+            return self._outbox.get(timeout=CHECK_SECONDS)
         except Empty:
             return None
 
-    def end(self, why: str) -> None:
+    def end(self, why: str, *, cause: SealwrightError | None = None) -> None:
         """End the connection."""
         if not self._ended.is_set():
-            self.why = why
+            self.why, self.cause = why, cause
             self._ended.set()
             self._outbox.put(None)
 
@@ -80,6 +86,10 @@ class Attendance:
     def ended(self) -> bool:
         """Whether the connection has ended."""
         return self._ended.is_set()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether the connection has ended, or ends in the next `seconds`, which are waited for."""
+        return self._ended.wait(seconds)
 
 
 class Attendances:
@@ -97,6 +107,7 @@ class Attendances:
             older = self._by_name.get(attendance.name)
             self._by_name[attendance.name] = attendance
         if older is not None:
+            older.ends_within(CHECK_SECONDS)  # why it ends may be on its way still: a pause, say
             older.end("the site has connected anew")
             self._left(older)
         self._joined(attendance)

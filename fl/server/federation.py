@@ -5,6 +5,8 @@ Rules, whatever the transport:
 - It is checked whole (`fl.guard.gate`) before the algorithm sees it; a site whose update is refused is out of the job.
 - A round ends when every site has answered or is lost, or at its deadline; late sites are out of the job.
 - With fewer than `min_sites` updates possible the job fails at once, and names what became of each lost site.
+- A site whose connection a lease has ended is away: the round's clock stands still until it is back, and goes on where
+  it stood. A site that is away for longer than `pause_seconds` in all, in one job, is lost.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from attestation.client import PAUSE_SECONDS
 from fl.errors import JobAborted, JobFailed, MalformedTensors, UpdateRefused
 from fl.guard.gate import admit_update
 from fl.jobs.progress import JobEvent
@@ -81,6 +84,7 @@ class Federation:
         round_seconds: float,
         observe: Callable[[JobEvent], None],
         at_once: int | None = None,
+        pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
         """`at_once` bounds how many sites train at the same time (None: all)."""
         self.job = job
@@ -90,6 +94,7 @@ class Federation:
         self._min_sites = min_sites
         self.round_seconds = round_seconds
         self._at_once = at_once
+        self._pause_seconds = pause_seconds
         self._lock = threading.Lock()
         self._sites: dict[str, Site] = {}
         self._lost: dict[str, str] = {}
@@ -97,6 +102,12 @@ class Federation:
         self._begun: int | None = None  # the round that was last announced
         self._pending: set[str] = set()  # have the task and have not answered
         self._checking: set[str] = set()  # have answered; the check is under way
+        self._task: Task | None = None
+        self._away: dict[str, float] = {}  # since when, by the running clock
+        self._back: set[str] = set()  # came back in the round that is on
+        self._absence: dict[str, float] = {}  # seconds that a site was away so far
+        self._deadline = 0.0  # of the round that is on
+        self._stopped_at = 0.0  # since when the round's clock stands still, while a site is away
         self._inbox: SimpleQueue[Update | str | JobAborted] = SimpleQueue()
 
     # the transport's side
@@ -120,10 +131,53 @@ class Federation:
             self._pending.discard(name)
             self._checking.discard(name)
             site = self._sites.pop(name, None)
+            self._returned(name)
         self.observe(JobEvent(kind="refused" if kind == "refused" else "lost", site=name, text=reason))
         if site is not None:
             site.end(reason)
         self._inbox.put(name)
+
+    def suspend(self, name: str, reason: str) -> None:
+        """A site's connection has ended because a lease did: it may come back (`resume`) and go on."""
+        with self._lock:
+            if name not in self._sites or name in self._away:
+                return
+            self._away[name] = time.monotonic()
+            if len(self._away) == 1:
+                self._stopped_at = self._away[name]
+        self.observe(JobEvent(kind="paused", site=name, text=reason[:2000]))
+        self._inbox.put(name)
+
+    def resume(self, site: Site) -> bool:
+        """A site that is in the job is connected again, and gets its open task anew; False if it is not in the job."""
+        with self._lock:
+            if site.name not in self._away or site.name not in self._sites:
+                return False
+            self._returned(site.name)
+            self._back.add(site.name)
+            self._sites[site.name] = site
+            task = self._task if site.name in self._pending else None
+        self.observe(JobEvent(kind="resumed", site=site.name))
+        if task is not None:
+            site.give(task)
+        self._inbox.put(site.name)
+        return True
+
+    def has_counted(self, name: str, round_: int) -> bool:
+        """Whether a site that came back in this round has had its update of it admitted before."""
+        with self._lock:
+            answered = name not in self._pending and name not in self._checking
+            return name in self._sites and name in self._back and round_ == self._round and answered
+
+    def _returned(self, name: str) -> None:
+        """With the lock: a site is not away any more; when none is, the round's clock goes on."""
+        since = self._away.pop(name, None)
+        if since is None:
+            return
+        now = time.monotonic()
+        self._absence[name] = self._absence.get(name, 0.0) + now - since
+        if not self._away:
+            self._deadline += now - self._stopped_at
 
     def submit(
         self,
@@ -201,7 +255,9 @@ class Federation:
                 missing = [name for name in expected if name not in self._sites and name not in self._lost]
             if not missing:
                 break
-            event = self._next(deadline)
+            with self._lock:
+                self._deadline = deadline
+            event = self._next()
             if event is None:
                 for name in missing:
                     self.lose(name, f"did not join within {seconds:.0f} s")
@@ -223,16 +279,19 @@ class Federation:
         Raises JobFailed when fewer than `min_sites` updates are possible, JobAborted when someone stops the job.
         """
         with self._lock:
-            self._round = task.round
+            self._round, self._task = task.round, task
             self._pending.clear()
             self._checking.clear()
+            self._back.clear()
             left = len(self._sites)
             waiting = deque(sorted(self._sites) if only is None else [only] if only in self._sites else [])
         if task.round != self._begun:
             self._begun = task.round
             self.observe(JobEvent(kind="round", round=task.round))
         self._need(left, f"{left} sites are left at round {task.round}")
-        deadline = time.monotonic() + self.round_seconds
+        with self._lock:
+            self._deadline = self._stopped_at = time.monotonic()
+            self._deadline += self.round_seconds
         counted = 0
         self._feed(waiting, task)
         while True:
@@ -244,7 +303,7 @@ class Federation:
                 break
             if not unread and only is None:
                 self._need(possible, f"at most {possible} updates are possible in round {task.round}")
-            event = self._next(deadline)
+            event = self._next()
             if event is None:
                 self._drop_late(waiting)
                 break
@@ -299,14 +358,28 @@ class Federation:
             self.lose(name, f"did not answer within {self.round_seconds:.0f} s")
         waiting.clear()
 
-    def _next(self, deadline: float) -> Update | str | None:
-        try:
-            event = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
-        except Empty:
-            return None
-        if isinstance(event, JobAborted):
-            raise event
-        return event
+    def _next(self) -> Update | str | None:
+        """The next event; None when the round's time is over, which it never is while a site is away."""
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                ends = {
+                    name: since + max(0.0, self._pause_seconds - self._absence.get(name, 0.0))
+                    for name, since in self._away.items()
+                }
+                limit = min(ends.values(), default=self._deadline)
+            try:
+                event = self._inbox.get(timeout=max(0.0, limit - now))
+            except Empty:
+                if not ends:
+                    return None
+                for name, end in ends.items():
+                    if end <= time.monotonic():
+                        self.lose(name, f"did not come back within {self._pause_seconds:.0f} s of pauses")
+                continue
+            if isinstance(event, JobAborted):
+                raise event
+            return event
 
     def _need(self, count: int, fact: str) -> None:
         if count < self._min_sites:

@@ -96,6 +96,7 @@ class ServerJob:
         self._tracking: Callable[[JobEvent], None] | None = None
         self._stopped_by: str | None = None
         self._logged: dict[str, int] = {}
+        self._present: dict[str, Attendance] = {}
         self.result: tuple[SealedResult, SignedStatement, str] | None = None
         settings = bundle.settings
         self._federation = Federation(
@@ -128,8 +129,14 @@ class ServerJob:
     def ready(self, attendance: Attendance) -> None:
         """A site's script has started."""
         if self.status is Status.RUNNING and attendance.name in self.signed.record.roster:
+            if self._present.get(attendance.name) is attendance:
+                return  # a site that comes back may say so twice
+            self._present[attendance.name] = attendance
+            site = RemoteSite(attendance, self)
+            if self._federation.resume(site):
+                return
             try:
-                self._federation.join(RemoteSite(attendance, self))
+                self._federation.join(site)
             except UpdateRefused as refusal:
                 attendance.send(Finish(job=self.id, why=refusal.what[:2000]))
 
@@ -137,6 +144,15 @@ class ServerJob:
         """A site is out of the job."""
         if self.status is Status.RUNNING and name in self.signed.record.roster:
             self._federation.lose(name, reason)
+
+    def away(self, name: str, reason: str) -> None:
+        """A lease has ended, and the site's connection with it: the job waits for the site, within bounds."""
+        if self.status is Status.RUNNING and name in self.signed.record.roster:
+            self._federation.suspend(name, reason)
+
+    def has_counted(self, name: str, round_: int) -> bool:
+        """Whether a site that came back in this round has delivered its update before."""
+        return self._federation.has_counted(name, round_)
 
     def logged(self, name: str, key: str, value: float, step: int, *, most: int) -> None:
         """A site's script logged a number. Raises MalformedMessage after `most` of one site in one round."""
@@ -292,7 +308,7 @@ class ServerJob:
         text = json.dumps(document, indent=2, ensure_ascii=False).encode()
         files = {MODEL_FILE: bytes(model.view), JOB_FILE: text, **events}
         sealed = seal_result(files, recipients, self.id, random=os.urandom)
-        identity = self._party.identity()
+        identity = self._party.standing()
         statement = Statement(
             charter=record.charter,
             job=self.id,
@@ -310,8 +326,8 @@ class ServerJob:
             started=rfc3339(self._history.started),
             finished=finished,
         )
-        signed = sign_statement(statement, identity.sign_key, identity.ear)
-        receipt = self._party.record("result", {"job": self.id, **signed.model_dump(mode="json", exclude={"ear"})})
+        signed = sign_statement(statement, identity.sign_key, identity.ears)
+        receipt = self._party.record("result", {"job": self.id, **signed.model_dump(mode="json", exclude={"ears"})})
         self.result = (sealed, signed, receipt)
         self._set_status(Status.FINISHED)
 
@@ -347,7 +363,7 @@ class ServerJob:
             if tracking is not None:
                 tracking(event)
             self._changed.notify_all()
-        if event.kind in {"joined", "lost", "refused"}:
+        if event.kind in {"joined", "lost", "refused", "paused", "resumed"}:
             self._party.tell(f"job {self.id}: {event.site} {event.kind}{': ' if event.text else ''}{event.text}")
 
 

@@ -19,8 +19,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from attestation.canonical import b64
+from attestation.errors import LeaseEnded, PeerLapsed
 from attestation.identity import appraise_user
-from fl.errors import ApprovalRefused, MalformedMessage, PeerLost, UpdateRefused
+from fl.errors import ApprovalRefused, LeaseLapsed, MalformedMessage, PeerLost, UpdateRefused
 from fl.guard.approval import approve, read_record
 from fl.guard.gate import max_update_size
 from fl.jobs.bundle import MAX_BUNDLE, parse_bundle
@@ -33,6 +34,7 @@ from fl.transport.frames import (
     FROM_ATTENDING_SITE,
     METHOD_PREFIX,
     About,
+    Away,
     Deliver,
     Fetch,
     Happened,
@@ -69,6 +71,8 @@ PULLS_AT_ONCE: Final = 8
 """Updates that are received at the same time; the others wait at their sites."""
 STALL_SECONDS: Final = 10.0
 """A caller that is in the middle of sending something and sends nothing for so long is cut off."""
+END_SECONDS: Final = 2.0
+"""How much later than a delivery that breaks off the end of its site's connection may be noticed."""
 MAX_LOGGED_A_ROUND: Final = 20_000
 """Values that a site may log in a round. An honest site's own bound is half of it."""
 LISTED_JOBS: Final = 100
@@ -120,38 +124,41 @@ class FederationService:
 
     # sites
 
-    def _appraise(self, _request: bytes, _context: grpc.ServicerContext) -> bytes:
-        """The server's current EAR, which is no secret: whoever connects appraises the server by it first."""
-        return pack(Lease(ear=self._party.identity().ear))
+    def _appraise(self, _request: bytes, context: grpc.ServicerContext) -> bytes:
+        """The server's current EARs, which are no secret: whoever connects appraises the server by them first."""
+        try:
+            return pack(Lease(ears=self._party.identity().ears))
+        except SealwrightError as error:
+            context.abort(status_of(error), refusal_details(error))
+            raise
 
     def _attend(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         certificate = _certificate(context)
         with unstalled(context) as progress:
             lease = _first(progress(requests), Lease)
-        attendance = Attendance(self._party, certificate, lease.ear)
+        attendance = Attendance(self._party, certificate, lease)
         context.add_callback(lambda: attendance.end("its connection ended"))
         reader = threading.Thread(
             target=self._read_attendance, args=(attendance, requests), name=f"from {attendance.name}", daemon=True
         )
-        own = self._party.identity().ear
         self.attendances.add(attendance)
         self._party.tell(f"site {attendance.name} is connected")
         reader.start()
         try:
-            yield pack(Lease(ear=own))
             while not attendance.ended:
-                frame = attendance.next_frame()
-                if frame is not None:
+                if (own := attendance.own_lease()) is not None:
+                    yield pack(own)
+                if (frame := attendance.next_frame()) is not None:
                     yield pack(frame)
-                attendance.check_when_due()
-                newer = self._party.identity().ear
-                if newer != own:
-                    own = newer
-                    yield pack(Lease(ear=own))
+                attendance.check()
+        except LeaseEnded as error:
+            attendance.fail(error)
         finally:
             attendance.end("its connection ended")
             self.attendances.remove(attendance)
             self._party.tell(f"site {attendance.name} is gone: {attendance.why}")
+        if attendance.cause is not None:
+            raise attendance.cause
 
     def _read_attendance(self, attendance: Attendance, requests: Iterator[bytes]) -> None:
         name = attendance.name
@@ -159,8 +166,11 @@ class FederationService:
             for raw in requests:
                 frame, _ = unpack(FROM_ATTENDING_SITE, raw, where=name)
                 if isinstance(frame, Lease):
-                    attendance.renew(frame.ear)
+                    attendance.renew(frame)
                     continue
+                if isinstance(frame, Away):
+                    attendance.fail(LeaseLapsed(f"site {name} pauses: {frame.why}", where=f"site/{name}"))
+                    return
                 job = self._find(frame.job)
                 if job is None or name not in job.signed.record.roster:
                     raise MalformedMessage("a frame is about a job that is not the site's", where=name)
@@ -171,8 +181,7 @@ class FederationService:
                 elif isinstance(frame, Logged):
                     job.logged(name, frame.key, frame.value, frame.step, most=MAX_LOGGED_A_ROUND)
         except SealwrightError as error:
-            reasons = error.reasons if isinstance(error, Refused) else (error.what,)
-            attendance.end("; ".join(reasons))
+            attendance.fail(error)
         except grpc.RpcError:
             attendance.end("its connection broke")
         else:
@@ -184,14 +193,18 @@ class FederationService:
 
     def _site_left(self, attendance: Attendance) -> None:
         for job in self._all_jobs():
-            job.left(attendance.name, attendance.why or "its connection ended")
+            if attendance.lapsed:
+                job.away(attendance.name, attendance.why)
+            else:
+                job.left(attendance.name, attendance.why or "its connection ended")
 
     def _attending(self, context: grpc.ServicerContext, job_id: str) -> tuple[Attendance, ServerJob]:
         attendance = self.attendances.of_certificate(_certificate(context))
         if attendance is None or attendance.ended:
-            raise PeerLost("the caller does not attend", where="connection")
-        if attendance.good_until <= self._party.clock():
-            raise PeerLost(f"the EAR of {attendance.name} has ended", where="connection")
+            raise LeaseLapsed("the caller does not attend", where="connection")
+        attendance.check()
+        if attendance.cause is not None:
+            raise attendance.cause
         job = self._find(job_id)
         if job is None or attendance.name not in job.signed.record.roster:
             raise PeerLost(f"there is no job {job_id} for {attendance.name}", where="job")
@@ -199,13 +212,13 @@ class FederationService:
 
     def _fetch(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         head = _only(request, Fetch)
-        _, job = self._attending(context, head.job)
+        attendance, job = self._attending(context, head.job)
         if head.what == "bundle" and head.sha256 == job.bundle.digest:
-            return serve_chunks(job.bundle.raw, head.offset)
+            return _while_attending(attendance, serve_chunks(job.bundle.raw, head.offset))
         model = job.model(head.sha256) if head.what == "model" else None
         if model is None:
             raise PeerLost(f"job {head.job} serves no {head.what} {head.sha256}", where="job")
-        return serve_chunks(model.view, head.offset)
+        return _while_attending(attendance, serve_chunks(model.view, head.offset))
 
     def _deliver(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         with unstalled(context) as progress:
@@ -215,6 +228,9 @@ class FederationService:
         head = _first(requests, Deliver)
         attendance, job = self._attending(context, head.job)
         name = attendance.name
+        if job.has_counted(name, head.round):  # it came whole before a pause; its verdict did not
+            yield pack(Verdict(accepted=True))
+            return
         limit = max_update_size(job.bundle.settings.schema_of_model)
         if not 0 < head.size <= limit:
             error = UpdateRefused(name, (f"it has {head.size} bytes, more than the {limit} of an update",))
@@ -224,11 +240,14 @@ class FederationService:
         try:
             with self._pulls:
                 yield pack(Pull(offset=0))
-                memory = assemble(requests, size=head.size, sha256=None, where=name)
+                chunks = _while_attending(attendance, requests)
+                memory = assemble(chunks, size=head.size, sha256=None, where=name)
                 job.deliver(name, head, memory)
         except UpdateRefused as refusal:
             yield pack(_verdict(refusal.reasons))
         except MalformedMessage as error:
+            if attendance.ends_within(END_SECONDS):
+                raise  # why the connection ended decides over the site
             job.left(name, f"its delivery failed: {error.what}")
             yield pack(_verdict((error.what,)))
         else:
@@ -371,9 +390,7 @@ class FederationService:
                     yield from method(request, context)
             except SealwrightError as error:
                 self._party.tell(f"refused {context.peer()}: {error.what}")
-                refused = isinstance(error, Refused)
-                code = grpc.StatusCode.PERMISSION_DENIED if refused else grpc.StatusCode.INVALID_ARGUMENT
-                context.abort(code, refusal_details(error))
+                context.abort(status_of(error), refusal_details(error))
 
         return answer
 
@@ -425,6 +442,21 @@ def unstalled(context: grpc.ServicerContext) -> Iterator[Callable[[Iterator[byte
         yield progress
     finally:
         over.set()
+
+
+def _while_attending(attendance: Attendance, frames: Iterator[bytes]) -> Iterator[bytes]:
+    """`frames` as long as the site attends. Raises what ended its attendance."""
+    for frame in frames:
+        if attendance.ended:
+            raise attendance.cause or PeerLost(f"site {attendance.name} does not attend any more", where="connection")
+        yield frame
+
+
+def status_of(error: SealwrightError) -> grpc.StatusCode:
+    """The gRPC status of an error: refused, lapsed (come back with a lease), or unusable."""
+    if isinstance(error, (LeaseLapsed, PeerLapsed, LeaseEnded)):
+        return grpc.StatusCode.FAILED_PRECONDITION
+    return grpc.StatusCode.PERMISSION_DENIED if isinstance(error, Refused) else grpc.StatusCode.INVALID_ARGUMENT
 
 
 def refusal_details(error: SealwrightError) -> str:

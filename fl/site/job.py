@@ -70,11 +70,24 @@ class SiteJob:
         self._process: SandboxedProcess | None = None
         self._training = False
         self._next_round = 0
+        self._ready = False
+        self._given = -1
+        self._resumed = False
         self.thread = threading.Thread(target=self._run, name=f"job {self.id}", daemon=True)
 
     def train(self, task: Train) -> None:
-        """The server gave a task."""
+        """The server gave a task. After a pause it may give the last one again, which is at work already."""
+        resumed, self._resumed = self._resumed, False
+        if resumed and task.round == self._given:
+            return
+        self._given = task.round
         self._tasks.put(task)
+
+    def resume(self) -> None:
+        """The site attends again after a pause: tell the server that this job has gone on."""
+        self._resumed = True
+        if self._ready:
+            self._link.send(Ready(job=self.id))
 
     def finish(self) -> None:
         """The job is over for this site. A script that is in the middle of a round is ended."""
@@ -143,6 +156,7 @@ class SiteJob:
             try:
                 limit = max_update_size(settings.schema_of_model)
                 session.greet(self.id, settings, data=DATA_FOLDER if self._data else None, max_update=limit)
+                self._ready = True
                 self._link.send(Ready(job=self.id))
                 while (task := self._tasks.get()) is not None:
                     check()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import grpc
 from pydantic import Field, TypeAdapter
 
-from fl.errors import PeerLost
+from attestation.errors import LeaseEnded, PeerLapsed
+from fl.errors import LeaseLapsed, PeerLost
 from fl.party import Party
 from fl.transport.channel import ServerConnection, peer_error
 from fl.transport.chunks import assemble, serve_chunks
 from fl.transport.frames import (
     TO_ATTENDING_SITE,
+    Away,
     Deliver,
     Fetch,
     Finish,
@@ -30,11 +32,15 @@ from fl.transport.frames import (
     pack,
     unpack,
 )
+from fl.transport.lease import CHECK_SECONDS, OwnLease, paused
 from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
 
-CHECK_SECONDS: Final = 5.0
-"""How often each side's lease is looked at."""
+if TYPE_CHECKING:
+    from attestation.identity import Identity
+
+AWAY_SECONDS: Final = 0.5
+"""Between the last word on a connection and its end."""
 _PULL_OR_VERDICT: Final = TypeAdapter[Pull | Verdict](Annotated[Pull | Verdict, Field(discriminator="kind")])
 
 
@@ -42,30 +48,40 @@ class Attending:
     """The attendance of a site at an appraised server."""
 
     def __init__(self, party: Party, connection: ServerConnection) -> None:
+        """Raises LeaseEnded if the site has no lease."""
         self._party = party
         self._connection = connection
         self._where = f"server {connection.peer.name}"
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        self._server_ear = connection.peer.ear.token
-        self._own_ear = party.identity().ear
+        identity = party.identity()
+        self._own = OwnLease(identity.certificate_der)
         self._refusal: SealwrightError | None = None
         self._over = threading.Event()
-        self._outbox.put(pack(Lease(ear=self._own_ear)))
+        self._show(identity)
         self._call = connection.call("Attend", self._outgoing(), timeout=None)
         self._watch = threading.Thread(target=self._watch_leases, name="leases", daemon=True)
         self._watch.start()
 
-    def frames(self) -> Iterator[Prepare | Train | Finish]:
-        """What the server says, until the connection ends. Raises PeerRefused, PeerLost, MalformedMessage."""
+    def frames(self, accepted: Callable[[], None]) -> Iterator[Prepare | Train | Finish]:
+        """What the server says, until the connection ends; `accepted` is called when it has taken this site.
+
+        Raises PeerRefused, Refused (by the server), LeaseLapsed if it may be begun anew, PeerLost, MalformedMessage.
+        """
+        known = False
         try:
             for raw in self._call:
                 frame, _ = unpack(TO_ATTENDING_SITE, raw, where=self._where)
                 if isinstance(frame, Lease):
-                    party = self._party
-                    self._connection.appraise(frame.ear, party.charter(), party.clock())
-                    self._server_ear = frame.ear
+                    self._connection.lease.renew(frame)
+                    if not known:
+                        known = True
+                        accepted()
                 else:
                     yield frame
+        except PeerLapsed as error:
+            pause = self._pause(error)
+            self._over.wait(AWAY_SECONDS)
+            raise pause from error
         except grpc.RpcError as error:
             raise (self._refusal or peer_error(error, where=self._where)) from error
         finally:
@@ -120,17 +136,28 @@ class Attending:
         while (frame := self._outbox.get()) is not None:
             yield frame
 
+    def _show(self, identity: Identity) -> None:
+        if (lease := self._own.to_show(identity)) is not None:
+            self._outbox.put(pack(lease))
+
     def _watch_leases(self) -> None:
-        """Send each newer EAR of our own; end the connection when the server's has lapsed or its place is gone."""
+        """Show each newer EAR of our own; end the connection when a lease has ended or the server's place is gone."""
         while not self._over.wait(CHECK_SECONDS):
             try:
-                party = self._party
-                newer = party.identity().ear
-                if newer != self._own_ear:
-                    self._own_ear = newer
-                    self._outbox.put(pack(Lease(ear=newer)))
-                self._connection.appraise(self._server_ear, party.charter(), party.clock())
+                self._show(self._party.identity())
+                self._connection.lease.check()
+            except (PeerLapsed, LeaseEnded) as error:
+                self._refusal = self._pause(error)
+                self._over.wait(AWAY_SECONDS)  # so that the server hears why before the connection is gone
+                self._call.cancel()
+                return
             except SealwrightError as error:
                 self._refusal = error
                 self._call.cancel()
                 return
+
+    def _pause(self, error: PeerLapsed | LeaseEnded) -> LeaseLapsed:
+        """A lease has ended: tell the server that this site will be back."""
+        why = paused(error, self._where) if isinstance(error, PeerLapsed) else error.what
+        self._outbox.put(pack(Away(why=why[:2000])))
+        return LeaseLapsed(why, where=self._where)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from fl.errors import PeerLost
+from attestation.client import PAUSE_SECONDS
+from attestation.errors import LeaseEnded, PeerLapsed
+from fl.errors import LeaseLapsed, PeerLost
 from fl.guard.limits import Limits
 from fl.party import Party
 from fl.site.job import SiteJob
+from fl.site.lasting_link import LastingLink
 from fl.site.link import Attending
 from fl.transport.channel import connect
 from fl.transport.frames import Finish, Left, Prepare, Train
+from policies.errors import SealwrightError
 
 if TYPE_CHECKING:
     from attestation.identity import Identity
@@ -26,6 +31,8 @@ MAX_TAKEN: Final = 100_000
 """Jobs that a site remembers; then it has to be started anew."""
 FIRST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 10.0
+LOOK_SECONDS: Final = 1.0
+"""Between two looks whether a lease is back, this site's and the server's."""
 
 
 def run(
@@ -41,6 +48,7 @@ def run(
     tell: Callable[[str], None],
     limits: Limits | None = None,
     patience: float = 60.0,
+    pause: float = PAUSE_SECONDS,
     connected: Callable[[], None] = lambda: None,
 ) -> None:
     """Take part in federated jobs until `stop` is set.
@@ -56,91 +64,145 @@ def run(
     - `tell`: takes lines for the guest's log. Scripts' own output never goes there.
     - `limits`: what a script may use. `connected`: called at each connection.
     - `patience`: without a connection for so many seconds it gives up.
+    - `pause`: a lease that has ended, this site's or the server's, is waited for so many seconds. Jobs pause meanwhile:
+      their scripts go on with what they have, nothing leaves, and they come back with the site.
 
     Raises PeerRefused at once if what answers at `server` is not the attested server `server_name` (a refusal is never
-    waited out), PeerLost when `patience` has run out.
+    waited out), PeerLost when `patience` has run out; PeerLapsed, LeaseLapsed or LeaseEnded when `pause` has.
     """
     party = Party(identity, charter, clock, record, tell)
+    site = _Site(party, server, server_name, data, limits or Limits())
     taken: set[str] = set()
-    deadline = time.monotonic() + patience
-    pause = FIRST_PAUSE
-    current: list[Attending] = []
+    attending: list[Attending] = []
+    ends = time.monotonic() + patience
+    wait = FIRST_PAUSE
+    paused_until: float | None = None
+    known = False
+
+    def accepted() -> None:
+        nonlocal wait, paused_until, known
+        tell(f"site {site.name} is connected to the attested server {server_name}")
+        wait, paused_until, known = FIRST_PAUSE, None, True
+        connected()
 
     def close_when_stopped() -> None:
         stop.wait()
-        for attending in current:
-            attending.close()
+        for one in attending:
+            one.close()
 
     threading.Thread(target=close_when_stopped, name="stop", daemon=True).start()
-    while not stop.is_set():
-        try:
-            own = identity()
-            with connect(
-                server,
-                server=server_name,
-                tls_key=own.tls_key_pem,
-                certificate_pem=own.certificate_pem,
-                charter=charter(),
-                at=clock(),
-            ) as connection:
-                attending = Attending(party, connection)
-                current[:] = [attending]
-                tell(f"site {own.name} is connected to the attested server {server_name}")
-                connected()
-                pause = FIRST_PAUSE
-                try:
-                    _attend(party, own.name, server_name, attending, data, limits or Limits(), taken)
-                finally:
-                    attending.close()
-                    deadline = time.monotonic() + patience
-        except PeerLost as lost:
-            if stop.is_set():
-                return
-            tell(lost.what)
-            if time.monotonic() + pause > deadline:
-                raise PeerLost(
-                    f"the server {server_name} at {server} has not been reachable for {patience:.0f} s: {lost.what}",
-                    where=server,
-                ) from lost
-            stop.wait(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def _attend(
-    party: Party,
-    site: str,
-    server: str,
-    attending: Attending,
-    data: Mapping[str, bytes],
-    limits: Limits,
-    taken: set[str],
-) -> None:
-    jobs: dict[str, SiteJob] = {}
     try:
-        for frame in attending.frames():
-            jobs = {job_id: job for job_id, job in jobs.items() if job.thread.is_alive()}
+        while not stop.is_set():
+            try:
+                try:
+                    with site.connected() as one:
+                        attending[:] = [one]
+                        site.attend(one, taken, accepted)
+                finally:
+                    if known:
+                        ends, known = time.monotonic() + patience, False
+            except (LeaseLapsed, PeerLapsed, LeaseEnded) as lapse:
+                if stop.is_set():
+                    return
+                now = time.monotonic()
+                if paused_until is None:
+                    tell(f"paused: {lapse.what}")
+                    wait, paused_until = FIRST_PAUSE, now + pause
+                if now >= paused_until:
+                    raise
+                ends = max(ends, now + patience)
+            except PeerLost as lost:
+                if stop.is_set():
+                    return
+                tell(lost.what)
+                if paused_until is None:
+                    site.end_jobs(lost)
+                if time.monotonic() + wait > (ends if paused_until is None else max(ends, paused_until)):
+                    unreached = f"the server {server_name} at {server} has not been reachable for {patience:.0f} s"
+                    raise PeerLost(f"{unreached}: {lost.what}", where=server) from lost
+            stop.wait(wait)
+            wait = min(2 * wait, LONGEST_PAUSE if paused_until is None else LOOK_SECONDS)
+    finally:
+        site.end_jobs(PeerLost("the site stops", where=server))
+
+
+class _Site:
+    """A site's jobs and the link that they have in common. For one thread."""
+
+    def __init__(self, party: Party, server: str, server_name: str, data: Mapping[str, bytes], limits: Limits) -> None:
+        self._party = party
+        self._server = server
+        self._server_name = server_name
+        self._data = data
+        self._limits = limits
+        self._link = LastingLink()
+        self._jobs: dict[str, SiteJob] = {}
+        self.name = ""
+
+    @contextmanager
+    def connected(self) -> Iterator[Attending]:
+        """Connect and attend. Raises PeerRefused, PeerLapsed, LeaseLapsed, LeaseEnded, PeerLost."""
+        own = self._party.identity()
+        self.name = own.name
+        with connect(
+            self._server,
+            server=self._server_name,
+            tls_key=own.tls_key_pem,
+            certificate_pem=own.certificate_pem,
+            charter=self._party.charter,
+            clock=self._party.clock,
+        ) as connection:
+            attending = Attending(self._party, connection)
+            try:
+                yield attending
+            finally:
+                self._link.pause()
+                attending.close()
+
+    def attend(self, attending: Attending, taken: set[str], accepted: Callable[[], None]) -> None:
+        """Take part in jobs until the connection ends, which is raised; jobs that were paused go on."""
+        paused = {job_id for job_id, job in self._jobs.items() if job.thread.is_alive()}
+
+        def begin() -> None:
+            self._link.attach(attending)
+            accepted()
+
+        for frame in attending.frames(begin):
+            jobs = self._jobs = {job_id: job for job_id, job in self._jobs.items() if job.thread.is_alive()}
             job = jobs.get(frame.job)
             if isinstance(frame, Prepare):
+                if job is not None and frame.job in paused:
+                    paused.discard(frame.job)
+                    job.resume()
+                    continue
                 if job is not None:
-                    party.tell(f"job {frame.job} runs here already")
+                    self._party.tell(f"job {frame.job} runs here already")
                     continue
-                why = _why_not(frame.job, len(jobs), taken)
-                if why is not None:
-                    party.tell(f"job {frame.job} is not taken: {why}")
-                    attending.send(Left(job=frame.job, reasons=(why,)))
-                    continue
-                taken.add(frame.job)
-                jobs[frame.job] = SiteJob(party, site, server, attending, data, limits, frame)
-                jobs[frame.job].thread.start()
+                self._begin(frame, attending, taken)
             elif job is not None and isinstance(frame, Train):
                 job.train(frame)
             elif job is not None and isinstance(frame, Finish):
                 job.finish()
-    finally:
-        for job in jobs.values():
+
+    def end_jobs(self, why: SealwrightError) -> None:
+        """End all jobs: there is no connection on which they could go on."""
+        self._link.end(why)
+        for job in self._jobs.values():
             job.stop()
-        for job in jobs.values():
+        for job in self._jobs.values():
             job.thread.join(10)
+        self._jobs, self._link = {}, LastingLink()
+
+    def _begin(self, frame: Prepare, attending: Attending, taken: set[str]) -> None:
+        why = _why_not(frame.job, len(self._jobs), taken)
+        if why is not None:
+            self._party.tell(f"job {frame.job} is not taken: {why}")
+            attending.send(Left(job=frame.job, reasons=(why,)))
+            return
+        taken.add(frame.job)
+        job = SiteJob(self._party, self.name, self._server_name, self._link, self._data, self._limits, frame)
+        self._jobs[frame.job] = job
+        job.thread.start()
 
 
 def _why_not(job: str, running: int, taken: set[str]) -> str | None:

@@ -1,7 +1,7 @@
 """A connection to an attested server: its credential is fetched and appraised before anything is said to it.
 
 gRPC gives a client no way to see the server's certificate. So it is fetched by a handshake of its own and is then the
-only certificate with which the gRPC connection can come about. The server's current EAR is asked for, and it is
+only certificate with which the gRPC connection can come about. The server's current EARs are asked for, and it is
 appraised by the charter over that certificate's key before anything else is said.
 """
 
@@ -11,7 +11,7 @@ import contextlib
 import json
 import socket
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -20,9 +20,10 @@ import grpc
 from cryptography import x509
 
 from attestation.errors import PeerRefused
-from attestation.identity import appraise_peer, dns_name
-from fl.errors import PeerLost
+from attestation.identity import dns_name
+from fl.errors import LeaseLapsed, PeerLost
 from fl.transport.frames import MAX_FRAME, METHOD_PREFIX, Frame, Lease, adapter_of, pack, unpack
+from fl.transport.lease import PeerLease
 from fl.transport.memory import SealedMemory
 from policies.errors import Refused, SealwrightError, Unusable
 
@@ -86,8 +87,12 @@ class ServerConnection:
     """A channel to an appraised server."""
 
     channel: Any  # grpc.Channel; its stubs know no methods without serializers
-    certificate: bytes
-    peer: Peer
+    lease: PeerLease
+
+    @property
+    def peer(self) -> Peer:
+        """The server, as it was appraised last."""
+        return self.lease.peer
 
     def call(self, method: str, frames: Iterable[bytes], *, timeout: float | None) -> FrameCall:
         """Call a method that takes a stream of frames."""
@@ -99,19 +104,21 @@ class ServerConnection:
         call: FrameCall = self.channel.unary_stream(METHOD_PREFIX + method)(pack(frame), timeout=timeout)
         return call
 
-    def appraise(self, ear: str, charter: Charter, at: datetime) -> Peer:
-        """Appraise the server again by a newer EAR. Raises PeerRefused."""
-        return appraise_peer(self.certificate, charter, at, role="server", ear=ear)
-
 
 @contextlib.contextmanager
 def connect(
-    address: str, *, server: str, tls_key: str, certificate_pem: str, charter: Charter, at: datetime
+    address: str,
+    *,
+    server: str,
+    tls_key: str,
+    certificate_pem: str,
+    charter: Callable[[], Charter],
+    clock: Callable[[], datetime],
 ) -> Iterator[ServerConnection]:
     """A connection to the attested server named `server` at `address` (host:port).
 
-    The server's current EAR is the first and only thing asked for before it is appraised. Raises PeerRefused if what is
-    there is not that server, PeerLost if nothing is there.
+    The server's current EARs are the first and only thing asked for before it is appraised. Raises PeerRefused if what
+    is there is not that server, PeerLapsed or LeaseLapsed if its lease has ended, PeerLost if nothing is there.
     """
     certificate = fetch_certificate(address, tls_key=tls_key, certificate_pem=certificate_pem)
     if _dns_names(certificate) != [dns_name("server", server)]:
@@ -125,8 +132,7 @@ def connect(
     channel = grpc.secure_channel(address, credentials, options)
     try:
         lease, _ = unpack(_LEASE, _one(channel, "Appraise", address), where=address)
-        peer = appraise_peer(certificate, charter, at, role="server", ear=lease.ear)
-        yield ServerConnection(channel, certificate, peer)
+        yield ServerConnection(channel, PeerLease(certificate, lease, role="server", charter=charter, clock=clock))
     finally:
         channel.close()
 
@@ -152,13 +158,19 @@ def peer_error(error: grpc.RpcError, *, where: str) -> SealwrightError:
     """What a failed call says: the peer's own refusal with its reasons, or that the connection ended."""
     code: grpc.StatusCode = getattr(error, "code", lambda: grpc.StatusCode.UNKNOWN)()
     details: str = getattr(error, "details", lambda: "")() or ""
-    if code in {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT}:
+    if code in {
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.FAILED_PRECONDITION,
+    }:
         try:
             body = json.loads(details)
             words = {key: str(body[key]) for key in ("what", "where", "do")}
             reasons = tuple(str(reason) for reason in body["reasons"])
         except (ValueError, KeyError, TypeError, RecursionError):
             return PeerLost(f"the peer refused: {details[:200]!r}", where=where)
+        if code is grpc.StatusCode.FAILED_PRECONDITION:
+            return LeaseLapsed(words["what"], where=words["where"])
         if code is grpc.StatusCode.PERMISSION_DENIED:
             return Refused(words["what"], where=words["where"], do=words["do"], reasons=reasons)
         return Unusable(words["what"], where=words["where"], do=words["do"])

@@ -11,6 +11,8 @@ from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from attestation.ears import MAX_EAR, MAX_EARS
+from attestation.identity import MAX_CERTIFICATE
 from fl.errors import MalformedMessage
 from fl.jobs.progress import JobEvent, Line, Status
 from fl.jobs.record import JobId, Time, UserName
@@ -35,10 +37,22 @@ class Frame(BaseModel):
 
 
 class Lease(Frame):
-    """First frame of both sides of an attendance, and again after each fresh attestation: the sender's current EAR."""
+    """First frame of both sides of an attendance, and again after each fresh attestation: the sender's current EARs.
+
+    `certificate`: a newer one than that of the handshake, over the same key (DER, base64), since connections may
+    outlive the day that a certificate lives.
+    """
 
     kind: Literal["lease"] = "lease"
-    ear: Token
+    ears: Annotated[tuple[Annotated[str, Field(max_length=MAX_EAR)], ...], Field(min_length=1, max_length=MAX_EARS)]
+    certificate: Annotated[str, Field(max_length=2 * MAX_CERTIFICATE)] = ""
+
+
+class Away(Frame):
+    """Site to server, the last frame: a lease has ended, the site pauses and will connect again."""
+
+    kind: Literal["away"] = "away"
+    why: Line
 
 
 class Prepare(Frame):
@@ -205,7 +219,7 @@ class Result(Frame):
     """The ledger's receipt for the statement, as JSON, if the ledger gave one."""
 
 
-FromAttendingSite: TypeAlias = Lease | Ready | Left | Logged
+FromAttendingSite: TypeAlias = Lease | Away | Ready | Left | Logged
 ToAttendingSite: TypeAlias = Lease | Prepare | Train | Finish
 FROM_ATTENDING_SITE: Final = TypeAdapter[FromAttendingSite](Annotated[FromAttendingSite, Field(discriminator="kind")])
 TO_ATTENDING_SITE: Final = TypeAdapter[ToAttendingSite](Annotated[ToAttendingSite, Field(discriminator="kind")])

@@ -160,7 +160,7 @@ class FederationWorld:
         role: str,
         name: str,
         *,
-        seconds: int = 300,
+        seconds: int = 60,
         age: int = 0,
         member: str | None = None,
         broker_key: Ed25519PrivateKey | None = None,
@@ -211,7 +211,7 @@ class FederationWorld:
         )
         ear = sign_ear(document, broker_key or self.broker_key)
         der = self.issuer.guest_certificate(
-            tls.public_key(), trust_domain=DOMAIN, role=role, name=name, ear=ear, at=issued, seconds=86000
+            tls.public_key(), trust_domain=DOMAIN, role=role, name=name, ears=[ear], at=issued, seconds=86000
         )
         leaf = x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM).decode()
         return Identity(
@@ -222,16 +222,17 @@ class FederationWorld:
             certificate_pem=leaf + self.issuer.certificate_pem,
             sign_key=sign,
             kem_key=kem,
-            ear=ear,
-            ear_expires=issued + timedelta(seconds=seconds),
+            ears=(ear,),
+            lease_ends=issued + timedelta(seconds=seconds),
         )
 
     def renewed(self, identity: Identity, seconds: int) -> Identity:
         """The same guest after a fresh attestation: the same keys, a newer EAR."""
-        payload = read_jws(identity.ear, self.broker_key.public_key(), typ=EAR_TYPE)
+        payload = read_jws(identity.ears[0], self.broker_key.public_key(), typ=EAR_TYPE)
         issued = int(now().timestamp())
         document = EarDocument.model_validate({**payload, "iat": issued, "exp": issued + seconds})
-        return replace(identity, ear=sign_ear(document, self.broker_key))
+        ends = datetime.fromtimestamp(issued + seconds, UTC)
+        return replace(identity, ears=(sign_ear(document, self.broker_key),), lease_ends=ends)
 
     def kit(self, user: str, address: str) -> Kit:
         keys = self.users[user]
@@ -313,6 +314,7 @@ class FederationWorld:
             "tell": self.told.append,
             "limits": Limits(),
             "patience": 2.0,
+            "pause": 1.0,
             "connected": running.connected.set,
             **changes,
         }

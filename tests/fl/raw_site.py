@@ -82,13 +82,13 @@ def raw_site(world: FederationWorld, address: str, identity: Identity, *, attend
         server=SERVER,
         tls_key=identity.tls_key_pem,
         certificate_pem=identity.certificate_pem,
-        charter=world.charter(),
-        at=now(),
+        charter=world.charter,
+        clock=now,
     ) as connection:
         site = RawSite(connection)
         try:
             if attend:
-                site.attend(pack(Lease(ear=identity.ear)))
+                site.attend(pack(Lease(ears=identity.ears)))
                 site.hear(Lease)
             yield site
         finally:

@@ -119,15 +119,15 @@ def test_a_result_opens_only_as_its_server_stated_it(world: FederationWorld, ser
             verify_statement(changed, about, charter, now())
 
     stranger = world.identity("site", SITES[0])
-    refused(sign_statement(statement, stranger.sign_key, stranger.ear), "made by site/borealis-hospital")
-    refused(sign_statement(statement, stranger.sign_key, signed.ear), "not the one that the server's EAR names")
+    refused(sign_statement(statement, stranger.sign_key, stranger.ears), "made by site/borealis-hospital")
+    refused(sign_statement(statement, stranger.sign_key, signed.ears), "not the one that the server's EARs name")
     false = world.identity("server", SERVER)
     other_model = statement.model_copy(update={"bundle": "0" * 64, "roster": ("cygnus-bio",)})
-    refused(sign_statement(other_model, false.sign_key, false.ear), "its bundle is not the job record's")
+    refused(sign_statement(other_model, false.sign_key, false.ears), "its bundle is not the job record's")
     few = statement.model_copy(update={"contributors": ("cygnus-bio",)})
-    refused(sign_statement(few, false.sign_key, false.ear), "not enough sites")
+    refused(sign_statement(few, false.sign_key, false.ears), "not enough sites")
     future = statement.model_copy(update={"finished": "2199-01-01T00:00:00Z"})
-    refused(sign_statement(future, false.sign_key, false.ear), "EAR ended")
+    refused(sign_statement(future, false.sign_key, false.ears), "EAR ended")
     refused(signed, "its job is not", record.model_copy(update={"job": "another-job"}))
     refused(signed.model_copy(update={"statement": signed.statement[:-6] + "AAAAAA"}), "signature|base64")
     refused(signed.model_copy(update={"sign_key": "AAAA"}), "unreadable")
@@ -302,8 +302,8 @@ def test_approval_is_asked_before_anything_is_sent(world: FederationWorld, serve
 def test_a_renewed_ear_keeps_the_connection_and_a_lapsed_one_ends_it(
     world: FederationWorld, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fl.server.attendance.CHECK_SECONDS", 0.2)
-    monkeypatch.setattr("fl.site.link.CHECK_SECONDS", 0.2)
+    for module in ("fl.server.attendance", "fl.site.link"):
+        monkeypatch.setattr(f"{module}.CHECK_SECONDS", 0.2)
     current = [world.identity("site", SITES[0], seconds=2)]
     with world.site(server, SITES[0], identity=lambda: current[0]) as running:
         for _ in range(3):

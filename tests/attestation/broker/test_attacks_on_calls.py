@@ -113,7 +113,7 @@ def test_a_swapped_answer_is_not_taken(raw_guests: RawGuests, guests: Any, monke
 def test_a_ledger_that_shrinks_is_noticed(guests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     guest = guests("site", "north")
     guest.attest()
-    monkeypatch.setattr(guest, "_size", 10**9)
+    monkeypatch.setattr(guest._sessions["one"], "_size", 10**9)
     with pytest.raises(LedgerRefused, match="it had"):
         guest.record("job", {})
 

@@ -39,7 +39,7 @@ def test_a_certificate_carries_its_names_and_ear(guests: Guests) -> None:
     assert names.get_values_for_type(x509.DNSName) == ["south.site.sealwright.internal"]
     assert "PRIVATE" not in repr(identity)
     with pytest.raises(PeerRefused) as refused:
-        appraise_peer(identity.certificate_der, guests("server", "hub").refresh_charter(), identity.ear_expires)
+        appraise_peer(identity.certificate_der, guests("server", "hub").refresh_charter(), identity.lease_ends)
     assert any("ended" in reason for reason in refused.value.reasons)
 
 
@@ -103,9 +103,10 @@ def test_a_renewal_keeps_the_key_and_moves_the_ear(guests: Guests) -> None:
     first = guest.attest()
     second = guest.renew()
     assert first.tls_key_pem == second.tls_key_pem
-    assert first.ear != second.ear
-    peer = appraise_peer(first.certificate_der, guest.charter, guest.now(), ear=second.ear)
-    assert peer.ear.token == second.ear
+    assert first.ears != second.ears
+    assert first.certificate_pem == second.certificate_pem
+    peer = appraise_peer(first.certificate_der, guest.charter, guest.now(), ears=second.ears)
+    assert (peer.ear.token,) == second.ears
 
 
 def test_the_ledger_of_all_this_holds(broker: Any, world: Any, audited: Any) -> None:

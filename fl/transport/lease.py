@@ -1,0 +1,102 @@
+"""Leases in band: what each side of a connection shows of its own standing, and how it judges its peer's.
+
+A connection begins with the EARs of both sides and goes on with newer ones, shown before the older end, over the same
+TLS keys. Each side ends it when the peer's lease has ended unrenewed (the peer may come back), and when what the peer
+shows does not hold, or its place in the charter is gone (it is refused).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+
+from attestation.canonical import b64, unb64
+from attestation.errors import PeerLapsed, PeerRefused
+from attestation.identity import MAX_CERTIFICATE, appraise_peer
+from fl.transport.frames import Lease
+
+if TYPE_CHECKING:
+    from attestation.identity import Identity, Peer
+    from policies.charter import Charter
+
+CHECK_SECONDS: Final = 1.0
+"""How often each side looks at both leases and for a newer charter."""
+
+
+class OwnLease:
+    """What of our own lease the peer has seen. For one thread."""
+
+    def __init__(self, certificate: bytes) -> None:
+        """`certificate`: the one of the handshake, in DER."""
+        self._certificate = certificate
+        self._shown: tuple[str, ...] = ()
+
+    def to_show(self, identity: Identity) -> Lease | None:
+        """The frame that shows the newest EARs; None if the peer has them."""
+        if identity.ears == self._shown:
+            return None
+        self._shown = identity.ears
+        newest = identity.certificate_der
+        return Lease(ears=identity.ears, certificate="" if newest == self._certificate else b64(newest))
+
+
+class PeerLease:
+    """A peer's lease on one connection: appraised at its beginning, at each renewal, and when the charter changes."""
+
+    def __init__(
+        self,
+        certificate: bytes,
+        lease: Lease,
+        *,
+        role: str,
+        charter: Callable[[], Charter],
+        clock: Callable[[], datetime],
+    ) -> None:
+        """`certificate`: the peer's of the handshake, in DER. Raises PeerRefused, PeerLapsed."""
+        self._handshake = certificate
+        self._role = role
+        self._charter = charter
+        self._clock = clock
+        self._lease = lease
+        self._version = 0
+        self.peer: Peer = self._appraised(lease)
+
+    def renew(self, lease: Lease) -> None:
+        """Take what the peer shows as its newest. Raises PeerRefused, PeerLapsed; then the older does not count."""
+        self.peer = self._appraised(lease)
+        self._lease = lease
+
+    def check(self) -> None:
+        """Whether the lease stands, by charter and time, now. Raises PeerRefused, PeerLapsed."""
+        if self._charter().version != self._version or self._clock() >= self.peer.good_until:
+            self.peer = self._appraised(self._lease)
+
+    def _appraised(self, lease: Lease) -> Peer:
+        certificate = self._handshake if not lease.certificate else _same_key(self._handshake, lease.certificate)
+        charter = self._charter()
+        peer = appraise_peer(certificate, charter, self._clock(), role=self._role, ears=lease.ears)
+        self._version = charter.version
+        return peer
+
+
+def paused(error: PeerLapsed, who: str) -> str:
+    """Why a connection ends whose peer may come back."""
+    return f"the lease of {who} was not renewed: {'; '.join(error.reasons)}"
+
+
+def _same_key(handshake: bytes, shown: str) -> bytes:
+    """A newer certificate, if it is over the key that the handshake has proved. Raises PeerRefused, Unusable."""
+    raw = unb64(shown, where="certificate")
+    if len(raw) > MAX_CERTIFICATE:
+        raise PeerRefused((f"the newer certificate has {len(raw)} bytes, more than {MAX_CERTIFICATE}",), who="peer")
+    try:
+        proved, newer = (x509.load_der_x509_certificate(der).public_key() for der in (handshake, raw))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise PeerRefused((f"the newer certificate cannot be read: {error}",), who="peer") from error
+    if proved != newer:
+        raise PeerRefused(("the newer certificate is over another key than the connection's",), who="peer")
+    return raw
