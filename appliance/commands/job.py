@@ -164,8 +164,10 @@ def download(
     """Download a job's result, verify its statement and its place in the ledger, and open it."""
     if out.exists() and any(out.iterdir()):
         raise Unusable(f"{out} is not empty", where="--out", do="Name a folder that is to be made.")
+    from attestation.client import ledger_keys
+
     with _env(kit).connected() as (client, current):
-        folder = client.download(job, out, ledger=(current.broker.origin, current.broker.key))
+        folder = client.download(job, out, ledgers=ledger_keys(current.charter))
     if as_json:
         print_json({"job": job, "folder": str(folder), "files": sorted(path.name for path in folder.iterdir())})
     else:

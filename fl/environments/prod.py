@@ -111,6 +111,7 @@ class _SubmittedJob:
         if report.status is Status.ABORTED:
             raise JobAborted(self._job, "; ".join(report.reasons) or "someone")
         # The server's EAR in the statement may be newer than the charter and the time from before the wait.
+        from attestation.client import ledger_keys
+
         with self._env.connected() as (client, current):
-            ledger = current.broker.origin, current.broker.key
-            return client.download(self._job, self._folder, ledger=ledger)
+            return client.download(self._job, self._folder, ledgers=ledger_keys(current.charter))

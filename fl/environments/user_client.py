@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter
 
 from attestation.canonical import unb64
 from attestation.errors import LedgerRefused
+from attestation.ledger.checkpoint import parse_checkpoint
 from attestation.ledger.entry import parse_entry
 from attestation.ledger.receipt import check_receipt, parse_receipt
 from fl.environments.kit import Kit
@@ -174,10 +175,10 @@ class UserClient:
         finally:
             call.cancel()
 
-    def download(self, job: str, folder: Path, *, ledger: tuple[str, Ed25519PublicKey] | None) -> Path:
+    def download(self, job: str, folder: Path, *, ledgers: Mapping[str, Ed25519PublicKey] | None) -> Path:
         """Download, verify and open a job's result into `folder`, which is made.
 
-        `ledger` is the origin and key of the broker's ledger in which the statement has to be (None: not asked for).
+        `ledgers` are the keys of the ledgers, by origin, in one of which the statement has to be (None: not asked for).
         Nothing is written unless everything holds: the record's signature, the statement by an attested server, its
         place in the ledger, every digest. Raises StatementRefused, ApprovalRefused, LedgerRefused.
         """
@@ -199,8 +200,8 @@ class UserClient:
             raise MalformedMessage("the server sent no result", where=self._where) from error
         except grpc.RpcError as error:
             raise peer_error(error, where=self._where) from error
-        if ledger is not None:
-            check_logged(head, *ledger)
+        if ledgers is not None:
+            check_logged(head, ledgers)
         sealed_key = unb64(head.sealed_key, where="result")
         files = open_result(payload, sealed_key, self._kit.results_key, job, self._kit.user, max_bytes=limit)
         if hashlib.sha256(files.get(MODEL_FILE, b"")).hexdigest() != statement.model_sha256:
@@ -233,13 +234,17 @@ class UserClient:
         return answer
 
 
-def check_logged(head: Result, origin: str, key: Ed25519PublicKey) -> None:
-    """Check that the result's statement is in the ledger `origin`. Raises LedgerRefused."""
+def check_logged(head: Result, ledgers: Mapping[str, Ed25519PublicKey]) -> None:
+    """Check that the result's statement is in one of these ledgers. Raises LedgerRefused."""
     where = "receipt"
     try:
         document = json.loads(head.receipt)
         entry = document["entry"].encode()
-        check_receipt(parse_receipt(document["receipt"]), entry, origin, key)
+        receipt = parse_receipt(document["receipt"])
+        origin = parse_checkpoint(receipt.checkpoint).origin
+        if origin not in ledgers:
+            raise LedgerRefused((f"the receipt is of {origin[:100]!r}, no broker's ledger",), where=where)
+        check_receipt(receipt, entry, origin, ledgers[origin])
         found = parse_entry(entry)
         logged = found.body["document"]["statement"]
     except SealwrightError:

@@ -262,7 +262,7 @@ def test_a_bad_update_is_refused_named_and_never_folded(
         assert not verdict.accepted
         assert [event.text for event in client.watch(mine, timeout=60)][-1] == "finished"
         state = client.report(mine).sites[HOSTILE]
-        folder = client.download(mine, tmp_path / "result", ledger=None)
+        folder = client.download(mine, tmp_path / "result", ledgers=None)
     assert re.search(reason, verdict.reasons[0]), verdict
     assert re.search(reason, state), state
     assert load_file(folder / "model.safetensors")["w"].tolist() == [2, 2, 2]
@@ -289,7 +289,7 @@ def test_an_update_counts_once_whatever_is_resent(
         assert "it is of round 5" in wrong.reasons[0]
         assert first.deliver(other, tensors(w=W / 3)).accepted
         assert [event.text for event in client.watch(mine, timeout=60)][-1] == "finished"
-        folder = client.download(mine, tmp_path / "result", ledger=None)
+        folder = client.download(mine, tmp_path / "result", ledgers=None)
     assert load_file(folder / "model.safetensors")["w"].tolist() == [6, 6, 6]
 
 

@@ -157,6 +157,7 @@ def test_what_is_not_approved_or_not_there_is_told_with_its_status(
 
 
 def test_a_changed_receipt_or_statement_is_refused(setting: Setting) -> None:
+    from attestation.client import ledger_keys
     from attestation.errors import LedgerRefused
     from fl.environments.prod import ProdEnv
     from fl.environments.user_client import check_logged
@@ -172,16 +173,16 @@ def test_a_changed_receipt_or_statement_is_refused(setting: Setting) -> None:
     assert run.watch(lambda _: None) == "finished"
     job = run.get_job_id()
     with env.connected() as (client, current):
-        ledger = current.broker.origin, current.broker.key
-        folder = client.download(job, setting.folder / "checked", ledger=ledger)
+        ledgers = ledger_keys(current.charter)
+        folder = client.download(job, setting.folder / "checked", ledgers=ledgers)
     proof = json.loads((folder / "statement.json").read_text())
     receipt = (folder / "receipt.json").read_text()
-    statement = SignedStatement.model_validate({key: proof[key] for key in ("statement", "sign_key", "ear")})
+    statement = SignedStatement.model_validate({key: proof[key] for key in ("statement", "sign_key", "ears")})
 
     def head(changed: str) -> Result:
         return Result(record=proof["record"], statement=statement, sealed_key="", size=1, receipt=changed)
 
-    check_logged(head(receipt), *ledger)
+    check_logged(head(receipt), ledgers)
     other = head(receipt).model_copy(update={"statement": statement.model_copy(update={"statement": "x"})})
     broken: list[Callable[[], Result]] = [
         lambda: head(""),
@@ -192,6 +193,6 @@ def test_a_changed_receipt_or_statement_is_refused(setting: Setting) -> None:
     ]
     for make in broken:
         with pytest.raises(LedgerRefused):
-            check_logged(make(), *ledger)
+            check_logged(make(), ledgers)
     with pytest.raises(LedgerRefused):
-        check_logged(head(receipt), "virtual.other/broker/one/ledger", ledger[1])
+        check_logged(head(receipt), {"virtual.other/broker/one/ledger": next(iter(ledgers.values()))})

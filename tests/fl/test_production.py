@@ -72,7 +72,7 @@ def test_a_job_runs_from_submission_to_a_verified_result(world: FederationWorld,
         job = client.submit(bundle, model, roster=None, recipients=[ADA])
         events = list(client.watch(job, timeout=60))
         assert client.report(job).status.value == "finished"
-        folder = client.download(job, tmp_path / "result", ledger=None)
+        folder = client.download(job, tmp_path / "result", ledgers=None)
         assert [found.job for found in client.reports().jobs] == [job]
         assert client.reports().sites == SITES
     assert load_file(folder / "model.safetensors")["w"].tolist() == [6, 6, 6]
@@ -96,15 +96,15 @@ def test_a_result_opens_only_as_its_server_stated_it(world: FederationWorld, ser
     ):
         job = client.submit(bundle, model, roster=SITES, recipients=[ADA])
         assert statuses(client, job)[-1] == "finished"
-        client.download(job, tmp_path / "result", ledger=None)
+        client.download(job, tmp_path / "result", ledgers=None)
         proof = json.loads((tmp_path / "result" / "statement.json").read_text())
         with world.client(server, "cygnus-bio/cy") as other, pytest.raises(Refused, match="no right to download"):
-            other.download(job, tmp_path / "stolen", ledger=None)
+            other.download(job, tmp_path / "stolen", ledgers=None)
         with (
             world.client(server, "borealis-hospital/ole") as other,
             pytest.raises(Refused, match="no right to download"),
         ):
-            other.download(job, tmp_path / "stolen", ledger=None)
+            other.download(job, tmp_path / "stolen", ledgers=None)
         assert not (tmp_path / "stolen").exists()
 
     charter = world.charter()
@@ -157,9 +157,9 @@ def test_old_results_make_room_for_new_ones(
         assert statuses(client, first)[-1] == "finished"
         second = client.submit(bundle, model, roster=None, recipients=[ADA])
         assert statuses(client, second)[-1] == "finished"
-        client.download(second, tmp_path / "result", ledger=None)
+        client.download(second, tmp_path / "result", ledgers=None)
         with pytest.raises(Refused, match="not kept any more"):
-            client.download(first, tmp_path / "old", ledger=None)
+            client.download(first, tmp_path / "old", ledgers=None)
 
 
 def test_tracking_comes_back_with_the_result(world: FederationWorld, server: str, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_tracking_comes_back_with_the_result(world: FederationWorld, server: str
     with world.site(server, SITES[0]), world.site(server, SITES[1]), world.client(server) as client, model:
         job = client.submit(bundle, model, roster=None, recipients=[ADA])
         assert statuses(client, job)[-1] == "finished"
-        folder = client.download(job, tmp_path / "result", ledger=None)
+        folder = client.download(job, tmp_path / "result", ledgers=None)
     assert list((folder / "events").glob("events.out.tfevents.*"))
 
 
@@ -203,7 +203,7 @@ def test_a_user_who_may_stops_a_job(world: FederationWorld, server: str, tmp_pat
         assert time.monotonic() - began < 5
         assert client.report(job).reasons == (f"job {job} was stopped by borealis-hospital/ole",)
         with pytest.raises(Refused, match="has no result"):
-            client.download(job, tmp_path / "result", ledger=None)
+            client.download(job, tmp_path / "result", ledgers=None)
 
 
 def test_a_site_that_dies_is_named_and_the_others_go_on(world: FederationWorld, server: str, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_site_that_dies_is_named_and_the_others_go_on(world: FederationWorld, 
             assert wait_until(lambda: (client.report(job).round or 0) >= 1)
         assert statuses(client, job)[-1] == "finished"
         assert "cygnus-bio" in lost(client, job)
-        folder = client.download(job, tmp_path / "result", ledger=None)
+        folder = client.download(job, tmp_path / "result", ledgers=None)
     rounds = json.loads((folder / "job.json").read_text())["rounds"]
     assert list(rounds[-1]["updates"]) == [SITES[0]]
 

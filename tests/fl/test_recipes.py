@@ -80,7 +80,7 @@ def test_the_attested_path_gives_the_same(name: str, world: FederationWorld, ser
     ):
         job = client.submit(bundle, model, roster=None, recipients=["acme-pharma/ada"])
         assert [event.text for event in client.watch(job, timeout=60) if event.kind == "status"][-1] == "finished"
-        assert_reference(name, client.download(job, tmp_path / "result", ledger=None))
+        assert_reference(name, client.download(job, tmp_path / "result", ledgers=None))
 
 
 def test_the_optimizer_steps_over_blocks_and_leaves_integers_to_the_mean(tmp_path: Path) -> None:
