@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from attestation.canonical import canonical_bytes, format_time, parse_time, read_json_object
 from attestation.ears import MAX_EAR, MAX_EARS
 from attestation.errors import AnswerRefused
+from attestation.evidence.composite import MAX_ADDITIONAL
 from attestation.jws import read_jws, read_jws_header, sign_jws
 from policies.documents import Digest, Name, Resource
 from policies.errors import Refused, Unusable
@@ -55,12 +56,16 @@ class EvidenceMessage(Message):
 
 
 class AttestRequest(Message):
-    """POST /v1/attest: evidence, the init-data's bytes, and the guest's public keys by purpose."""
+    """POST /v1/attest: evidence, the init-data's bytes, and the guest's public keys by purpose.
+
+    `devices`: the evidence of GPUs and switches as text, `{"nvidia": {"device_evidence_list": […]}}`, empty for none.
+    """
 
     session: SessionId
     evidence: EvidenceMessage
     init_data: Base64
     keys: Annotated[dict[Name, Base64], Field(max_length=8)]
+    devices: Annotated[str, StringConstraints(max_length=MAX_ADDITIONAL)] = ""
 
 
 class CredentialRequest(Message):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from attestation.errors import AttesterUnavailable, MalformedEvidence
-from attestation.evidence.gpu.document import MAX_DOCUMENT_SIZE, GpuEvidence, read_gpu_document
+from attestation.evidence.gpu.document import MAX_DOCUMENT_SIZE, GpuEvidence, read_gpu_document, write_gpu_document
 from attestation.evidence.gpu.spdm import NONCE_SIZE, parse_gpu_report
 
 COLLECTOR = Path(__file__).with_name("gpu_collector.py")
@@ -53,6 +53,11 @@ def collect_gpu_evidence(nonce: bytes, *, python: Path, seconds: float = SECONDS
                 "a device answered another nonce", where="GPU evidence", do="Collect again; see the driver's log."
             )
     return devices
+
+
+def additional_evidence(devices: tuple[GpuEvidence, ...]) -> str:
+    """The text in which the evidence of further devices travels beside a CPU's report."""
+    return f'{{"nvidia":{write_gpu_document(devices).decode("ascii")}}}'
 
 
 def _run(python: Path, nonce: bytes, answer: IO[bytes], said: IO[bytes], seconds: float) -> str:

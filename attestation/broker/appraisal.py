@@ -29,7 +29,7 @@ from attestation.ear import POLICY, PROFILE, CharterReference, EarDocument, Subj
 from attestation.endorsements.nvidia_endorsements import GpuEndorsements, parse_gpu_endorsements
 from attestation.endorsements.roots import RootPin
 from attestation.endorsements.sources import from_certificate_table
-from attestation.evidence.composite import SnpEvidence
+from attestation.evidence.composite import MAX_ADDITIONAL, SnpEvidence
 from attestation.evidence.report import Product
 from attestation.verifier import Appraisal, Expected, Profile, with_virtual_roots
 from attestation.verifier.appraisal_policy import NO_GPU_SECTION, load_appraisal_policy
@@ -47,8 +47,16 @@ BRIEF_CLAIMS: Final = ("kind", "product", "ueid", "mode", "driver_version", "vbi
 """What a credential says of a further device, beside the verdict."""
 MAX_DEVICES: Final = 16
 """GPUs and switches of one guest: twice a machine with eight of them."""
-MAX_ADDITIONAL: Final = 320 * 1024
-"""Characters of the further devices' evidence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a session expects: the CPU's REPORT_DATA (64 bytes), the nonce of further devices (32 bytes), and what both
+    are computed from (for the ledger)."""
+
+    report_data: bytes
+    device_nonce: bytes
+    document: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

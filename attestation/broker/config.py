@@ -47,6 +47,7 @@ class BrokerConfig(_Section):
     database: str = "state/broker.sqlite"
     endorsements: str = "endorsements"
     kds: bool = True
+    gpu_endorsements: str = "gpu"
     timestamp_hours: Annotated[int, Field(ge=1, le=24 * 30)] = 24
     limits: Limits = Limits()
 

@@ -13,19 +13,21 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from pydantic import Field, StringConstraints
 
-from attestation.binding import kbs_report_data, tee_key_digest
+from attestation.binding import kbs_device_nonce, kbs_report_data, tee_key_digest
+from attestation.broker.appraisal import Bound
 from attestation.broker.exchange import BROKER, METRICS, count_client, json_response, log, read_body
 from attestation.broker.jwe import encrypt_jwe, load_tee_key
 from attestation.broker.sessions import Session, attested_session
 from attestation.canonical import b64
 from attestation.ear import verify_ear
 from attestation.errors import BrokerUnavailable, MalformedEvidence, SessionRefused
-from attestation.evidence.composite import SnpEvidence
+from attestation.evidence.composite import MAX_ADDITIONAL, SnpEvidence
 from attestation.evidence.guest_components_json import parse_guest_components
 from attestation.messages import Message, parse_message
 from policies.charter import Charter
@@ -68,7 +70,7 @@ class KbsEvidence(Message):
     """The primary device's evidence, and (as JSON text) that of others."""
 
     primary_evidence: dict[str, Any]
-    additional_evidence: Text = ""
+    additional_evidence: Annotated[str, StringConstraints(max_length=MAX_ADDITIONAL)] = ""
 
 
 class KbsAttestation(Message):
@@ -120,16 +122,15 @@ async def attest(request: web.Request) -> web.Response:
     except (MalformedEvidence, Unusable) as error:
         against.append(error.what)
         evidence = SnpEvidence(b"", b"")
-    if primary.additional_evidence:
-        against.append("evidence of further devices is not appraised by this protocol's half")
-    claims = {
-        "additional-evidence": primary.additional_evidence,
-        "nonce": runtime.nonce,
-        "tee-pubkey": runtime.tee_pubkey,
-    }
+    more = primary.additional_evidence
+    claims = {"additional-evidence": "", "nonce": runtime.nonce, "tee-pubkey": runtime.tee_pubkey}
+    if more:  # the text itself, some ten thousand letters a device, would make the token too large for a header
+        del claims["additional-evidence"]
+        claims["additional-evidence-sha256"] = sha256(more.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def bind(session: Session, _charter: Charter) -> tuple[bytes, dict[str, Any]]:
-        return kbs_report_data(session.nonce, runtime.tee_pubkey, primary.additional_evidence), claims
+    def bind(session: Session, _charter: Charter) -> Bound:
+        key = runtime.tee_pubkey
+        return Bound(kbs_report_data(session.nonce, key, more), kbs_device_nonce(session.nonce, key), claims)
 
     def check(session: Session) -> tuple[str, ...]:
         wrong = () if runtime.nonce == session.nonce else ("the runtime data's nonce is not the session's",)
@@ -140,6 +141,7 @@ async def attest(request: web.Request) -> web.Response:
         "kbs",
         evidence,
         message.init_data.body.encode("utf-8") if message.init_data is not None else None,
+        additional=more,
         bind=bind,
         check=check,
         keys={},

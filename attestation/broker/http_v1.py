@@ -6,7 +6,8 @@ from typing import Any
 
 from aiohttp import web
 
-from attestation.binding import PURPOSES, report_data
+from attestation.binding import PURPOSES, device_nonce, report_data
+from attestation.broker.appraisal import Bound
 from attestation.broker.clock import now
 from attestation.broker.exchange import BROKER, METRICS, count_client, json_response, log, read_body
 from attestation.broker.service import Broker
@@ -151,11 +152,14 @@ async def attest(request: web.Request) -> web.Response:
         raise Unusable(f"a guest has the keys {', '.join(PURPOSES)}", where="keys", do="Send these three.")
     key_digests = digests(keys)
 
-    def bind(session: Session, charter: Charter) -> tuple[bytes, dict[str, Any]]:
+    def bind(session: Session, charter: Charter) -> Bound:
         call.nonce = session.guest_nonce
-        nonce = unb64(session.nonce, where="session")
-        bound = {"broker": call.broker.name, "keys": key_digests, "nonce": session.nonce}
-        return report_data(call.broker.name, charter.id, charter.version, nonce, keys), bound
+        here = (call.broker.name, charter.id, charter.version, unb64(session.nonce, where="session"))
+        return Bound(
+            report_data(*here, keys, message.devices),
+            device_nonce(*here, key_digests),
+            {"broker": call.broker.name, "keys": key_digests, "nonce": session.nonce},
+        )
 
     def check(session: Session) -> tuple[str, ...]:
         try:
@@ -172,6 +176,7 @@ async def attest(request: web.Request) -> web.Response:
             "v1",
             evidence,
             unb64(message.init_data, where="init_data"),
+            additional=message.devices,
             bind=bind,
             check=check,
             keys=dict(message.keys),
@@ -181,7 +186,8 @@ async def attest(request: web.Request) -> web.Response:
         return call.refused(error)
     request.app[METRICS].decision("affirmed")
     log("affirmed", session=affirmed.session.id, entry=affirmed.receipt.index)
-    return call.done({"ear": affirmed.ear, **logged(affirmed.receipt, affirmed.entry)})
+    full = {} if affirmed.full_ear == affirmed.ear else {"full_ear": affirmed.full_ear}
+    return call.done({"ear": affirmed.ear, **full, **logged(affirmed.receipt, affirmed.entry)})
 
 
 @routes.post("/v1/credentials")

@@ -49,16 +49,15 @@ def appraisal(
     verdict: Verdict,
     session: Session,
     bound: Mapping[str, Any],
-    ear: str,
     charter: Charter,
     at: datetime,
 ) -> Note:
-    """An affirmed guest. `bound` is what REPORT_DATA was computed from."""
-    blobs = _evidence(question)
-    blobs[digest(ear.encode())] = ear.encode()
+    """An affirmed guest, its EARs in its session. `bound` is what REPORT_DATA was computed from."""
+    ears = {name: token.encode() for name, token in (("ear", session.ear), ("full-ear", session.full_ear)) if token}
+    blobs = {**_evidence(question), **{digest(token): token for token in ears.values()}}
     body = {
         **_appraised(question, verdict, session, bound, charter),
-        "ear": digest(ear.encode()),
+        **{name: digest(token) for name, token in ears.items()},
         "subject": verdict.subject.model_dump(mode="json") if verdict.subject else None,
     }
     return Note(Entry("appraisal", at, body), blobs, guest=verdict.who, boot=_boot(verdict.claims))
@@ -189,14 +188,18 @@ def _appraised(
 ) -> dict[str, Any]:
     evidence = question.evidence
     claims = verdict.claims
+    named: dict[str, str | None] = {
+        "certificates": digest(evidence.certificates),
+        "init-data": None if question.init_data is None else digest(question.init_data),
+        "report": digest(evidence.report),
+    }
+    if question.additional is not None:
+        named["devices"] = digest(_text(question.additional.text))
+        named["gpu-endorsements"] = digest(question.additional.endorsements)
     return {
         **_within(session, charter),
         "bound": dict(bound),
-        "evidence": {
-            "certificates": digest(evidence.certificates),
-            "init-data": None if question.init_data is None else digest(question.init_data),
-            "report": digest(evidence.report),
-        },
+        "evidence": named,
         "guest-nonce": session.guest_nonce,
         "measurement": claims.get("measurement"),
         "platform": claims.get("platform"),
@@ -206,7 +209,14 @@ def _appraised(
 def _evidence(question: AppraisalQuestion) -> dict[str, bytes]:
     parts = [question.evidence.report, question.evidence.certificates]
     parts += [question.init_data] if question.init_data is not None else []
+    if question.additional is not None:
+        parts += [_text(question.additional.text), question.additional.endorsements]
     return {digest(part): part for part in parts}
+
+
+def _text(text: str) -> bytes:
+    """A text's bytes; a lone surrogate, which JSON can bring, is kept as it is."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _boot(claims: Mapping[str, Any]) -> str | None:

@@ -24,6 +24,7 @@ from attestation.broker.charters import CharterFolder, charter_from_ledger
 from attestation.broker.clock import now
 from attestation.broker.config import BrokerConfig, load_config
 from attestation.broker.exchange import log
+from attestation.broker.gpu_folder import GpuFolder
 from attestation.broker.keys import Issuer, load_issuer, load_kek
 from attestation.broker.service import Broker
 from attestation.broker.storage import open_storage
@@ -80,6 +81,7 @@ def open_broker(folder: Path, config: BrokerConfig) -> Broker:
         issuer=issuer,
         kek=kek,
         complete=kds.complete_evidence,
+        gpu_endorsements=GpuFolder(folder / config.gpu_endorsements).read,
         session_seconds=config.limits.session_seconds,
         max_sessions=config.limits.sessions,
     )

@@ -11,15 +11,15 @@ import asyncio
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from attestation.broker import journal
+from attestation.broker.appraisal import Additional, Bound, appraise_guest, brief_ear, build_ear
 from attestation.broker.appraisal import Question as AppraisalQuestion
-from attestation.broker.appraisal import appraise_guest, build_ear
 from attestation.broker.charters import CharterFolder, LoadedCharter
 from attestation.broker.checks import check_csr, check_deposit, check_ears
 from attestation.broker.clock import CheckedClock
@@ -54,11 +54,14 @@ from policies.errors import Refused, SealwrightError, Unusable
 TRIES: Final = 8
 """How often a release is decided anew because its counters moved."""
 
-Bind = Callable[[Session, Charter], tuple[bytes, dict[str, Any]]]
-"""What REPORT_DATA must be for a session, and what it is computed from (for the ledger)."""
+Bind = Callable[[Session, Charter], Bound]
+"""What evidence must be bound to in a session."""
 
 Complete = Callable[[SnpEvidence], SnpEvidence]
 """Puts beside a report what its vendor publishes for it (attestation.endorsements.kds)."""
+
+GpuEndorsing = Callable[[], bytes]
+"""What stands beside GPUs' evidence here, in bytes (attestation.endorsements.nvidia_endorsements)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,18 @@ class Attested:
     """An affirmed guest."""
 
     session: Session
-    ear: str
     receipt: Receipt
     entry: bytes
+
+    @property
+    def ear(self) -> str:
+        """The EAR that the guest shows to others."""
+        return self.session.ear or ""
+
+    @property
+    def full_ear(self) -> str:
+        """The EAR with all claims of every device."""
+        return self.session.full_ear or self.ear
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +105,7 @@ class Broker:
         issuer: Issuer,
         kek: KeyEncryption,
         complete: Complete | None = None,
+        gpu_endorsements: GpuEndorsing | None = None,
         session_seconds: int = 300,
         max_sessions: int = 100_000,
         clock: Callable[[], datetime] | None = None,
@@ -107,6 +120,7 @@ class Broker:
         """The time, whole seconds. Raises BrokerUnavailable if the clock cannot be relied on."""
         self._kek = kek
         self._complete = complete
+        self._gpu_endorsements = gpu_endorsements
         self._session_seconds = session_seconds
         self._max_sessions = max_sessions
         self._randomness = randomness
@@ -198,6 +212,7 @@ class Broker:
         evidence: SnpEvidence,
         init_data: bytes | None,
         *,
+        additional: str = "",
         bind: Bind,
         check: Callable[[Session], tuple[str, ...]],
         keys: dict[str, str],
@@ -207,7 +222,8 @@ class Broker:
     ) -> Attested:
         """Appraise a guest and give it an EAR.
 
-        `check` returns what the protocol itself has against the call. The nonce is consumed whatever the outcome.
+        `additional` is the evidence of further devices as it was sent; `check` returns what the protocol itself has
+        against the call. The nonce is consumed whatever the outcome.
         Raises AppraisalRefused with every reason, or SessionRefused.
         """
         at = self.clock()
@@ -215,15 +231,17 @@ class Broker:
         session = self.storage.read(lambda step: step.session(identifier))
         if session is None or session.protocol != protocol:
             raise SessionRefused(("there is no such session",))
-        data, bound = bind(session, charter)
+        bound = bind(session, charter)
         evidence, lacking = await self._completed(evidence, charter)
-        question = AppraisalQuestion(evidence, init_data, data, protocol)
+        more, missing = await self._devices(additional, bound)
+        lacking += missing
+        question = AppraisalQuestion(evidence, init_data, bound.report_data, protocol, more)
         against = check(session)
         if session.charter_version != charter.version:
             against += (f"the charter went from version {session.charter_version} to {charter.version} meanwhile",)
         verdict = await asyncio.to_thread(appraise_guest, question, charter, at)
         reasons = (*against, *verdict.reasons, *(lacking if verdict.reasons else ()))
-        token, document = "", None
+        token, full, document = "", None, None
         if not reasons:
             document = build_ear(
                 verdict,
@@ -234,7 +252,9 @@ class Broker:
                 at=at,
                 runtime=runtime,
             )
-            token = sign_ear(document, self.signing_key)
+            shown = brief_ear(document) if protocol == "v1" else document
+            token = sign_ear(shown, self.signing_key)
+            full = None if shown == document else sign_ear(document, self.signing_key)
 
         def work(step: Transaction) -> tuple[Session | None, tuple[str, ...], bytes]:
             found = step.session(identifier)
@@ -246,20 +266,34 @@ class Broker:
             moved = () if self._still_followed(step, charter) else ("the charter moved on meanwhile",)
             if reasons or moved or document is None:
                 step.update_session(spent)
-                denied = journal.appraisal_denial(question, verdict, spent, bound, (*reasons, *moved), charter, at)
+                denied = journal.appraisal_denial(
+                    question, verdict, spent, bound.document, (*reasons, *moved), charter, at
+                )
                 journal.append(step, denied)
                 return None, (*reasons, *moved), b""
             expires = datetime.fromtimestamp(document.exp, UTC)
-            done = attested(spent, ear=token, expires=expires, keys=keys, tee_pubkey=tee_pubkey, at=at)
+            done = attested(spent, ear=token, full_ear=full, expires=expires, keys=keys, tee_pubkey=tee_pubkey, at=at)
             step.update_session(done)
-            note = journal.appraisal(question, verdict, done, bound, token, charter, at)
+            note = journal.appraisal(question, verdict, done, bound.document, charter, at)
             journal.append(step, note)
             return done, (), note.entry.to_bytes()
 
         (done, refused, entry), receipts = await self.storage.transact(work)
         if done is None:
             raise AppraisalRefused(refused, who=verdict.who)
-        return Attested(done, token, receipts[0], entry)
+        return Attested(done, receipts[0], entry)
+
+    async def _devices(self, text: str, bound: Bound) -> tuple[Additional | None, tuple[str, ...]]:
+        """The evidence of further devices with what stands beside it here, so that an auditor finds it."""
+        if not text:
+            return None, ()
+        plain = Additional(text, bound.device_nonce)
+        if self._gpu_endorsements is None:
+            return plain, ()
+        try:
+            return replace(plain, endorsements=await asyncio.to_thread(self._gpu_endorsements)), ()
+        except SealwrightError as error:
+            return plain, (f"this broker's GPU endorsements cannot be used: {error.what} ({error.where})",)
 
     async def _completed(self, evidence: SnpEvidence, charter: Charter) -> tuple[SnpEvidence, tuple[str, ...]]:
         """The evidence with its vendor's certificates and revocation list, so that an auditor finds them beside it."""
@@ -400,7 +434,8 @@ class Broker:
     async def _standing(self, session: Session, what: str, charter: Charter, at: datetime) -> Ear:
         """The session's EAR, if it and the guest's place still stand; that they do not is written down."""
         try:
-            ear = verify_ear(session.ear or "", charter, at)
+            token = session.full_ear if what == "release" else None  # policies see all claims, peers the short form
+            ear = verify_ear(token or session.ear or "", charter, at)
             gone = enrolment_reasons(ear, charter)
             if gone:
                 raise AppraisalRefused(gone, who=journal.place(ear.subject))

@@ -24,7 +24,10 @@ Protocol = Literal["v1", "kbs"]
 
 
 class Session(BaseModel):
-    """One guest's session. Times are seconds since 1970, UTC; `nonce` and `keys` are base64."""
+    """One guest's session. Times are seconds since 1970, UTC; `nonce` and `keys` are base64.
+
+    `ear` is what the guest shows to others; `full_ear`, if it has further devices, is the one with all their claims.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -39,6 +42,7 @@ class Session(BaseModel):
     counter: int = 0
     attested_at: int | None = None
     ear: str | None = None
+    full_ear: str | None = None
     keys: dict[str, str] = {}
     tee_pubkey: dict[str, Any] | None = None
 
@@ -83,6 +87,7 @@ def attested(
     session: Session,
     *,
     ear: str,
+    full_ear: str | None = None,
     expires: datetime,
     keys: dict[str, str],
     tee_pubkey: dict[str, Any] | None,
@@ -95,6 +100,7 @@ def attested(
         update={
             "state": "attested",
             "ear": ear,
+            "full_ear": full_ear,
             "expires": int(expires.timestamp()),
             "keys": keys,
             "tee_pubkey": tee_pubkey,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+MAX_ADDITIONAL: Final = 320 * 1024
+"""Characters of the evidence of further devices (GPUs, switches) that travels with a report: a text, JSON."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def charter_folder(entry: Entry) -> str:
 def blob_references(entry: Entry) -> list[str]:
     """The digests of the blobs that an entry names; a charter's files are not among them, they have their folder."""
     body = entry.body
-    found: list[Any] = [body.get("ear"), body.get("certificate"), body.get("deposit")]
+    found: list[Any] = [body.get("ear"), body.get("full-ear"), body.get("certificate"), body.get("deposit")]
     evidence = body.get("evidence")
     if isinstance(evidence, dict) and body.get("evidence-kept", True) is True:
         found += evidence.values()

@@ -16,9 +16,9 @@ from typing import Any
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
-from attestation.binding import bound_report_data, kbs_report_data, tee_key_digest
+from attestation.binding import bound_report_data, device_nonce, kbs_device_nonce, kbs_report_data, tee_key_digest
+from attestation.broker.appraisal import Additional, Verdict, appraise_guest, brief_ear, build_ear
 from attestation.broker.appraisal import Question as AppraisalQuestion
-from attestation.broker.appraisal import Verdict, appraise_guest, build_ear
 from attestation.broker.checks import check_deposit_token
 from attestation.broker.journal import place
 from attestation.broker.release import Counters, decide_release
@@ -127,15 +127,16 @@ class Retrial:
     def _appraisal(self, number: int, entry: Entry, charter: Charter, broker: BrokerEntry) -> list[str]:
         body = entry.body
         verdict, reasons = self._appraise(entry, charter, broker), []
-        token = self._blob(body["ear"]).decode("ascii")
+        named = [body[name] for name in ("ear", "full-ear") if name in body]
         if body["session"] in self._spent:
             reasons.append("its session's nonce was used before")
         self._spent.add(body["session"])
-        self._ears[body["ear"]] = (body["session"], entry.time)
+        self._ears |= dict.fromkeys(named, (body["session"], entry.time))
         self._row(number, entry, verdict.who, _image(verdict), verdict.claims, "attest", "affirming")
         if verdict.reasons:
             return [*reasons, *(f"the evidence does not earn its EAR: {reason}" for reason in verdict.reasons)]
-        ear = verify_ear(token, charter, entry.time)
+        given = [verify_ear(self._blob(digest).decode("ascii"), charter, entry.time) for digest in named]
+        ear = given[0]
         runtime = body["bound"] if body["protocol"] == "kbs" else None
         expected = build_ear(
             verdict,
@@ -146,7 +147,9 @@ class Retrial:
             at=entry.time,
             runtime=runtime,
         )
-        if ear.document != expected.model_copy(update={"iat": ear.document.iat, "exp": ear.document.exp}):
+        expected = expected.model_copy(update={"iat": ear.document.iat, "exp": ear.document.exp})
+        shown = brief_ear(expected) if runtime is None else expected
+        if [one.document for one in given] != ([shown] if shown == expected else [shown, expected]):
             reasons.append("its EAR says something else than the evidence")
         if abs(ear.issued_at - entry.time).total_seconds() > 1:
             reasons.append("its EAR was signed at another time")
@@ -246,13 +249,19 @@ class Retrial:
 
     def _appraise(self, entry: Entry, charter: Charter, broker: BrokerEntry) -> Verdict:
         body = entry.body
-        evidence, bound = body["evidence"], body["bound"]
+        evidence, bound, protocol = body["evidence"], body["bound"], body["protocol"]
         init_data = None if evidence["init-data"] is None else self._blob(evidence["init-data"])
+        text = self._blob(evidence["devices"]).decode("utf-8", "surrogatepass") if "devices" in evidence else ""
+        additional = None
+        if text:
+            nonce = expected_device_nonce(bound, protocol, broker.name, charter)
+            additional = Additional(text, nonce, self._blob(evidence["gpu-endorsements"]))
         question = AppraisalQuestion(
             SnpEvidence(self._blob(evidence["report"]), self._blob(evidence["certificates"])),
             init_data,
-            expected_report_data(bound, body["protocol"], broker.name, charter),
-            body["protocol"],
+            expected_report_data(bound, protocol, broker.name, charter, text),
+            protocol,
+            additional,
         )
         return appraise_guest(question, charter, entry.time)
 
@@ -307,11 +316,21 @@ class Retrial:
         )
 
 
-def expected_report_data(bound: Mapping[str, Any], protocol: str, broker: str, charter: Charter) -> bytes:
-    """What REPORT_DATA had to be, from what the ledger says was bound."""
+def expected_report_data(
+    bound: Mapping[str, Any], protocol: str, broker: str, charter: Charter, devices: str = ""
+) -> bytes:
+    """What REPORT_DATA had to be, from what the ledger says was bound and the text of further devices' evidence."""
     if protocol == "kbs":
-        return kbs_report_data(bound["nonce"], bound["tee-pubkey"], bound["additional-evidence"])
-    return bound_report_data(broker, charter.id, charter.version, unb64(bound["nonce"], where="nonce"), bound["keys"])
+        return kbs_report_data(bound["nonce"], bound["tee-pubkey"], devices)
+    nonce = unb64(bound["nonce"], where="nonce")
+    return bound_report_data(broker, charter.id, charter.version, nonce, bound["keys"], devices)
+
+
+def expected_device_nonce(bound: Mapping[str, Any], protocol: str, broker: str, charter: Charter) -> bytes:
+    """With what further devices had to be asked, from what the ledger says was bound."""
+    if protocol == "kbs":
+        return kbs_device_nonce(bound["nonce"], bound["tee-pubkey"])
+    return device_nonce(broker, charter.id, charter.version, unb64(bound["nonce"], where="nonce"), bound["keys"])
 
 
 def _image(verdict: Verdict) -> str | None:

@@ -17,7 +17,7 @@ from typing import Final
 import atheris
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "attestation" / "gpu"), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 with atheris.instrument_imports(include=["attestation", "gpu_targets", "snp_targets"]):
     import gpu_targets

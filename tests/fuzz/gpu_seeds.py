@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "attestation" / "gpu"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import nvidia_world as world
 
