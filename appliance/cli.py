@@ -6,6 +6,7 @@ Exit status (DESIGN.md section 6): 0 done or affirmed, 1 refused or failed a che
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from typing import Any
 
@@ -69,12 +70,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line `arguments` (default: the process's own) and exit with the contract's status."""
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
+    if arguments is None:  # the process is ours; verbs that serve have handlers of their own
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_stopped(words, "told to end", 143)))
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(_stopped(words, "interrupted", 130)))
     try:
         result: Any = get_command(app).main(args=words, prog_name="seal", standalone_mode=False)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except typer.Abort:
-        sys.exit(130)
+        sys.exit(_stopped(words, "interrupted", 130))
     except CLICK_ERROR as usage:
         if type(usage).__name__ == "NoArgsIsHelpError":
             sys.stderr.write(str(usage))
@@ -87,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     except SealwrightError as error:
         sys.exit(report_error(error, as_json=as_json))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_stopped(words, "interrupted", 130))
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:  # a file or folder that was named, mostly to be written, and that no verb spoke of itself
@@ -98,6 +102,15 @@ def main(arguments: list[str] | None = None) -> None:
         )
         sys.exit(report_error(unusable, as_json=as_json))
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _stopped(words: list[str], how: str, status: int) -> int:
+    """Say that the command was ended from outside; the exit status is a shell's for the signal."""
+    noun = next((word for word in words if word in NOUNS), "")
+    verb = words[words.index(noun) + 1 : words.index(noun) + 2] if noun not in {"", "demo", "doctor"} else []
+    stream = sys.__stderr__ or sys.stderr  # whatever the verb has put in its place
+    stream.write(f"seal: {' '.join([noun, *verb]).strip() or 'the command'} was {how} before it was done.\n")
+    return status
 
 
 if __name__ == "__main__":

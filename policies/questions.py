@@ -17,9 +17,12 @@ from typing import Any, Final, Literal
 from policies.charter import Charter
 from policies.decisions import Decision, Rules
 from policies.documents import Enrolment, Role, User, format_time
+from policies.errors import MalformedDocument
+from policies.rights import COMMANDS, command_reasons
 
-Subject = Literal["release", "appraisal", "admission", "peers", "export"]
-SUBJECTS: Final[tuple[Subject, ...]] = ("release", "appraisal", "admission", "peers", "export")
+Subject = Literal["release", "appraisal", "admission", "peers", "export", "command"]
+SUBJECTS: Final[tuple[Subject, ...]] = ("release", "appraisal", "admission", "peers", "export", "command")
+"""What can be asked; all but `command`, which is about a user's rights, is answered by Rego rules."""
 Place = tuple[Role, str]
 """A guest's role and name, as it is enrolled."""
 ExportKind = Literal["update", "metric", "log", "result"]
@@ -40,8 +43,10 @@ def ask(
     """Return the answer of every set of rules that decides on `subject`; it is allowed only if all allow it.
 
     For a release, those are the floor and the policy of the owner of `resource`, each evaluated apart; one that is not
-    there denies. Other subjects have one set, or none.
+    there denies. Other subjects have one set, or none. A command is answered by the user's rights.
     """
+    if subject == "command":
+        return (_rights(charter, document),)
     if subject != "release":
         file = f"policies/{subject}.rego"
         text = charter.policy(f"{subject}.rego")
@@ -51,6 +56,57 @@ def ask(
         _answer("policies/floor.rego", charter.policy("floor.rego"), "sealwright.floor", document),
         _answer(f"the release policy of {resource}", owner, "sealwright.release", document),
     )
+
+
+def completed(
+    charter: Charter, subject: Subject, facts: Mapping[str, Any], here: Place | None, at: datetime
+) -> dict[str, Any]:
+    """Return the `input` that rules would see: `facts`, and what the charter says of whom they name.
+
+    Facts are what no charter knows: `job` (admission, export), `peer` (peers), `kind`, `size`, `to`, `sealed` (export),
+    `appraisal` (appraisal), `ear`, `session`, `counters` (release). `here` is the guest that asks; without it, and for
+    whatever the facts give themselves, nothing is filled in. Raises MalformedDocument if facts are missing or amiss.
+    """
+    if here is None:
+        return dict(facts)
+    role, name = here
+    try:
+        if subject == "admission":
+            filled = admission_document(charter, facts["job"], role, name, at)
+        elif subject == "peers":
+            filled = peer_document(charter, here, facts["peer"], at)
+            return {**filled, **{key: value for key, value in facts.items() if key != "peer"}}
+        elif subject == "export":
+            to = (str(facts["to"]["role"]), str(facts["to"]["name"]))
+            sealed = bool(facts.get("sealed", False))
+            filled = export_document(
+                charter, facts["job"], facts["kind"], facts["size"], here=here, to=to, at=at, sealed=sealed
+            )
+            return {**filled, **{key: value for key, value in facts.items() if key != "to"}}
+        elif subject == "appraisal":
+            filled = appraisal_document(charter, facts["appraisal"], charter.enrolment(role, name), at)
+        else:
+            place = charter.enrolment(role, name)
+            filled = {"at": format_time(at), "enrolment": None if place is None else place.model_dump(mode="json")}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise MalformedDocument(
+            f"the question lacks what one about {subject} needs ({type(error).__name__}: {error})",
+            where="question",
+            do="docs/reference/charter.md, What a policy sees.",
+        ) from error
+    return {**filled, **facts}
+
+
+def _rights(charter: Charter, document: Mapping[str, Any]) -> Answer:
+    """Whether a user may give a command: `user`, `command`, and for a job that somebody submitted, `submitter`."""
+    user, command = str(document.get("user")), document.get("command")
+    found = next((one for one in COMMANDS if one == command), None)
+    submitter = document.get("submitter")
+    if found is None:
+        reasons: tuple[str, ...] = (f"there is no command {str(command)[:100]!r}; there are {', '.join(COMMANDS)}",)
+    else:
+        reasons = command_reasons(charter, user, found, submitter=None if submitter is None else str(submitter))
+    return Answer(f"the rights of {user[:140]}", Decision(not reasons, reasons))
 
 
 def _answer(file: str, text: str | None, package: str, document: Mapping[str, Any]) -> Answer:
@@ -77,16 +133,21 @@ def appraisal_reasons(
     `appraisal` is what `Appraisal.to_json()` gives for the CPU, `devices` the same for each further device by name
     (`gpu0`, …). The rules see the enrolment and its image beside them.
     """
-    image = charter.image(enrolment.image)
-    document = {
+    return _against(ask(charter, "appraisal", appraisal_document(charter, appraisal, enrolment, at)))
+
+
+def appraisal_document(
+    charter: Charter, appraisal: Mapping[str, Any], enrolment: Enrolment | None, at: datetime
+) -> dict[str, Any]:
+    """Return the `input` of the appraisal rules."""
+    image = None if enrolment is None else charter.image(enrolment.image)
+    return {
         "appraisal": appraisal,
         "at": format_time(at),
         "charter": _charter(charter),
-        "devices": {} if devices is None else dict(devices),
-        "enrolment": enrolment.model_dump(mode="json"),
+        "enrolment": None if enrolment is None else enrolment.model_dump(mode="json"),
         "image": None if image is None else image.model_dump(mode="json"),
     }
-    return _against(ask(charter, "appraisal", document))
 
 
 def admission_reasons(charter: Charter, job: Mapping[str, Any], role: Role, name: str, at: datetime) -> tuple[str, ...]:
@@ -179,19 +240,19 @@ def export_document(
 
 
 def _place(charter: Charter, role: str, name: str) -> dict[str, Any]:
-    """A guest by its place in the charter, a user by its member; members and jurisdictions are null if unknown.
+    """A guest with the jurisdiction of its host, a user with that of its member; null where the charter says nothing.
 
-    The jurisdiction is that of the guest's host, or else its member's.
+    A host whose jurisdiction nobody enrolled stands nowhere, wherever its member is at home.
     """
     if role == "user":
-        member = name.partition("/")[0] if _user(charter, name) else None
-        own = None
-    else:
-        place = charter.enrolment(role, name)
-        member, own = (None, None) if place is None else (place.member, place.jurisdiction)
-    known = None if member is None else charter.consortium.member(member)
-    home = None if known is None else known.jurisdiction
-    return {"role": role, "name": name, "member": member, "jurisdiction": own or home}
+        user = _user(charter, name)
+        member = None if user is None else str(user["member"])
+        known = None if member is None else charter.consortium.member(member)
+        return {"role": role, "name": name, "member": member, "jurisdiction": known and known.jurisdiction}
+    place = charter.enrolment(role, name)
+    if place is None:
+        return {"role": role, "name": name, "member": None, "jurisdiction": None}
+    return {"role": role, "name": name, "member": place.member, "jurisdiction": place.jurisdiction}
 
 
 def _charter(charter: Charter) -> dict[str, Any]:

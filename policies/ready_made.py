@@ -15,7 +15,7 @@ from policies.errors import MalformedDocument
 _FOLDER: Final = Path(__file__).with_name("rego")
 READY_MADE: Final = ("admission", "appraisal", "export", "floor", "peers", "release")
 """Names of the modules; each is the package `sealwright.NAME`."""
-FOUNDING: Final = ("admission", "appraisal", "floor")
+FOUNDING: Final = ("admission", "appraisal", "export", "floor", "peers")
 """Those that a new charter begins with."""
 
 

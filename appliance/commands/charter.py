@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,7 @@ from appliance.charter_files import (
     write_file,
 )
 from appliance.commands.charter_kit import add_verbs
+from appliance.commands.charter_policy import add_verbs as add_policy_verbs
 from appliance.output import print_json
 from policies.errors import ProposalRefused, Unusable
 
@@ -422,92 +423,5 @@ def diff(
     raise typer.Exit(0 if same else 1)
 
 
-@app.command("release-policy", epilog="Example: seal charter release-policy --role site > key.data.rego")
-def release_policy(
-    role: Annotated[list[str], typer.Option("--role", help="A role that may have the resource.")],
-    name: Annotated[list[str] | None, typer.Option("--name", help="Only guests of this name.")] = None,
-    image: Annotated[list[str] | None, typer.Option("--image", help="Only guests of this image.")] = None,
-    member: Annotated[list[str] | None, typer.Option("--member", help="Only this member's guests.")] = None,
-    jurisdiction: Annotated[
-        list[str] | None, typer.Option("--jurisdiction", help="Only guests whose hosts stand there, as DE or US-CA.")
-    ] = None,
-    approve: Annotated[
-        list[str] | None,
-        typer.Option("--approve", metavar="ROLE/NAME=DIGEST", help="Only places whose init-data the owner approves."),
-    ] = None,
-    max_age: Annotated[int, typer.Option("--max-age", min=1, help="Seconds since the guest attested.")] = 300,
-    max_releases: Annotated[int, typer.Option("--max-releases", min=1, help="How often in all.")] = 1000,
-    kbs: Annotated[bool, typer.Option("--kbs", help="Stock guests may have it over the Key Broker protocol.")] = False,
-) -> None:
-    """Print a release policy for a resource: put it at members/OWNER/release/TYPE.TAG.rego."""
-    from policies.ready_made import release_policy as write_policy
-
-    approved = dict(item.rpartition("=")[::2] for item in approve or ())
-    text = write_policy(
-        roles=role,
-        names=name or (),
-        images=image or (),
-        members=member or (),
-        jurisdictions=jurisdiction or (),
-        approved_init_data=approved,
-        max_session_age_seconds=max_age,
-        max_releases=max_releases,
-        kbs=kbs,
-    )
-    sys.stdout.write(text.decode("utf-8"))
-
-
-@app.command("test-policy", epilog="Example: seal charter test-policy charter/ --resource a/key/b --input req.json")
-def question(
-    folder: Folder,
-    document: Annotated[Path, typer.Option("--input", metavar="JSON", help="What the rules see.")],
-    subject: Annotated[str, typer.Option("--about", help="release, appraisal or admission.")] = "release",
-    resource: Annotated[str | None, typer.Option("--resource", help="REPOSITORY/TYPE/TAG, for a release.")] = None,
-    proposal: Annotated[
-        Path | None, typer.Option("--proposal", metavar="FILE", help="Answer for what this proposal would make, too.")
-    ] = None,
-    trust: Trust = None,
-    at: At = None,
-    as_json: AsJson = False,
-) -> None:
-    """Would this be allowed? The answer of each set of rules, now and after a proposal: exit status 1 if not."""
-    import json
-
-    from policies.charter import current_charter, read_store
-    from policies.questions import SUBJECTS, ask
-
-    chosen = next((item for item in SUBJECTS if item == subject), None)
-    if chosen is None or (chosen == "release") != (resource is not None):
-        do = "Name release, appraisal or admission; a release, and only that, needs --resource."
-        raise Unusable(f"not a question about {subject}", where="--about, --resource", do=do)
-    try:
-        request = json.loads(read_file(document).decode("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise Unusable(f"not valid JSON: {error}", where=str(document), do="Give one JSON object.") from error
-    if not isinstance(request, dict):
-        raise Unusable("not a JSON object", where=str(document), do="Give one JSON object.")
-    root = None if trust is None else read_file(trust)
-    charters = {"now": current_charter(read_store(folder), root)}
-    if proposal is not None:
-        charters["after the proposal"], _, _ = judged(load_proposal(proposal), moment_of(at), trust)
-    body: dict[str, Any] = {}
-    for when, charter in charters.items():
-        answers = ask(charter, chosen, request, resource)
-        body[when] = {
-            "allowed": all(answer.decision.allow for answer in answers),
-            "rules": [
-                {"file": a.file, "allow": a.decision.allow, "reasons": list(a.decision.reasons)} for a in answers
-            ],
-        }
-    if as_json:
-        print_json(body)
-    for when, told in () if as_json else body.items():
-        typer.echo(f"{when}: {'allowed' if told['allowed'] else 'denied'}")
-        for rules in told["rules"]:
-            typer.echo(f"    {rules['file']}: {'allows' if rules['allow'] else 'denies'}")
-            for reason in rules["reasons"]:
-                typer.echo(f"        {reason}")
-    raise typer.Exit(0 if list(body.values())[-1]["allowed"] else 1)
-
-
+add_policy_verbs(app)
 add_verbs(app)

@@ -16,7 +16,7 @@ from appliance.cli import main
 from attestation.verifier import BROKER
 from attestation.verifier.profile_toml import profile_to_toml
 from policies.keys import load_private_key, public_pem
-from policies.ready_made import release_policy
+from policies.ready_made import ready_made, release_policy
 
 AT = ("--at", "2026-03-01T12:00:00Z")
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
@@ -145,7 +145,9 @@ def test_show_says_it_in_words_and_in_json(seal: Command) -> None:
         "members/borealis-hospital/release/key.data.rego",
         "policies/admission.rego",
         "policies/appraisal.rego",
+        "policies/export.rego",
         "policies/floor.rego",
+        "policies/peers.rego",
     }
     assert body["documents"]["images/demo.json"]["svn"] == 1
 
@@ -324,6 +326,34 @@ def test_policies_are_asked_now_and_after_a_proposal(seal: Command) -> None:
     assert seal("test-policy", "charter", "--about", "gossip", "--input", "request.json") == 2
     assert seal("test-policy", "charter", "--input", "request.json") == 2
     assert seal("test-policy", "charter", "--about", "admission", "--input", "request.json") == 1
+
+
+def test_peers_exports_and_rights_are_asked_now_and_after_a_proposal(seal: Command) -> None:
+    """The charter itself fills in where the named places stand, before and after the change."""
+    founded(seal)
+    peer = {"role": "server", "name": "server", "age_seconds": 3, "submods": {"cpu0": {"ear.status": "affirming"}}}
+    job = {"server": "server", "roster": ["borealis"], "recipients": []}
+    update = {"kind": "update", "size": 100, "to": {"role": "server", "name": "server"}, "job": job}
+    Path("peer.json").write_text(json.dumps({"peer": peer}))
+    Path("update.json").write_text(json.dumps(update))
+    for name in ("peers", "export"):
+        rules = ready_made(name).replace("jurisdictions := set()", 'jurisdictions := {"DE"}')
+        Path(f"{name}.rego").write_text(rules)
+        put = ("--put", f"policies/{name}.rego={name}.rego")
+        assert seal("propose", "charter", *put, "--out", f"{name}.json", *AT) == 0
+    here = ("--here", "site/borealis")
+    for about, file in (("peers", "peer.json"), ("export", "update.json")):
+        ask = ("test-policy", "charter", "--about", about, *here, "--input", file)
+        assert seal(*ask) == 0
+        assert seal(*ask, "--proposal", f"{about}.json", *AT) == 1
+        assert "now: allowed" in seal.out
+        assert "after the proposal: denied" in seal.out
+        assert "jurisdictions" in seal.out
+    Path("command.json").write_text(json.dumps({"user": "acme-pharma/ada", "command": "approve"}))
+    assert seal("test-policy", "charter", "--about", "command", "--input", "command.json") == 1
+    assert "the rights of acme-pharma/ada: denies" in seal.out
+    assert seal("test-policy", "charter", "--about", "peers", *here, "--input", "command.json") == 2
+    assert seal("test-policy", "charter", "--about", "peers", "--here", "moon", "--input", "peer.json") == 2
 
 
 def test_rules_that_decide_nothing_are_refused_before_anybody_signs(seal: Command) -> None:

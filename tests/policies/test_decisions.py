@@ -159,7 +159,8 @@ def test_quotes_cannot_end_a_string() -> None:
 
 
 def test_ready_made_texts_are_what_founding_puts_in() -> None:
-    assert set(shared_policies()) == {"policies/admission.rego", "policies/appraisal.rego", "policies/floor.rego"}
+    names = ("admission", "appraisal", "export", "floor", "peers")
+    assert set(shared_policies()) == {f"policies/{name}.rego" for name in names}
     assert all(f"package sealwright.{name}" in ready_made(name) for name in READY_MADE)
 
 

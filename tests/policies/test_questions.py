@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from charter_world import NOW, World
+from charter_world import NOW, World, enrolment
 
-from policies.charter import Changes, Charter, load_charter
-from policies.questions import admission_document, admission_reasons, appraisal_reasons, ask
-from policies.ready_made import shared_policies
+from policies.charter import Changes, Charter, files_of, load_charter
+from policies.errors import MalformedDocument
+from policies.questions import (
+    Place,
+    admission_document,
+    admission_reasons,
+    appraisal_reasons,
+    ask,
+    completed,
+    export_document,
+    export_reasons,
+    peer_document,
+    peer_reasons,
+)
+from policies.ready_made import ready_made, shared_policies
 
 JOB: dict[str, Any] = {
     "job": "job-1",
@@ -97,3 +110,146 @@ def test_without_further_demands_there_are_none_but_a_release_needs_both_rules()
     answers = ask(charter, "release", {}, "acme-pharma/key/model")
     assert [answer.decision.allow for answer in answers] == [False, False]
     assert "policies/floor.rego is missing" in charter.warnings
+
+
+PEER: dict[str, Any] = {
+    "role": "server",
+    "name": "server",
+    "age_seconds": 3,
+    "submods": {"cpu0": {"ear.status": "affirming"}},
+    "brokers": ["broker-1"],
+}
+SITE: Place = ("site", "borealis")
+
+
+def with_jurisdictions(world: World, rules: dict[str, bytes] | None = None) -> Charter:
+    """Acme's server stands in Germany, the hospital's site in France, the other nowhere; acme is at home in the US."""
+    members = tuple(
+        member.model_copy(update={"jurisdiction": "US-CA"}) if member.name == "acme-pharma" else member
+        for member in world.consortium.members
+    )
+    world.consortium = world.consortium.model_copy(update={"members": members})
+    world.found()
+    places = (
+        enrolment("server", "server", "acme-pharma").model_copy(update={"jurisdiction": "DE"}),
+        enrolment("site", "borealis", "borealis-hospital").model_copy(update={"jurisdiction": "FR"}),
+    )
+    put = {**shared_policies(), **files_of(places), **(rules or {})}
+    return load_charter(world.amend(Changes(put=put)), world.root, NOW)
+
+
+def test_the_ready_made_demands_on_peers_and_exports_let_a_federation_work(charter: Charter) -> None:
+    site = {**PEER, "role": "site", "name": "borealis"}
+    assert peer_reasons(charter, SITE, PEER, NOW) == ()
+    assert peer_reasons(charter, ("server", "server"), site, NOW) == ()
+    for kind, size in (("update", 10**9), ("metric", 100), ("log", 30)):
+        sent = export_reasons(charter, JOB, kind, size, here=SITE, to=("server", "server"), at=NOW)  # type: ignore[arg-type]
+        assert sent == ()
+    to = ("user", "acme-pharma/ada")
+    server: Place = ("server", "server")
+    assert export_reasons(charter, JOB, "result", 10**6, here=server, to=to, at=NOW, sealed=True) == ()
+
+
+@pytest.mark.parametrize(
+    ("here", "change", "word"),
+    [
+        (("site", "cygnus"), {"role": "site", "name": "borealis"}, "do not talk to each other"),
+        (SITE, {"role": "broker"}, "do not talk to each other"),
+        (SITE, {"age_seconds": 301}, "attested too long ago"),
+        (SITE, {"submods": {"cpu0": {"ear.status": "warning"}}}, "not affirming"),
+        (SITE, {"submods": {}}, "not affirming"),
+    ],
+)
+def test_a_peer_beyond_the_demands_is_not_one(charter: Charter, here: Place, change: dict[str, Any], word: str) -> None:
+    reasons = peer_reasons(charter, here, {**PEER, **change}, NOW)
+    assert any(word in reason for reason in reasons)
+    assert all(reason.startswith("policies/peers.rego: ") for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "here", "to", "sealed", "word"),
+    [
+        ("update", 10**9, SITE, ("server", "server-2"), False, "does not go where"),
+        ("update", 10**9, SITE, ("site", "cygnus"), False, "does not go where"),
+        ("metric", 5000, SITE, ("server", "server"), False, "too large"),
+        ("raw", 1, SITE, ("server", "server"), False, "nothing of this kind leaves"),
+        ("result", 10, ("server", "server"), ("user", "acme-pharma/ada"), False, "does not go where"),
+        ("result", 10, ("server", "server"), ("user", "cygnus-bio/eve"), True, "does not go where"),
+        ("result", 10, SITE, ("user", "acme-pharma/ada"), True, "does not go where"),
+    ],
+)
+def test_what_must_not_leave_does_not(
+    charter: Charter, kind: Any, size: int, here: Place, to: tuple[str, str], sealed: bool, word: str
+) -> None:
+    reasons = export_reasons(charter, JOB, kind, size, here=here, to=to, at=NOW, sealed=sealed)
+    assert any(word in reason for reason in reasons)
+    assert all(reason.startswith("policies/export.rego: ") for reason in reasons)
+
+
+def test_updates_of_one_site_go_only_to_servers_in_the_jurisdictions_that_it_wants() -> None:
+    """The hospital's own demand beside the ready-made ones: "this data's updates only to servers in these"."""
+    rules = ready_made("export") + (
+        '\nreasons contains "updates of borealis go to servers in the EU alone" if {\n'
+        '\tinput.from.name == "borealis"\n\tnot in_eu\n}\n\nin_eu if input.to.jurisdiction in {"DE", "FR"}\n'
+    )
+    charter = with_jurisdictions(World(), {"policies/export.rego": rules.encode()})
+    to = ("server", "server")
+    assert export_reasons(charter, JOB, "update", 10, here=SITE, to=to, at=NOW) == ()
+    moved = enrolment("server", "server", "acme-pharma")
+    for jurisdiction in ("US-CA", None):
+        place = moved.model_copy(update={"jurisdiction": jurisdiction})
+        documents = {**charter.documents, "enrolments/server/server.json": place}
+        elsewhere = replace(charter, documents=documents)
+        assert export_reasons(elsewhere, JOB, "update", 10, here=SITE, to=to, at=NOW) == (
+            "policies/export.rego: updates of borealis go to servers in the EU alone",
+        )
+        assert export_reasons(elsewhere, JOB, "update", 10, here=("site", "cygnus"), to=to, at=NOW) == ()
+
+
+def test_rules_see_where_peers_and_receivers_stand() -> None:
+    charter = with_jurisdictions(World())
+    assert peer_document(charter, SITE, PEER, NOW)["peer"]["jurisdiction"] == "DE"
+    assert peer_document(charter, SITE, PEER, NOW)["here"]["jurisdiction"] == "FR"
+    lies = {**PEER, "jurisdiction": "FR", "member": "borealis-hospital"}  # the charter decides, not what is shown
+    assert peer_document(charter, SITE, lies, NOW)["peer"]["member"] == "acme-pharma"
+    assert peer_document(charter, SITE, lies, NOW)["peer"]["jurisdiction"] == "DE"
+    unknown = peer_document(charter, ("site", "cygnus"), {**PEER, "name": "nobody"}, NOW)
+    assert (unknown["here"]["jurisdiction"], unknown["peer"]["member"]) == (None, None)
+    result = export_document(
+        charter, JOB, "result", 1, here=("server", "server"), to=("user", "acme-pharma/ada"), at=NOW
+    )
+    assert result["to"]["jurisdiction"] == "US-CA"
+    nobody = export_document(charter, JOB, "result", 1, here=("server", "server"), to=("user", "eve"), at=NOW)
+    assert nobody["to"]["member"] is None
+
+
+def test_a_module_that_is_not_there_demands_nothing() -> None:
+    world = World().found()
+    charter = load_charter(world.store, world.root, NOW)
+    assert peer_reasons(charter, SITE, {"role": "broker", "name": "x"}, NOW) == ()
+    assert export_reasons(charter, {}, "update", 10**18, here=SITE, to=("site", "x"), at=NOW) == ()
+
+
+def test_the_charter_completes_a_question(charter: Charter) -> None:
+    asked = completed(charter, "admission", {"job": JOB}, SITE, NOW)
+    assert asked == admission_document(charter, JOB, "site", "borealis", NOW)
+    assert completed(charter, "admission", {"job": JOB}, None, NOW) == {"job": JOB}
+    assert completed(charter, "peers", {"peer": PEER}, SITE, NOW) == peer_document(charter, SITE, PEER, NOW)
+    facts = {"job": JOB, "kind": "update", "size": 3, "to": {"role": "server", "name": "server"}}
+    assert completed(charter, "export", facts, SITE, NOW)["to"]["member"] == "acme-pharma"
+    assert completed(charter, "appraisal", {"appraisal": APPRAISAL}, SITE, NOW)["image"]["name"] == "demo"
+    assert completed(charter, "release", {"ear": {}}, SITE, NOW)["enrolment"]["name"] == "borealis"
+    for subject, lacking in (("admission", {}), ("peers", {"peer": {}}), ("export", {"to": 3}), ("peers", {"peer": 3})):
+        with pytest.raises(MalformedDocument, match="lacks what one about"):
+            completed(charter, subject, lacking, SITE, NOW)  # type: ignore[arg-type]
+
+
+def test_a_command_is_answered_by_the_rights_of_who_gives_it(charter: Charter) -> None:
+    (answer,) = ask(charter, "command", {"user": "acme-pharma/ada", "command": "submit"})
+    assert answer.decision.allow
+    (answer,) = ask(charter, "command", {"user": "acme-pharma/ada", "command": "reject"})
+    assert answer.decision.reasons == ("acme-pharma/ada has no right to approve",)
+    (answer,) = ask(charter, "command", {"user": "acme-pharma/eve", "command": "list"})
+    assert "no user of charter" in answer.decision.reasons[0]
+    for strange in ({}, {"user": "acme-pharma/ada", "command": "delete"}, {"user": "acme-pharma/ada", "command": None}):
+        assert not ask(charter, "command", strange)[0].decision.allow

@@ -1,0 +1,44 @@
+"""What a user's rights allow: each command to a server, and the right that it needs.
+
+Server and sites ask this each on their own, of the charter as it is then; rules (`policies.questions`) do not widen it.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from policies.charter import Charter
+from policies.documents import Right
+
+Command = Literal["submit", "abort", "download", "list", "report", "watch", "approve", "reject"]
+NEEDED: Final[dict[Command, Right]] = {
+    "submit": "submit",
+    "abort": "operate",
+    "download": "download",
+    "list": "view",
+    "report": "view",
+    "watch": "view",
+    "approve": "approve",
+    "reject": "approve",
+}
+"""`approve` and `reject` are a member's word on a job at its own sites; `report` is `seal job status`."""
+COMMANDS: Final[tuple[Command, ...]] = tuple(NEEDED)
+
+
+def command_reasons(charter: Charter, user: str, command: Command, *, submitter: str | None = None) -> tuple[str, ...]:
+    """Return why `user` (MEMBER/NAME) may not give `command`; empty if it may.
+
+    `submitter` is who submitted the job that the command is about: while one may submit, one may stop one's own jobs.
+    """
+    member, _, name = user.partition("/")
+    found = charter.user(member, name)
+    if found is None:
+        return (f"{user} is no user of charter version {charter.version}",)
+    needed = NEEDED[command]
+    if found.may(needed):
+        return ()
+    if command == "abort":
+        if submitter == user and found.may("submit"):
+            return ()
+        return (f"{user} neither submitted the job nor has the right to operate",)
+    return (f"{user} has no right to {needed}",)
