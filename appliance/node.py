@@ -147,7 +147,7 @@ def main(guest: Path) -> int:
 
 
 def _run(boot: Boot, stop: threading.Event) -> int:
-    session = GuestSession(boot.attester(), boot.init_data)
+    session = GuestSession(boot.attester(), boot.init_data, devices=boot.devices())
     service = SERVICES.get(session.init.role)
     if service is None:
         raise _incomplete(f"this image has no service for the role {session.init.role}")

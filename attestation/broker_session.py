@@ -19,7 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from attestation.agreement import Said
-from attestation.binding import NONCE_SIZE, report_data
+from attestation.binding import NONCE_SIZE, device_nonce, report_data
 from attestation.canonical import b64, unb64
 from attestation.connection import BrokerClient
 from attestation.ear import Ear, verify_ear
@@ -43,9 +43,20 @@ class Attester(Protocol):
         """A report over these 64 bytes, with its certificates."""
 
 
+class DeviceAttester(Protocol):
+    """Where evidence of further devices comes from (attestation.attester.gpu). Called by one thread at a time."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it may take."""
+
+    def evidence(self, nonce: bytes) -> str:
+        """The evidence of every further device, asked with these 32 bytes, as it travels beside the CPU's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What a guest is, whatever broker it talks to."""
+    """What a guest is, whatever broker it talks to. `devices`: its GPUs and switches, if its image is made for some."""
 
     attester: Attester
     attesting: threading.Lock
@@ -53,6 +64,7 @@ class Guest:
     init: InitData
     keys: GuestKeys
     randomness: Callable[[int], bytes]
+    devices: DeviceAttester | None = None
 
 
 @dataclass(slots=True)
@@ -117,13 +129,15 @@ class BrokerSession:
         """
         guest, keys = self._guest, self._guest.keys
         with guest.attesting:
-            data = report_data(self.name, charter.id, charter.version, opened.nonce, keys.public)
-            evidence = guest.attester.evidence(data)
-        message = {
+            here = (self.name, charter.id, charter.version, opened.nonce)
+            devices = "" if guest.devices is None else guest.devices.evidence(device_nonce(*here, keys.digests))
+            evidence = guest.attester.evidence(report_data(*here, keys.public, devices))
+        message: dict[str, Any] = {
             "evidence": {"certificates": b64(evidence.certificates), "report": b64(evidence.report)},
             "init_data": b64(guest.init_data),
             "keys": {purpose: b64(key) for purpose, key in keys.public.items()},
             "session": opened.session,
+            **({"devices": devices} if devices else {}),
         }
         with self._turn():
             answer, _ = self._prove(opened, "POST", "/v1/attest", json.dumps(message).encode())

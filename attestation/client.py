@@ -22,6 +22,7 @@ from cryptography import x509
 from attestation.agreement import Agreement, Said, agree
 from attestation.broker_session import Attester as Attester
 from attestation.broker_session import BrokerSession, Guest, Opened
+from attestation.broker_session import DeviceAttester as DeviceAttester
 from attestation.canonical import format_time
 from attestation.connection import TIMEOUT, fetch_from
 from attestation.connection import BrokerClient as BrokerClient
@@ -58,15 +59,17 @@ class GuestSession:
         attester: Attester,
         init_data: bytes,
         *,
+        devices: DeviceAttester | None = None,
         root: bytes | None = None,
         not_before: datetime | None = None,
         timeout: float = TIMEOUT,
         randomness: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        """`root`: the charter's first root, if it is at hand; `not_before`: when the image was built."""
+        """`devices`: the guest's GPUs, if it has some; `root`: the charter's first root, if it is at hand;
+        `not_before`: when the image was built."""
         self.init: InitData = parse_init_data(init_data)
         self._keys = GuestKeys()
-        self._guest = Guest(attester, threading.Lock(), init_data, self.init, self._keys, randomness)
+        self._guest = Guest(attester, threading.Lock(), init_data, self.init, self._keys, randomness, devices)
         self._root = root
         self._not_before = not_before
         self._timeout = timeout
@@ -317,7 +320,8 @@ class GuestSession:
                 said = f"says it is {format_time(one.said.time)} and follows charter version {one.said.version}"
                 failures[name] = _unavailable(name, f"{said}, unlike the others")
         affirmed, refused = self._ask(
-            {name: partial(self._sessions[name].attest, opened[name], charter) for name in agreement.brokers}
+            {name: partial(self._sessions[name].attest, opened[name], charter) for name in agreement.brokers},
+            more=0.0 if self._guest.devices is None else self._guest.devices.seconds * len(agreement.brokers),
         )
         ears = _alike(list(affirmed.values()))
         for ear in affirmed.values():
@@ -365,11 +369,16 @@ class GuestSession:
 
     # --- within -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, questions: Mapping[str, Callable[[], Any]], enough: int | None = 0) -> tuple[dict[str, Any], Any]:
-        """Ask all at once; once k have answered (`enough` None: never), the others are waited for a little only."""
+    def _ask(
+        self, questions: Mapping[str, Callable[[], Any]], enough: int | None = 0, *, more: float = 0.0
+    ) -> tuple[dict[str, Any], Any]:
+        """Ask all at once; once k have answered (`enough` None: never), the others are waited for a little only.
+
+        `more`: seconds that the questions may take beyond a round's own, where evidence is collected first.
+        """
         if enough == 0:
             enough = self.charter.consortium.broker_threshold
-        return ask_all(questions, seconds=ROUND_CALLS * self._timeout, enough=enough)
+        return ask_all(questions, seconds=ROUND_CALLS * self._timeout + more, enough=enough)
 
     def _holders(self, resource: str) -> tuple[str, ...]:
         """The brokers to ask for a resource, its owner's own first."""
@@ -397,7 +406,7 @@ def _too_few(have: int, needed: int, failures: Mapping[str, SealwrightError]) ->
     if len(failures) == 1 and needed == 1:
         return next(iter(failures.values()))
     out_of_reach = sum(isinstance(error, BrokerUnavailable) for error in failures.values())
-    reasons = (f"{have} brokers affirm the guest, {needed} are needed", *_told(failures))
+    reasons = (f"{have} of the {needed} brokers that are needed affirm the guest", *_told(failures))
     if have + out_of_reach >= needed:
         return BrokerUnavailable("; ".join(reasons), where="brokers", reasons=reasons)
     return BrokerRefused(reasons, where="brokers")

@@ -14,10 +14,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from attestation.attester.gpu import SdkDevices
 from attestation.attester.world import Attester, World, open_attester, read_world
 from attestation.errors import AttesterUnavailable
 
 BOOT_FILE = "run/boot.json"
+GPU_PYTHON = "usr/lib/sealwright/gpu-sdk/bin/python"
+"""The Python of NVIDIA's SDK in an image that is made for GPUs: in the measurement, so no host adds or takes it."""
 MAX_BOOT = 64 * 1024
 MAX_INIT_DATA = 64 * 1024
 
@@ -49,6 +52,11 @@ class Boot:
     def attester(self) -> Attester:
         """Open the attester of the world that this image was built for."""
         return open_attester(self.world, self.port)
+
+    def devices(self) -> SdkDevices | None:
+        """The collector of GPU evidence, if this image has one: its guest then attests with its GPUs or not at all."""
+        python = self.guest / GPU_PYTHON
+        return SdkDevices(python) if python.exists() else None
 
 
 def read_boot(guest: Path) -> Boot:

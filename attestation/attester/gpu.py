@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -53,6 +54,18 @@ def collect_gpu_evidence(nonce: bytes, *, python: Path, seconds: float = SECONDS
                 "a device answered another nonce", where="GPU evidence", do="Collect again; see the driver's log."
             )
     return devices
+
+
+@dataclass(frozen=True, slots=True)
+class SdkDevices:
+    """This machine's GPUs and switches, through the SDK's Python: a guest's further devices (attestation.client)."""
+
+    python: Path
+    seconds: float = SECONDS
+
+    def evidence(self, nonce: bytes) -> str:
+        """Their evidence over the session's nonce, as it travels. Raises as `collect_gpu_evidence` does."""
+        return additional_evidence(collect_gpu_evidence(nonce, python=self.python, seconds=self.seconds))
 
 
 def additional_evidence(devices: tuple[GpuEvidence, ...]) -> str:

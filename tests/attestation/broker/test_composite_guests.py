@@ -14,18 +14,22 @@ from typing import Any
 import nvidia_world as gpus
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_pem_x509_certificates
 from test_kbs_protocol import KbsClient, KbsGuest, TeeKey, unb64url
 
 from attestation.attester.gpu import additional_evidence
 from attestation.binding import device_nonce, kbs_device_nonce, report_data
 from attestation.broker.appraisal import brief_ear
 from attestation.canonical import canonical_bytes, digests
+from attestation.client import BrokerClient, GuestSession
 from attestation.ear import EarDocument
 from attestation.ears import MAX_EAR
 from attestation.endorsements.nvidia_endorsements import GpuEndorsements
 from attestation.errors import BrokerRefused
 from attestation.evidence.composite import MAX_ADDITIONAL, SnpEvidence
 from attestation.evidence.report import Product
+from attestation.identity import appraise_peer
 from attestation.verifier.composite import Devices, verify_bound_devices
 from attestation.verifier.gpu.profile import BROKER_GPU, GpuProfile
 from attestation.verifier.gpu.profile_toml import gpu_profile_to_toml
@@ -117,6 +121,13 @@ def world(
     return made
 
 
+@pytest.fixture(scope="module", autouse=True)
+def deposited(world: Any, broker: Any) -> None:
+    client = BrokerClient(broker.entry, "virtual.trial")
+    client.deposit(GPU_KEY, b"for two GPUs", world.member_keys["borealis-hospital"], charter_id=world.charter().id)
+    client.close()
+
+
 def answers(*devices: gpus.Device, nonce: bytes, **options: Any) -> str:
     """What the devices' collector sends for a nonce."""
     return additional_evidence(tuple(gpus.evidence(device, nonce=nonce, **options) for device in devices))
@@ -152,10 +163,8 @@ def claims_of(token: str) -> Any:
 
 
 def test_good_devices_are_in_the_ear_and_open_what_asks_for_them(
-    gpu_guest: Callable[[], GpuGuest], devices: tuple[gpus.Device, ...], world: Any, broker: Any
+    gpu_guest: Callable[[], GpuGuest], devices: tuple[gpus.Device, ...]
 ) -> None:
-    client = gpu_guest().raw.client
-    client.deposit(GPU_KEY, b"for two GPUs", world.member_keys["borealis-hospital"], charter_id=world.charter().id)
     guest = gpu_guest()
     text = answers(*devices[:2], nonce=guest.nonce())
     result = guest.raw.attest(guest.evidence(text), devices=text)
@@ -172,6 +181,35 @@ def test_good_devices_are_in_the_ear_and_open_what_asks_for_them(
         assert shown["submods"][name]["ear.status"] == "affirming"
     body = json.dumps({"job": None, "resource": GPU_KEY}).encode()
     assert guest.raw.post("/v1/release", body)["resource"] == GPU_KEY
+
+
+class TestDevices:
+    """A guest's GPUs, as its session asks them."""
+
+    __test__ = False
+    seconds = 5.0
+
+    def __init__(self, *devices: gpus.Device) -> None:
+        self.devices = devices
+
+    def evidence(self, nonce: bytes) -> str:
+        return answers(*self.devices, nonce=nonce)
+
+
+def test_a_guests_own_session_brings_them(world: Any, broker: Any, devices: tuple[gpus.Device, ...]) -> None:
+    attester, init_data = world.attester("site", "north"), world.init_data["site/north"]
+    guest = GuestSession(attester, init_data, devices=TestDevices(*devices[:2]))
+    try:
+        identity = guest.attest()
+        peer = appraise_peer(
+            load_pem_x509_certificates(identity.certificate_pem.encode())[0].public_bytes(Encoding.DER),
+            world.charter(),
+            datetime.now(UTC),
+        )
+        assert sorted(peer.ear.document.submods) == ["cpu0", "gpu0", "gpu1"]
+        assert guest.release(GPU_KEY) == b"for two GPUs"
+    finally:
+        guest.close()
 
 
 def test_a_guest_without_them_does_not_get_it(gpu_guest: Callable[[], GpuGuest], broker: Any) -> None:
@@ -387,9 +425,17 @@ def test_a_stock_guest_with_too_much(kbs_guest: Callable[[], KbsGuest]) -> None:
     assert "further devices" in error["detail"]
 
 
-def test_the_ledger_keeps_it_and_an_auditor_comes_to_the_same(broker: Any, world: Any, audited: Any) -> None:
+def test_the_ledger_keeps_it_and_an_auditor_comes_to_the_same(
+    gpu_guest: Callable[[], GpuGuest], devices: tuple[gpus.Device, ...], broker: Any, world: Any, audited: Any
+) -> None:
+    guest = gpu_guest()
+    text = answers(*devices[:2], nonce=guest.nonce())
+    guest.raw.attest(guest.evidence(text), devices=text)
+    guest.raw.post("/v1/release", json.dumps({"job": None, "resource": GPU_KEY}).encode())
+    late = gpu_guest()
+    late.refused(answers(*devices[:2], nonce=guest.nonce()))
     report = audited(broker, world)
     assert report.problems == ()
-    assert report.kinds["appraisal"] >= 4
-    outcomes = [decision.outcome for decision in report.decisions if decision.kind == "denial"]
-    assert any("gpu1: gpu-driver-measurements" in outcome for outcome in outcomes)
+    outcomes = [decision.outcome for decision in report.decisions]
+    assert "released" in outcomes
+    assert any("gpu1: gpu-freshness" in outcome for outcome in outcomes)

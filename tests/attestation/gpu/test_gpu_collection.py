@@ -13,10 +13,12 @@ from pathlib import Path
 import nvidia_world as world
 import pytest
 
+from attestation.attester.boot import GPU_PYTHON, Boot
 from attestation.attester.gpu import COLLECTOR, collect_gpu_evidence
 from attestation.canonical import b64
 from attestation.errors import AttesterUnavailable, MalformedEvidence
 from attestation.evidence.gpu.document import write_gpu_document
+from attestation.verifier.composite import read_additional_evidence
 from attestation.verifier.gpu.check import GpuExpected
 from attestation.verifier.gpu.verify import verify_devices
 
@@ -45,6 +47,19 @@ def test_what_a_collector_answers_is_read_strictly(tmp_path: Path) -> None:
         collect_gpu_evidence(bytes(32), python=python)
     with pytest.raises(ValueError, match="32 bytes"):
         collect_gpu_evidence(b"short", python=python)
+
+
+def test_an_image_with_a_collector_attests_with_its_gpus(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, {}, b"", "hardware", None, {})
+    assert boot.devices() is None
+    python = tmp_path / GPU_PYTHON
+    python.parent.mkdir(parents=True)
+    answering(python.parent, write_gpu_document((world.evidence(GPU),)))
+    devices = boot.devices()
+    assert devices is not None
+    assert [one.chain for one in read_additional_evidence(devices.evidence(world.NONCE))] == [GPU.pem]
+    with pytest.raises(MalformedEvidence, match="another nonce"):
+        devices.evidence(bytes(32))
 
 
 @pytest.mark.parametrize("raw", [b"{}", b"not json", b"x" * (2 << 20), b'{"device_evidence_list": []}'])
