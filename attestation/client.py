@@ -230,7 +230,7 @@ class GuestSession:
                 self._take(found.charter, found.at)
                 return
         if not fetched:
-            raise _too_few(0, 1, failures)
+            raise _all_failed(failures)
         needed = max(found.charter.consortium.broker_threshold for found in fetched.values())
         told = {n: _unavailable(n, f"follows version {found.charter.version}") for n, found in fetched.items()}
         raise _too_few(0, needed, {**failures, **told})

@@ -79,7 +79,7 @@ def verify_ears(tokens: Sequence[str], charter: Charter, at: datetime) -> tuple[
     if len(found) < needed:
         reasons += failed
         if needed > 1 or not failed:
-            reasons.append(f"the EARs of {len(found)} brokers hold, those of {needed} are needed")
+            reasons.append(f"{len(found)} of the {needed} EARs that are needed hold, each of another broker")
     if reasons:
         raise EarRefused(tuple(reasons), lapsed=only_time)
     return found

@@ -58,5 +58,5 @@ def ask_all(
     for name in questions:
         if name not in answers and name not in failures:
             failures[name] = BrokerUnavailable(f"broker {name} did not answer in time", where="brokers")
-    order = list(questions)
-    return {name: answers[name] for name in order if name in answers}, failures
+    told = {name: answers[name] for name in questions if name in answers}
+    return told, {name: failures[name] for name in questions if name in failures}

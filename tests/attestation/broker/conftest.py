@@ -179,13 +179,20 @@ class World:
 
         return load_private_key(self.folder / self.entries[index].name / "keys/signing.pem")
 
-    def change(self, changes: Changes) -> None:
-        """Make the members sign a change, and publish it to every broker."""
-        self.store = amend(self.store, changes, self.member_keys.values(), [self.broker_key()], now())
-        self.publish()
+    def broker_keys(self, needed: int) -> list[Ed25519PrivateKey]:
+        """The signing keys of as many brokers as have to sign the charter's timestamp."""
+        return [self.broker_key(index) for index in range(needed)]
 
-    def publish(self) -> None:
+    def change(self, changes: Changes, *, to: tuple[str, ...] | None = None) -> None:
+        """Make the members sign a change, and publish it to every broker, or to those named."""
+        stamping = self.broker_keys(self.charter().consortium.broker_threshold)
+        self.store = amend(self.store, changes, self.member_keys.values(), stamping, now())
+        self.publish(to)
+
+    def publish(self, to: tuple[str, ...] | None = None) -> None:
         for entry in self.entries:
+            if to is not None and entry.name not in to:
+                continue
             (self.folder / entry.name / "root.json").write_bytes(self.root)
             write_store(self.folder / entry.name / "charter", self.store)
 
@@ -221,8 +228,17 @@ def release_rules(role: str, name: str, *, kbs: bool = False, per_boot: int | No
     return text.encode()
 
 
-def found_world(folder: Path, vendor: Vendor, chips: Mapping[Product, Chip], brokers: tuple[str, ...]) -> World:
-    """Found the consortium's charter with these brokers, enrol three guests, publish."""
+def found_world(
+    folder: Path,
+    vendor: Vendor,
+    chips: Mapping[Product, Chip],
+    brokers: tuple[str, ...],
+    *,
+    broker_threshold: int = 1,
+    lease_seconds: int = 60,
+    more: Mapping[str, bytes] | None = None,
+) -> World:
+    """Found the consortium's charter with these brokers and `more` files, enrol three guests, publish."""
     at = now()
     keys = {name: Ed25519PrivateKey.generate() for name in MEMBERS}
     entries = []
@@ -240,6 +256,8 @@ def found_world(folder: Path, vendor: Vendor, chips: Mapping[Product, Chip], bro
         members=tuple(Member(name=name, public_key=public_pem(key)) for name, key in keys.items()),
         brokers=tuple(entries),
         threshold=2,
+        broker_threshold=broker_threshold,
+        lease_seconds=lease_seconds,
         virtual_roots=tuple(
             VirtualRoot(product=product.value, ark_spki_sha256=vendor.authority(product).ark_spki_sha256)
             for product in Product
@@ -268,7 +286,8 @@ def found_world(folder: Path, vendor: Vendor, chips: Mapping[Product, Chip], bro
     files["members/borealis-hospital/release/key.five.rego"] = release_rules("site", "north", most=5)
     files["members/cygnus-bio/release/key.data.rego"] = release_rules("site", "south")
     files["members/acme-pharma/release/key.model.rego"] = release_rules("server", "hub")
-    world.store = found(consortium, files, keys.values(), [world.broker_key()], at)
+    files |= more or {}
+    world.store = found(consortium, files, keys.values(), world.broker_keys(broker_threshold), at)
     places: tuple[tuple[Role, str, str, str], ...] = (
         ("site", "north", "borealis-hospital", "site-image"),
         ("site", "south", "cygnus-bio", "site-image"),
@@ -429,7 +448,7 @@ def audited(tmp_path: Path) -> Callable[[BrokerProcess, World], AuditReport]:
     """Exports a broker's ledger as it is now and audits it."""
 
     def audit(broker: BrokerProcess, world: World) -> AuditReport:
-        folder = tmp_path / "audited"
+        folder = tmp_path / f"audited-{broker.entry.name}"
         read_database(broker.folder / "state/broker.sqlite", lambda step: export_bundle(step, folder))
         return verify_audit(folder, world.root)
 
