@@ -7,6 +7,7 @@ not count; two that hold and disagree are refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import pairwise
@@ -26,6 +27,7 @@ MAX_EAR: Final = 16 * 1024
 """Characters of the longest EAR that travels with others."""
 MAX_EARS_SIZE: Final = 64 * 1024
 """Bytes of a list: with it, a certificate still fits into a TLS handshake (OpenSSL and BoringSSL: 100 KiB)."""
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _SAME: Final = ("measurement", "host_data", "report_id", "chip_id")
 """What the reports of one launched guest all say."""
 
@@ -45,6 +47,8 @@ def unpack_ears(raw: bytes) -> tuple[str, ...]:
         raise _malformed("it is not ASCII") from error
     if len(raw) > MAX_EARS_SIZE or len(tokens) > MAX_EARS or any(len(token) > MAX_EAR for token in tokens):
         raise _malformed(f"it holds {len(tokens)} EARs in {len(raw)} bytes, more or longer ones than may be")
+    if not all(_TOKEN.fullmatch(token) for token in tokens):
+        raise _malformed("a line of it is no compact JWS")
     issuers = [_issuer(token) for token in tokens]
     if any(first >= second for first, second in pairwise(issuers)):
         raise _malformed("its brokers are not each named once, in order")
