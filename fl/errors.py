@@ -40,6 +40,18 @@ class UpdateRefused(Refused):
         )
 
 
+class ExportRefused(Refused):
+    """Something that the consortium's rules do not let out, with every reason."""
+
+    def __init__(self, kind: str, who: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(
+            f"the {kind} may not leave {who}: {reasons[0]}",
+            where=who,
+            do="Have the charter's export rules changed, or run the job where they allow it.",
+            reasons=reasons,
+        )
+
+
 class ApprovalRefused(Refused):
     """A job that may not run here: its record, its rights or its bundle failed a check."""
 

@@ -12,6 +12,7 @@ from fl.party import Party
 from fl.transport.frames import Finish, Frame, Lease, Prepare, Train
 from fl.transport.lease import CHECK_SECONDS, OwnLease, PeerLease, paused
 from policies.errors import Refused, SealwrightError
+from policies.questions import Place
 
 
 class Attendance:
@@ -26,8 +27,10 @@ class Attendance:
         self.why = ""
         self.cause: SealwrightError | None = None
         """The refusal, or the end of a lease, that ended the connection, if one did."""
-        self._lease = PeerLease(certificate, lease, role="site", charter=party.charter, clock=party.clock)
-        self._own = OwnLease(party.identity().certificate_der)
+        identity = party.identity()
+        here: Place = ("server", identity.name)
+        self._lease = PeerLease(certificate, lease, role="site", here=here, charter=party.charter, clock=party.clock)
+        self._own = OwnLease(identity.certificate_der)
 
     @property
     def name(self) -> str:
@@ -42,10 +45,11 @@ class Attendance:
         """The frame with this server's newest EARs, if the site has not had them. Raises LeaseEnded."""
         return self._own.to_show(self._party.identity())
 
-    def check(self) -> None:
-        """End the connection if the site's lease has ended, its place is gone, or our own lease has ended."""
+    def check(self, *, anew: bool = False) -> None:
+        """End the connection if the site's lease has ended, its place is gone, it is not what the consortium demands
+        of peers, or our own lease has ended. `anew` judges it again although nothing is due."""
         try:
-            self._lease.check()
+            self._lease.check(anew=anew)
             self._party.identity()
         except (PeerLapsed, LeaseEnded, Refused) as error:
             self.fail(error)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from attestation.canonical import unb64
 from fl.errors import ApprovalRefused, JobAborted, MalformedMessage, UpdateRefused
 from fl.guard.approval import SignedRecord, approve
+from fl.guard.export import ExportGate
 from fl.guard.gate import admit_update
 from fl.jobs.bundle import Bundle
 from fl.jobs.progress import JobEvent, Status
@@ -122,8 +123,9 @@ class ServerJob:
         return 0 if result is None else len(result[0].payload)
 
     def connected(self, attendance: Attendance) -> None:
-        """A site is connected: if the job waits for it, it is asked to prepare."""
+        """A site is connected: if the job waits for it, it is judged as a peer and asked to prepare."""
         if self.status is Status.RUNNING and attendance.name in self.signed.record.roster:
+            attendance.check(anew=True)
             attendance.send(Prepare(job=self.id, record=self.signed.token, bundle_size=len(self.bundle.raw)))
 
     def ready(self, attendance: Attendance) -> None:
@@ -308,6 +310,9 @@ class ServerJob:
         text = json.dumps(document, indent=2, ensure_ascii=False).encode()
         files = {MODEL_FILE: bytes(model.view), JOB_FILE: text, **events}
         sealed = seal_result(files, recipients, self.id, random=os.urandom)
+        gate = ExportGate(self._party, record, ("server", self._server))
+        for recipient in recipients:
+            gate.let_out("result", len(sealed.payload), ("user", recipient), sealed=True)
         identity = self._party.standing()
         statement = Statement(
             charter=record.charter,

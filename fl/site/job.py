@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from fl.errors import ApprovalRefused, MalformedMessage, ScriptFailed, UpdateRefused
 from fl.guard.approval import SignedRecord, approve, read_record
+from fl.guard.export import ExportGate, size_of_numbers
 from fl.guard.gate import admit_update, max_update_size
 from fl.guard.limits import Limits
 from fl.guard.sandbox import Sandbox
@@ -110,7 +111,8 @@ class SiteJob:
             signed, bundle = self._approved()
             self._party.record("job", {"event": "taken", "job": self.id, "bundle": bundle.digest, "site": self._site})
             self._party.tell(f"job {self.id} is approved here: {signed.record.name} by {signed.record.submitter}")
-            self._run_script(bundle, lambda: self._approve(signed, bundle, received))
+            gate = ExportGate(self._party, signed.record, ("site", self._site))
+            self._run_script(bundle, gate, lambda: self._approve(signed, bundle, received))
         except SealwrightError as error:
             reasons = error.reasons if isinstance(error, Refused) else (error.what,)
             self._party.tell(f"job {self.id}: {reasons[0]}")
@@ -144,7 +146,7 @@ class SiteJob:
             received=received,
         )
 
-    def _run_script(self, bundle: Bundle, check: Callable[[], None]) -> None:
+    def _run_script(self, bundle: Bundle, gate: ExportGate, check: Callable[[], None]) -> None:
         settings = bundle.settings
         sandbox = Sandbox(bundle.files, settings.train_script, settings.train_args, self._data, limits=self._limits)
         ours, theirs = ScriptSocket.pair()
@@ -161,7 +163,8 @@ class SiteJob:
                 while (task := self._tasks.get()) is not None:
                     check()
                     self._training = True
-                    self._train(session, settings, task, limit)
+                    gate.begin_round()
+                    self._train(session, settings, task, limit, gate)
                     self._training = False
                 if self._stopped.is_set():
                     raise ScriptFailed(self._site, "was stopped")
@@ -171,7 +174,7 @@ class SiteJob:
                 session.close()
                 self._process = None
 
-    def _train(self, session: ScriptSession, settings: JobSettings, task: Train, limit: int) -> None:
+    def _train(self, session: ScriptSession, settings: JobSettings, task: Train, limit: int, gate: ExportGate) -> None:
         if task.total_rounds != settings.num_rounds or not self._next_round <= task.round < settings.num_rounds:
             raise MalformedMessage(
                 f"the server asks for round {task.round} of {task.total_rounds}, out of turn: each is approved once",
@@ -188,13 +191,21 @@ class SiteJob:
                 task.total_rounds,
                 model,
                 seconds=seconds,
-                value=lambda key, value, step: self._link.send(Logged(job=self.id, key=key, value=value, step=step)),
+                value=lambda key, value, step: self._log(gate, key, value, step),
             )
         with memory:
             admit_update(memory.view, settings.schema_of_model, site=self._site)
+            if answer.metrics:
+                gate.let_out("metric", size_of_numbers(answer.metrics), ("server", self._server))
+            gate.let_out("update", memory.size, ("server", self._server))
             verdict = self._link.deliver(self._head(task, answer, memory), memory, seconds=seconds)
         if not verdict.accepted:
             raise UpdateRefused(self._site, verdict.reasons or ("the server gave no reason",))
+
+    def _log(self, gate: ExportGate, key: str, value: float, step: int) -> None:
+        """Send a number that the script logged, if it may leave."""
+        gate.let_out("log", size_of_numbers({key: value}), ("server", self._server))
+        self._link.send(Logged(job=self.id, key=key, value=value, step=step))
 
     def _head(self, task: Train, answer: Answer, memory: SealedMemory) -> Deliver:
         return Deliver(

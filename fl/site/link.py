@@ -88,6 +88,10 @@ class Attending:
             self.close()
         raise PeerLost("the server ended the connection", where=self._where)
 
+    def check_server(self) -> None:
+        """Judge the server again, before a job begins. Raises PeerRefused, PeerLapsed."""
+        self._connection.lease.check(anew=True)
+
     def send(self, frame: Ready | Left | Logged) -> None:
         """Send a frame on the attendance."""
         self._outbox.put(pack(frame))

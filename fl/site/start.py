@@ -151,6 +151,7 @@ class _Site:
             certificate_pem=own.certificate_pem,
             charter=self._party.charter,
             clock=self._party.clock,
+            here=("site", own.name),
         ) as connection:
             attending = Attending(self._party, connection)
             try:
@@ -199,6 +200,7 @@ class _Site:
             self._party.tell(f"job {frame.job} is not taken: {why}")
             attending.send(Left(job=frame.job, reasons=(why,)))
             return
+        attending.check_server()
         taken.add(frame.job)
         job = SiteJob(self._party, self.name, self._server_name, self._link, self._data, self._limits, frame)
         self._jobs[frame.job] = job

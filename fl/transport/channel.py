@@ -30,6 +30,7 @@ from policies.errors import Refused, SealwrightError, Unusable
 if TYPE_CHECKING:
     from attestation.identity import Peer
     from policies.charter import Charter
+    from policies.questions import Place
 
 CONNECT_SECONDS: Final = 10.0
 _LEASE: Final = adapter_of(Lease)
@@ -114,8 +115,11 @@ def connect(
     certificate_pem: str,
     charter: Callable[[], Charter],
     clock: Callable[[], datetime],
+    here: Place | None = None,
 ) -> Iterator[ServerConnection]:
     """A connection to the attested server named `server` at `address` (host:port).
+
+    `here` is the guest that connects, whose consortium may demand more of its peers; None for a user.
 
     The server's current EARs are the first and only thing asked for before it is appraised. Raises PeerRefused if what
     is there is not that server, PeerLapsed or LeaseLapsed if its lease has ended, PeerLost if nothing is there.
@@ -132,7 +136,8 @@ def connect(
     channel = grpc.secure_channel(address, credentials, options)
     try:
         lease, _ = unpack(_LEASE, _one(channel, "Appraise", address), where=address)
-        yield ServerConnection(channel, PeerLease(certificate, lease, role="server", charter=charter, clock=clock))
+        peer = PeerLease(certificate, lease, role="server", here=here, charter=charter, clock=clock)
+        yield ServerConnection(channel, peer)
     finally:
         channel.close()
 

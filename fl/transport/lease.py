@@ -8,7 +8,7 @@ shows does not hold, or its place in the charter is gone (it is refused).
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
@@ -17,11 +17,13 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from attestation.canonical import b64, unb64
 from attestation.errors import PeerLapsed, PeerRefused
 from attestation.identity import MAX_CERTIFICATE, appraise_peer
+from fl.guard.peers import check_peer
 from fl.transport.frames import Lease
 
 if TYPE_CHECKING:
     from attestation.identity import Identity, Peer
     from policies.charter import Charter
+    from policies.questions import Place
 
 CHECK_SECONDS: Final = 1.0
 """How often each side looks at both leases and for a newer charter."""
@@ -45,7 +47,11 @@ class OwnLease:
 
 
 class PeerLease:
-    """A peer's lease on one connection: appraised at its beginning, at each renewal, and when the charter changes."""
+    """A peer's lease on one connection, and what the consortium demands of peers.
+
+    Both are judged at the connection's beginning, at each renewal, when the charter changes, before each job (`check`
+    with `anew`), and at least every `attestation_interval_seconds` of the charter.
+    """
 
     def __init__(
         self,
@@ -53,12 +59,18 @@ class PeerLease:
         lease: Lease,
         *,
         role: str,
+        here: Place | None,
         charter: Callable[[], Charter],
         clock: Callable[[], datetime],
     ) -> None:
-        """`certificate`: the peer's of the handshake, in DER. Raises PeerRefused, PeerLapsed."""
+        """`certificate`: the peer's of the handshake, in DER. `here`: the guest that asks, or None for a user, who is
+        no guest's peer and asks no rules.
+
+        Raises PeerRefused, PeerLapsed.
+        """
         self._handshake = certificate
         self._role = role
+        self._here = here
         self._charter = charter
         self._clock = clock
         self._lease = lease
@@ -70,16 +82,20 @@ class PeerLease:
         self.peer = self._appraised(lease)
         self._lease = lease
 
-    def check(self) -> None:
+    def check(self, *, anew: bool = False) -> None:
         """Whether the lease stands, by charter and time, now. Raises PeerRefused, PeerLapsed."""
-        if self._charter().version != self._version or self._clock() >= self.peer.good_until:
+        at = self._clock()
+        if anew or self._charter().version != self._version or at >= min(self.peer.good_until, self._due):
             self.peer = self._appraised(self._lease)
 
     def _appraised(self, lease: Lease) -> Peer:
         certificate = self._handshake if not lease.certificate else _same_key(self._handshake, lease.certificate)
-        charter = self._charter()
-        peer = appraise_peer(certificate, charter, self._clock(), role=self._role, ears=lease.ears)
+        charter, at = self._charter(), self._clock()
+        peer = appraise_peer(certificate, charter, at, role=self._role, ears=lease.ears)
+        if self._here is not None:
+            check_peer(charter, self._here, peer, at)
         self._version = charter.version
+        self._due = at + timedelta(seconds=charter.consortium.attestation_interval_seconds)
         return peer
 
 
