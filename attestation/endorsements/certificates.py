@@ -12,7 +12,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 
 from cryptography import x509
@@ -60,7 +60,14 @@ def _strict_names() -> Iterator[None]:
         yield
 
 
-_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, UserWarning)
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+    UserWarning,
+)
 
 
 @lru_cache(maxsize=256)
@@ -71,6 +78,8 @@ def _load(raw: bytes) -> x509.Certificate:
         # Parsed when asked for: a broken part is refused here, and does not surprise whoever needs it first.
         for part in ("version", "serial_number", "subject", "issuer", "not_valid_before_utc", "not_valid_after_utc"):
             getattr(certificate, part)
+        with suppress(x509.DuplicateExtension):  # seen before any is parsed, and judged where extensions are
+            certificate.extensions  # noqa: B018
         for signed in ("signature_algorithm_oid", "signature", "tbs_certificate_bytes"):
             getattr(certificate, signed)
         return certificate

@@ -28,7 +28,13 @@ from attestation.endorsements.certificates import load_positive_certificate, spk
 from attestation.endorsements.failure import Failure
 from attestation.errors import MalformedEndorsement
 from attestation.evidence.gpu.opaque import PDI_SIZE
-from attestation.evidence.gpu.rim import Rim, parse_rim_tree, read_manifest, signature_certificates
+from attestation.evidence.gpu.rim import (
+    Rim,
+    parse_rim_tree,
+    read_manifest,
+    signature_certificates,
+    with_names_of_its_own,
+)
 
 NVIDIA_DEVICE_ROOT = "a90c4eb5acfd3e3d03a25db6a26b84f720ad0503196c627c21ddd48dd85b06a4"
 """SHA-256 of the key (SPKI) of "NVIDIA Device Identity CA"."""
@@ -251,6 +257,7 @@ def _pdi(issuer: x509.Certificate) -> bytes | None:
 
 
 @lru_cache(maxsize=32)
+@with_names_of_its_own
 def verify_rim(raw: bytes, roots: tuple[str, ...] = (NVIDIA_RIM_ROOT,)) -> VerifiedRim:
     """Check a manifest's XML signature and its signer's chain up to one of `roots`; list every reason why not.
 

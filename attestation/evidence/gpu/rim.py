@@ -12,11 +12,13 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
+from functools import wraps
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from lxml import etree
 
@@ -38,6 +40,8 @@ ECDSA_SHA384 = "http://www.w3.org/2001/04/xmldsig-more#ecdsa-sha384"
 DIGEST_SHA384 = "http://www.w3.org/2001/04/xmldsig-more#sha384"
 ENVELOPED = "http://www.w3.org/2000/09/xmldsig#enveloped-signature"
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,2}")
 _DIGEST = re.compile(r"(?:[0-9a-fA-F]{2}){1,64}")
 _VBIOS = re.compile(r"[0-9A-F]{2}(\.[0-9A-F]{2}){4}")
@@ -76,6 +80,21 @@ class Rim:
     certificates: tuple[bytes, ...]
 
 
+def with_names_of_its_own(work: Callable[P, T]) -> Callable[P, T]:
+    """`work`, run in a thread of its own, for whatever parses XML.
+
+    libxml2 keeps each name that it has met (and each short text) as long as the thread that met it lives. So a peer
+    that sends manifests with ever new names would fill the memory of a service whose threads live for months.
+    """
+
+    @wraps(work)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with ThreadPoolExecutor(1, "xml") as thread:
+            return thread.submit(work, *args, **kwargs).result()
+
+    return alone
+
+
 def parse_rim_tree(raw: bytes) -> Any:
     """The manifest's XML tree (an lxml element), hardened and bounded.
 
@@ -110,6 +129,7 @@ def parse_rim_tree(raw: bytes) -> Any:
     return root
 
 
+@with_names_of_its_own
 def parse_rim(raw: bytes) -> Rim:
     """Read a manifest without judging its signature. Raises MalformedEndorsement."""
     root = parse_rim_tree(raw)

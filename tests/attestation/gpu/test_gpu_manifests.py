@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 
 import nvidia_world as world
 import pytest
@@ -147,3 +149,20 @@ def test_arbitrary_bytes_are_refused(raw: bytes) -> None:
         parse_rim(raw)
     with pytest.raises(MalformedEndorsement):
         parse_rim(b'<SoftwareIdentity xmlns="http://standards.iso.org/iso/19770/-2/2015/schema.xsd">' + raw)
+
+
+def test_ever_new_names_do_not_fill_the_memory() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def refuse(number: int) -> None:
+        names = "".join(f"<{number:08}-{one:04}-{'n' * 60}/>".replace("<", "<e") for one in range(1000))
+        with pytest.raises(MalformedEndorsement):
+            parse_rim(f"<SoftwareIdentity>{names}</SoftwareIdentity>".encode())
+
+    for number in range(20):
+        refuse(number)
+    before = resident()
+    for number in range(20, 320):  # 300,000 names of 75 bytes
+        refuse(number)
+    assert resident() - before < 8 << 20
