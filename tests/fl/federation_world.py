@@ -234,6 +234,23 @@ class FederationWorld:
         ends = datetime.fromtimestamp(issued + seconds, UTC)
         return replace(identity, ears=(sign_ear(document, self.broker_key),), lease_ends=ends)
 
+    def recertified(self, identity: Identity) -> Identity:
+        """The same guest with a newer certificate over the same key."""
+        leaf = x509.load_der_x509_certificate(identity.certificate_der)
+        key = leaf.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        der = self.issuer.guest_certificate(
+            key,
+            trust_domain=DOMAIN,
+            role=identity.role,
+            name=identity.name,
+            ears=identity.ears,
+            at=now(),
+            seconds=80000,
+        )
+        pem = x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM).decode()
+        return replace(identity, certificate_pem=pem + self.issuer.certificate_pem)
+
     def kit(self, user: str, address: str) -> Kit:
         keys = self.users[user]
         charter = self.charter()
@@ -259,9 +276,10 @@ class FederationWorld:
             yield client
 
     @contextmanager
-    def server(self, identity: Identity | None = None, **changes: Any) -> Iterator[str]:
-        """A running server; its address."""
-        own = identity or self.identity("server", SERVER)
+    def server(self, identity: Any = None, **changes: Any) -> Iterator[str]:
+        """A running server; its address. `identity`: its own, or a function that gives it."""
+        found = identity or self.identity("server", SERVER)
+        own = found if callable(found) else lambda: found
         stop, ready, addresses = threading.Event(), threading.Event(), []
 
         def listening(address: str) -> None:
@@ -269,7 +287,7 @@ class FederationWorld:
             ready.set()
 
         arguments: dict[str, Any] = {
-            "identity": lambda: own,
+            "identity": own,
             "charter": self.charter,
             "clock": now,
             "listen": "127.0.0.1:0",

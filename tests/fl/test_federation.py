@@ -43,7 +43,14 @@ class PlayedSite:
 class Stage:
     """A federation with its events."""
 
-    def __init__(self, *, min_sites: int = 2, round_seconds: float = 5.0, at_once: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        min_sites: int = 2,
+        round_seconds: float = 5.0,
+        at_once: int | None = None,
+        pause_seconds: float = 60.0,
+    ) -> None:
         self.events: list[JobEvent] = []
         self.federation = Federation(
             "job-1",
@@ -53,6 +60,7 @@ class Stage:
             round_seconds=round_seconds,
             observe=self.events.append,
             at_once=at_once,
+            pause_seconds=pause_seconds,
         )
 
     def join(self, name: str, play: Callable[[PlayedSite, Task], None]) -> PlayedSite:
@@ -231,3 +239,82 @@ def test_no_more_than_so_many_train_at_once() -> None:
         stage.join(f"site-{number}", count)
     assert len(stage.one_round()) == 6
     assert most[0] <= 2
+
+
+def away_then(stage: Stage, site: PlayedSite, seconds: float, then: Callable[[], None]) -> None:
+    stage.federation.suspend(site.name, "its lease ended")
+    threading.Timer(seconds, then).start()
+
+
+def test_a_site_that_was_away_gets_its_open_task_again_and_the_clock_stood_still() -> None:
+    stage = Stage(round_seconds=1.0)
+    back = PlayedSite("b", stage.answer(5.0))
+
+    def leave(site: PlayedSite, _task: Task) -> None:
+        away_then(stage, site, 1.5, lambda: stage.federation.resume(back) or None)
+
+    stage.join("a", stage.answer(3.0))
+    stage.join("b", leave)
+    assert stage.run(rounds=1) == 4.0
+    assert stage.told("paused") == [("b", "its lease ended")]
+    assert stage.told("resumed") == [("b", "")]
+    assert stage.told("lost") == []
+
+
+def test_a_site_that_has_answered_before_it_was_away_is_not_asked_again_and_counts_once() -> None:
+    stage = Stage(round_seconds=5.0)
+    given: list[int] = []
+    back = PlayedSite("b", lambda _site, task: given.append(task.round))
+
+    def answer_and_leave(site: PlayedSite, task: Task) -> None:
+        stage.submit(site.name, task.round, memory_of(5.0))
+        stage.federation.suspend(site.name, "its lease ended")
+        assert not stage.federation.has_counted("b", task.round)
+        stage.federation.resume(back)
+        assert stage.federation.has_counted("b", task.round)
+        assert not stage.federation.has_counted("a", task.round)
+        refused(stage, site, task, memory_of(100.0))
+        finish.set()
+
+    finish = threading.Event()
+
+    def late(site: PlayedSite, task: Task) -> None:
+        finish.wait(5)
+        stage.submit(site.name, task.round, memory_of(3.0))
+
+    stage.join("a", late)
+    stage.join("b", answer_and_leave)
+    assert stage.run(rounds=1) == 4.0
+    assert given == []
+
+
+def test_a_site_that_does_not_come_back_is_lost_after_the_pause() -> None:
+    stage = Stage(min_sites=1, round_seconds=30.0, pause_seconds=0.3)
+    stage.join("a", stage.answer(3.0))
+    stage.join("b", lambda site, _: stage.federation.suspend(site.name, "its lease ended"))
+    assert stage.one_round() == ["a"]
+    assert stage.told("lost") == [("b", "did not come back within 0 s of pauses")]
+
+
+def test_pauses_add_up_over_a_job() -> None:
+    stage = Stage(min_sites=1, round_seconds=30.0, pause_seconds=0.6)
+    times: list[int] = []
+
+    def often(site: PlayedSite, _task: Task) -> None:
+        times.append(1)
+        away_then(stage, site, 0.25, lambda: stage.federation.resume(site) or None)
+
+    stage.join("a", often)
+    with pytest.raises(JobFailed, match="0 updates"):
+        stage.one_round()
+    assert len(times) == 3
+
+
+def test_who_is_not_in_the_job_does_not_come_back_to_it() -> None:
+    stage = Stage()
+    assert not stage.federation.resume(PlayedSite("a", stage.answer(1.0)))
+    site = stage.join("a", stage.answer(1.0))
+    assert not stage.federation.resume(site), "it was not away"
+    stage.federation.suspend("a", "its lease ended")
+    stage.federation.lose("a", "it was refused")
+    assert not stage.federation.resume(site)
