@@ -40,7 +40,10 @@ def main() -> None:
         configuration = json.loads(file.read(MAX_CONFIGURATION))
     os.closerange(CONFIGURATION, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     for which, (soft, hard) in configuration["limits"]:
-        resource.setrlimit(which, (soft, hard))
+        # Without privileges a limit goes only down, so what was narrower already stays as narrow.
+        above = resource.getrlimit(which)[1]
+        held = (soft, hard) if above == resource.RLIM_INFINITY else (min(soft, above), min(hard, above))
+        resource.setrlimit(which, held)
     # Nothing inside may read or write the memory of this process, which has no need of being honest otherwise.
     _prctl(PR_SET_DUMPABLE, 0)
     child = os.fork()

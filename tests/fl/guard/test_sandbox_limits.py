@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import time
 
 import pytest
@@ -174,6 +176,21 @@ def test_processor_time_has_an_end(attack: Attacker) -> None:
     ran = attack("while True: pass", limits=dataclasses.replace(SMALL, cpu_seconds=1))
     assert ran.outcome.kind == "time"
     assert ran.outcome.seconds < 10
+
+
+def test_narrower_limits_of_the_site_stay() -> None:
+    """A booted guest's first program gives its own up for good: what is narrower than a sandbox's is not raised."""
+    inside = b"import resource as r; print(r.getrlimit(r.RLIMIT_CORE), r.getrlimit(r.RLIMIT_MEMLOCK))"
+    site = f"""
+import socket
+from fl.guard.sandbox import Sandbox
+ours, theirs = socket.socketpair()
+with ours, theirs, Sandbox({{"s.py": {inside!r}}}, "s.py").start(theirs) as process:
+    print(process.wait(30).log.decode())
+"""
+    held = ["prlimit", "--core=0:0", "--memlock=65536:65536", sys.executable, "-c", site]
+    done = subprocess.run(held, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "(0, 0) (65536, 65536)", done.stderr
 
 
 def test_time_has_an_end(attack: Attacker) -> None:
