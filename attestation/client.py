@@ -349,11 +349,12 @@ class GuestSession:
         """The certificate over the TLS key; a new one if it is half over or its issuer is no broker any more."""
         if self._certificate is not None and not self._certificate_due(self._certificate):
             return self._certificate
+        needed = self.charter.consortium.broker_threshold
         failures: dict[str, SealwrightError] = {}
         for ear in ears:
             try:
                 others = [other.token for other in ears if other is not ear]
-                self._certificate = self._sessions[ear.broker].credential(others)
+                self._certificate = self._sessions[ear.broker].credential(others[: needed - 1])
                 return self._certificate
             except Refused as error:
                 failures[ear.broker] = error

@@ -8,14 +8,16 @@ not count; two that hold and disagree are refused.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
+from attestation.canonical import b64url, canonical_bytes, read_canonical, unb64url
 from attestation.ear import TYPE, Ear, ear_end, verify_ear
 from attestation.errors import EarRefused
-from attestation.jws import read_jws_header
+from attestation.jws import ALGORITHM, read_jws_header
 from policies.errors import Refused, SealwrightError, Unusable
 
 if TYPE_CHECKING:
@@ -26,33 +28,61 @@ MAX_EARS: Final = 16
 MAX_EAR: Final = 16 * 1024
 """Characters of the longest EAR that travels with others."""
 MAX_EARS_SIZE: Final = 64 * 1024
-"""Bytes of a list: with it, a certificate still fits into a TLS handshake (OpenSSL and BoringSSL: 100 KiB)."""
-_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+"""Bytes of all EARs that travel together."""
+MAX_PACKED: Final = 5 * 1024
+"""Bytes of EARs in a certificate. A TLS server hands its client's certificate back in session tickets, and gRPC has
+17 KiB of room for two of them: with 6 KiB, a client's connection still comes about."""
+_SIGNATURE: Final = re.compile(rb"[A-Za-z0-9_-]{86}")
 _SAME: Final = ("measurement", "host_data", "report_id", "chip_id")
 """What the reports of one launched guest all say."""
 
 
 def pack_ears(tokens: Sequence[str]) -> bytes:
-    """The one form of a list of EARs: compact JWSs in ASCII, one a line, by their issuers' names. Raises Unusable."""
-    raw = "\n".join(sorted(tokens, key=_issuer)).encode("ascii")
-    unpack_ears(raw)
+    """The form of EARs in a certificate: each one's payload and signature, a line each, by issuer, compressed (zlib).
+
+    Brokers that speak of one guest say nearly the same, so that a further EAR costs some 250 bytes. Raises Unusable.
+    """
+    lines = b"".join(
+        unb64url(payload, where="EARs") + b"\n" + signature.encode("ascii") + b"\n"
+        for _, payload, signature in (token.split(".") for token in sorted(tokens, key=_issuer))
+    )
+    raw = zlib.compress(lines, 9)
+    if sorted(unpack_ears(raw)) != sorted(tokens):
+        raise _malformed("one of them is not in its own form")
     return raw
 
 
 def unpack_ears(raw: bytes) -> tuple[str, ...]:
     """Read what `pack_ears` writes. Raises Unusable for any other form, a broker that occurs twice included."""
+    if len(raw) > MAX_PACKED:
+        raise _malformed(f"it has {len(raw)} bytes, more than {MAX_PACKED}")
+    stream = zlib.decompressobj()
     try:
-        tokens = raw.decode("ascii").split("\n")
-    except UnicodeDecodeError as error:
-        raise _malformed("it is not ASCII") from error
-    if len(raw) > MAX_EARS_SIZE or len(tokens) > MAX_EARS or any(len(token) > MAX_EAR for token in tokens):
-        raise _malformed(f"it holds {len(tokens)} EARs in {len(raw)} bytes, more or longer ones than may be")
-    if not all(_TOKEN.fullmatch(token) for token in tokens):
-        raise _malformed("a line of it is no compact JWS")
+        content = stream.decompress(raw, MAX_EARS_SIZE)
+    except zlib.error as error:
+        raise _malformed("it is not compressed as it should be") from error
+    if not stream.eof or stream.unused_data or stream.unconsumed_tail:
+        raise _malformed(f"it holds more than {MAX_EARS_SIZE} bytes, or is cut off, or bytes follow it")
+    lines = content.split(b"\n")
+    if lines.pop() != b"" or len(lines) % 2 or not 2 <= len(lines) <= 2 * MAX_EARS:
+        raise _malformed("it has not two lines for each broker")
+    tokens = [_token(*pair) for pair in zip(lines[::2], lines[1::2], strict=True)]
     issuers = [_issuer(token) for token in tokens]
     if any(first >= second for first, second in pairwise(issuers)):
         raise _malformed("its brokers are not each named once, in order")
     return tuple(tokens)
+
+
+def _token(payload: bytes, signature: bytes) -> str:
+    """The JWS of which these are the payload (canonical JSON) and the signature (base64url)."""
+    issuer = read_canonical(payload, where="EARs", limit=MAX_EAR).get("iss")
+    if not isinstance(issuer, str) or not _SIGNATURE.fullmatch(signature):
+        raise _malformed("a line of it is no EAR")
+    header = canonical_bytes({"alg": ALGORITHM, "kid": issuer, "typ": TYPE})
+    token = f"{b64url(header)}.{b64url(payload)}.{signature.decode('ascii')}"
+    if len(token) > MAX_EAR:
+        raise _malformed(f"an EAR of it has {len(token)} characters, more than {MAX_EAR}")
+    return token
 
 
 def verify_ears(tokens: Sequence[str], charter: Charter, at: datetime) -> tuple[Ear, ...]:

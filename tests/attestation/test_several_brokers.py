@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import zlib
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attestation.agreement import SPREAD, Said, agree
+from attestation.canonical import unb64url
 from attestation.ear import TYPE
-from attestation.ears import MAX_EARS, MAX_EARS_SIZE, pack_ears, unpack_ears
+from attestation.ears import MAX_EAR, MAX_EARS, MAX_EARS_SIZE, MAX_PACKED, pack_ears, unpack_ears
 from attestation.errors import BrokersDisagree, BrokerUnavailable
 from attestation.fan_out import ask_all
 from attestation.jws import sign_jws
@@ -99,8 +102,14 @@ def test_one_liar_among_three_moves_nothing(words: list[tuple[int, int, float]],
 # --- the form of several EARs -----------------------------------------------------------------------------------------
 
 
-def token(broker: str) -> str:
-    return sign_jws({"iss": broker}, KEY, kid=broker, typ=TYPE)
+def token(broker: str, **more: str) -> str:
+    return sign_jws({"iss": broker, **more}, KEY, kid=broker, typ=TYPE)
+
+
+def lines(*tokens: str) -> bytes:
+    """What is compressed into a certificate."""
+    parts = (one.split(".") for one in tokens)
+    return b"".join(unb64url(part[1], where="t") + b"\n" + part[2].encode() + b"\n" for part in parts)
 
 
 @given(st.lists(st.sampled_from([f"b{number}" for number in range(20)]), unique=True, min_size=1, max_size=MAX_EARS))
@@ -112,32 +121,42 @@ def test_ears_have_one_form_whatever_their_order(brokers: list[str]) -> None:
 
 def test_other_forms_are_refused() -> None:
     one, two = token("one"), token("two")
-    good = f"{one}\n{two}"
-    assert unpack_ears(good.encode()) == (one, two)
+    good = lines(one, two)
+    packed = zlib.compress(good)
+    assert unpack_ears(packed) == (one, two)
     for bad in (
-        "",
-        "\n",
-        f"{two}\n{one}",
-        f"{one}\n{one}",
-        f"{good}\n",
-        f"\n{good}",
-        f"{one}\r\n{two}",
-        f"{one} {two}",
-        f"{one}\n{two}é",
-        "\n".join(token(f"b{number:02}") for number in range(MAX_EARS + 1)),
-        sign_jws({"x": "y" * MAX_EARS_SIZE}, KEY, kid="one", typ=TYPE),
-        sign_jws({}, KEY, kid="one", typ="another"),
+        b"",
+        b"\n",
+        lines(two, one),
+        lines(one, one),
+        good + b"\n",
+        b"\n" + good,
+        good[:-1],
+        good.replace(b"\n", b"\r\n"),
+        good.replace(b'{"iss"', b'{ "iss"'),
+        good + b'{"iss":"x"}\n',
+        b'{"iss":1}\n' + good.split(b"\n")[1] + b"\n",
+        b"[]\n" + good.split(b"\n")[1] + b"\n",
+        lines(*(token(f"b{number:02}") for number in range(MAX_EARS + 1))),
+        lines(token("one", x="y" * MAX_EAR)),
+        b"x" * MAX_EARS_SIZE,
+        b"x" * 4_000_000,
     ):
         with pytest.raises(Unusable):
-            unpack_ears(bad.encode())
-    with pytest.raises(Unusable):
-        pack_ears([one, one])
+            unpack_ears(zlib.compress(bad))
+    for bad in (packed[:-1], packed + b"x", b"", good, os.urandom(MAX_PACKED + 1)):
+        with pytest.raises(Unusable):
+            unpack_ears(bad)
+    for tokens in ([one, one], [], [token("one", x=os.urandom(MAX_PACKED).hex())]):
+        with pytest.raises(Unusable):
+            pack_ears(tokens)
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_no_list_of_ears(raw: bytes) -> None:
-    with pytest.raises(Unusable):
-        unpack_ears(raw)
+    for data in (raw, zlib.compress(raw)):
+        with pytest.raises(Unusable):
+            unpack_ears(data)
 
 
 # --- asking all -------------------------------------------------------------------------------------------------------
