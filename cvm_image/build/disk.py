@@ -65,10 +65,10 @@ def make_layer(tools: Tools, tree: Path, target: Path, *, name: str, epoch: int,
         f"-U{uuid.uuid5(_NAMESPACE, name)}",
         "--workers=2",
         *(["--all-root"] if all_root else []),
-        f"/work/out/{target.name}",
-        "/work/tree",
+        f"/build/out/{target.name}",
+        "/build/tree",
     ]
-    mounts = (Mount(tree, "/work/tree"), Mount(out, "/work/out", writable=True))
+    mounts = (Mount(tree, "/build/tree"), Mount(out, "/build/out", writable=True))
     tools.run(argv, what=f"packing the {name} layer", mounts=mounts, timeout=1200)
     size = target.stat().st_size
     if size % BLOCK:
@@ -88,11 +88,11 @@ def join_layers(tools: Tools, base: Path, workload: Path, folder: Path) -> Root:
             "format",
             f"--salt={SALT}",
             f"--uuid={uuid.uuid5(_NAMESPACE, 'verity')}",
-            "/work/out/rootfs.erofs",
-            "/work/out/rootfs.verity",
+            "/build/out/rootfs.erofs",
+            "/build/out/rootfs.verity",
         ],
         what="hashing the root",
-        mounts=(Mount(folder, "/work/out", writable=True),),
+        mounts=(Mount(folder, "/build/out", writable=True),),
         timeout=600,
     )
     match = re.search(r"^Root hash:\s+([0-9a-f]{64})$", output, re.MULTILINE)

@@ -203,9 +203,9 @@ def _kernel(build: Build, tools: Tools) -> Path:
             modules = modules_folder(folder / "result")
             base = modules.parents[2]
             tools.run(
-                ["depmod", "-b", "/work/base", modules.name],
+                ["depmod", "-b", "/build/base", modules.name],
                 what="indexing the kernel's modules",
-                mounts=(Mount(base, "/work/base", writable=True),),
+                mounts=(Mount(base, "/build/base", writable=True),),
                 timeout=300,
             )
         made = build.store.made(key)

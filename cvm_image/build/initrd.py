@@ -129,9 +129,9 @@ def _pack(tools: Tools, archive: bytes) -> bytes:
     try:
         (folder / "initrd.cpio").write_bytes(archive)
         tools.run(
-            ["zstd", "-q", "-19", "-T1", "--check", "/work/here/initrd.cpio", "-o", "/work/here/initrd"],
+            ["zstd", "-q", "-19", "-T1", "--check", "/build/here/initrd.cpio", "-o", "/build/here/initrd"],
             what="packing the initrd",
-            mounts=(Mount(folder, "/work/here", writable=True),),
+            mounts=(Mount(folder, "/build/here", writable=True),),
             timeout=300,
         )
         return (folder / "initrd").read_bytes()

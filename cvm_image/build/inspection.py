@@ -116,15 +116,15 @@ def _open(folder: Path, cmdline: str, root: Root, tools: Tools, work: Path) -> O
             disk.seek(start * SECTOR)
             with (work / f"{name}.erofs").open("wb") as layer:
                 _copy(disk.read, layer.write, size * SECTOR)
-    mounts = (Mount(work, "/work/here", writable=True),)
+    mounts = (Mount(work, "/build/here", writable=True),)
     tools.run(
-        ["zstd", "-q", "-d", "/work/here/initrd.zst", "-o", "/work/here/initrd"],
+        ["zstd", "-q", "-d", "/build/here/initrd.zst", "-o", "/build/here/initrd"],
         what="opening the initrd",
         mounts=mounts,
     )
     for name in ("base", "workload"):
         tools.run(
-            ["fsck.erofs", "--xattrs", f"--extract=/work/here/{name}", f"/work/here/{name}.erofs"],
+            ["fsck.erofs", "--xattrs", f"--extract=/build/here/{name}", f"/build/here/{name}.erofs"],
             what=f"opening the {name} layer",
             mounts=mounts,
         )
@@ -151,9 +151,9 @@ def _verity(folder: Path, root: Root, tools: Tools) -> Finding:
         return Finding(check, False, f"the root has {size} bytes, the command line says {root.blocks * 4096}")
     try:
         tools.run(
-            ["veritysetup", "verify", "/work/image/rootfs.erofs", "/work/image/rootfs.verity", root.root_hash],
+            ["veritysetup", "verify", "/build/image/rootfs.erofs", "/build/image/rootfs.verity", root.root_hash],
             what="verifying the root",
-            mounts=(Mount(folder.resolve(), "/work/image"),),
+            mounts=(Mount(folder.resolve(), "/build/image"),),
         )
     except BuildFailed as error:
         return Finding(check, False, error.reasons[-1])

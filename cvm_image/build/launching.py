@@ -18,7 +18,7 @@ SEEN = ("firmware.fd", "kernel", "initrd", "rootfs.erofs", "rootfs.verity")
 INIT_DATA = "initdata"
 """Serial of the disk that carries init-data."""
 
-_IMAGE, _RUN, _DISKS = Path("/work/image"), Path("/work/run"), Path("/work/disks")
+_IMAGE, _RUN, _DISKS = Path("/build/image"), Path("/build/run"), Path("/build/disks")
 _KVM = Path("/dev/kvm")
 
 

@@ -31,7 +31,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Mount:
-    """A path of the host that a command sees at `target` (below /work). Devices in it work only if it is writable."""
+    """A path of the host that a command sees at `target` (below /build). Devices in it work only if it is writable."""
 
     source: Path
     target: str
@@ -53,10 +53,10 @@ class Tools:
         if os.geteuid() != 0:
             line += ["--unshare-user", "--uid", "0", "--gid", "0"]
         line += ["--ro-bind", str(self.tree), "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp"]  # noqa: S108
-        line += ["--tmpfs", "/work", "--tmpfs", "/run"]
+        line += ["--tmpfs", "/build", "--tmpfs", "/run"]
         for mount in mounts:
             line += ["--dev-bind" if mount.writable else "--ro-bind", str(mount.source), mount.target]
-        return [*line, "--chdir", "/work", "--", *argv]
+        return [*line, "--chdir", "/build", "--", *argv]
 
     def run(
         self,

@@ -79,7 +79,7 @@ def lay_out_tree(
     need_root()
     write_repository(packages, store, folder / "repository", suite=suite, log=log)
     (folder / "out").mkdir()
-    here = str(folder) if tools is None else "/work"
+    here = str(folder) if tools is None else "/build"
     argv = [
         "mmdebstrap",
         "--mode=root",
@@ -101,7 +101,7 @@ def lay_out_tree(
     if tools is None:
         run(argv, what=what, log=log, timeout=1200, env=env)
     else:
-        mounts = (Mount(folder / "repository", "/work/repository"), Mount(folder / "out", "/work/out", writable=True))
+        mounts = (Mount(folder / "repository", "/build/repository"), Mount(folder / "out", "/build/out", writable=True))
         tools.run(argv, what=what, mounts=mounts, timeout=1200, env=env)
     result = folder / "result"
     (folder / "out" / "root").rename(result)
@@ -174,9 +174,12 @@ def extract_packages(packages: Sequence[LockedPackage], store: Store, target: Pa
     target.mkdir(parents=True, exist_ok=True)
     for package in packages:
         tools.run(
-            ["dpkg-deb", "-x", "/work/package.deb", "/work/out"],
+            ["dpkg-deb", "-x", "/build/package.deb", "/build/out"],
             what=f"unpacking {package.name}",
-            mounts=(Mount(store.input(package.sha256), "/work/package.deb"), Mount(target, "/work/out", writable=True)),
+            mounts=(
+                Mount(store.input(package.sha256), "/build/package.deb"),
+                Mount(target, "/build/out", writable=True),
+            ),
             timeout=300,
         )
 

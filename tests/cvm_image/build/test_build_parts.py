@@ -72,7 +72,7 @@ def test_the_workload_is_our_packages_and_the_recipes_files(tmp_path: Path) -> N
     assert "usr/.hidden" not in files
     assert f"{OURS}/attestation/attester/virtual_port.py" in files
     assert not [
-        name for name in files if name.startswith((f"{OURS}/attestation/virtual", f"{OURS}/attestation/broker"))
+        name for name in files if name.startswith((f"{OURS}/attestation/virtual/", f"{OURS}/attestation/broker/"))
     ]
     hardware = collect(recipe(variant="hardware", workload=Workload(packages=True)), where)
     assert hardware[WORLD_FILE].data == b"hardware\n"
