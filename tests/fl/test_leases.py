@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from fl.errors import LeaseLapsed
 from fl.jobs.progress import JobEvent
 from fl.transport.frames import Away, Lease, Train, pack
 from policies.charter import Changes
+from policies.errors import Unusable
 
 ADA = "acme-pharma/ada"
 SLOW = TRAIN.replace("while flare.is_running():", "import time\nwhile flare.is_running():\n    time.sleep(0.7)", 1)
@@ -172,6 +174,16 @@ def test_a_newer_certificate_over_the_same_key_is_taken_in_band(world: Federatio
         site.say(Lease(ears=identity.ears))
         with world.client(server) as client:
             assert not wait_until(lambda: client.reports().sites != (SITES[1],), 1)
+
+
+def test_the_largest_credential_that_is_issued_connects(world: FederationWorld, server: str) -> None:
+    """gRPC hands a client's certificate back to it in session tickets, for which it has little room."""
+    with pytest.raises(Unusable, match="no list of EARs"):
+        world.identity("site", SITES[1], filler=os.urandom(4000).hex())
+    large = world.identity("site", SITES[1], filler=os.urandom(1850).hex())
+    assert len(large.certificate_der) > 5000
+    with world.site(server, SITES[1], identity=large) as running:
+        assert running.error is None
 
 
 def test_a_server_that_shows_another_guests_ears_is_left_at_once(world: FederationWorld) -> None:
