@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from attestation.client import PAUSE_SECONDS
-from attestation.errors import LeaseEnded, PeerLapsed
+from attestation.errors import LeaseEnded, PeerLapsed, PeerRefused
 from fl.errors import LeaseLapsed, PeerLost
 from fl.guard.limits import Limits
 from fl.party import Party
@@ -101,9 +101,11 @@ def run(
                 finally:
                     if known:
                         ends, known = time.monotonic() + patience, False
-            except (LeaseLapsed, PeerLapsed, LeaseEnded) as lapse:
+            except (LeaseLapsed, PeerRefused, LeaseEnded) as lapse:
                 if stop.is_set():
                     return
+                if isinstance(lapse, PeerRefused) and not isinstance(lapse, PeerLapsed) and paused_until is None:
+                    raise  # in a pause it may be the server's credential of before, which it renews as this site did
                 now = time.monotonic()
                 if paused_until is None:
                     tell(f"paused: {lapse.what}")

@@ -16,7 +16,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from attestation.canonical import b64, unb64
 from attestation.errors import PeerLapsed, PeerRefused
-from attestation.identity import MAX_CERTIFICATE, appraise_peer
+from attestation.identity import MAX_CERTIFICATE, appraise_peer, enrolment_reasons
 from fl.guard.peers import check_peer
 from fl.transport.frames import Lease
 
@@ -91,7 +91,17 @@ class PeerLease:
     def _appraised(self, lease: Lease) -> Peer:
         certificate = self._handshake if not lease.certificate else _same_key(self._handshake, lease.certificate)
         charter, at = self._charter(), self._clock()
-        peer = appraise_peer(certificate, charter, at, role=self._role, ears=lease.ears)
+        try:
+            peer = appraise_peer(certificate, charter, at, role=self._role, ears=lease.ears)
+        except PeerLapsed:
+            raise
+        except PeerRefused as error:
+            # What was good under the charter before may lack a broker that this one has instead: as long as the peer's
+            # place stands, a fresh attestation mends that.
+            moved = lease is self._lease and self._version not in (0, charter.version)
+            if moved and not enrolment_reasons(self.peer.ear, charter):
+                raise PeerLapsed(error.reasons, who=f"{self.peer.role}/{self.peer.name}") from error
+            raise
         if self._here is not None:
             check_peer(charter, self._here, peer, at)
         self._version = charter.version

@@ -234,6 +234,13 @@ class FederationWorld:
         ends = datetime.fromtimestamp(issued + seconds, UTC)
         return replace(identity, ears=(sign_ear(document, self.broker_key),), lease_ends=ends)
 
+    def replace_issuer(self, folder: Path) -> None:
+        """The charter's broker issues under another certificate from now on."""
+        self.issuer = load_issuer(folder / "new.pem", create_issuer(folder / "new.pem", "one", now()))
+        consortium = self.charter().consortium
+        entry = consortium.brokers[0].model_copy(update={"issuer_certificate": self.issuer.certificate_pem})
+        self.change(Changes(consortium=consortium.model_copy(update={"brokers": (entry,)})))
+
     def recertified(self, identity: Identity) -> Identity:
         """The same guest with a newer certificate over the same key."""
         leaf = x509.load_der_x509_certificate(identity.certificate_der)

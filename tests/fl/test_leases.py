@@ -179,9 +179,9 @@ def test_a_newer_certificate_over_the_same_key_is_taken_in_band(world: Federatio
 def test_the_largest_credential_that_is_issued_connects(world: FederationWorld, server: str) -> None:
     """gRPC hands a client's certificate back to it in session tickets, for which it has little room."""
     with pytest.raises(Unusable, match="no list of EARs"):
-        world.identity("site", SITES[1], filler=os.urandom(4000).hex())
-    large = world.identity("site", SITES[1], filler=os.urandom(1850).hex())
-    assert len(large.certificate_der) > 5000
+        world.identity("site", SITES[1], filler=os.urandom(5000).hex())
+    large = world.identity("site", SITES[1], filler=os.urandom(3300).hex())
+    assert len(large.certificate_der) > 4500
     with world.site(server, SITES[1], identity=large) as running:
         assert running.error is None
 
@@ -220,3 +220,23 @@ def test_a_site_says_why_it_pauses(world: FederationWorld, server: str) -> None:
     status, details = status_of(caught.value)
     assert status == "FAILED_PRECONDITION"
     assert "pauses: a reason" in details
+
+
+def test_guests_outlive_the_broker_that_issued_their_certificates(tmp_path: Path) -> None:
+    """Each hears of the new broker at a renewal of its own; until then neither has what the other now wants."""
+    world = found_federation(tmp_path)
+    hub, north = [world.identity("server", SERVER)], [world.identity("site", SITES[0])]
+    with (
+        world.server(identity=lambda: hub[0]) as address,
+        world.site(address, SITES[0], identity=lambda: north[0], pause=30.0, patience=30.0) as running,
+    ):
+        world.replace_issuer(tmp_path)
+        assert wait_until(
+            lambda: any("paused: " in line and "no broker of this charter" in line for line in world.told)
+        )
+        north[0] = world.recertified(north[0])
+        assert not wait_until(lambda: running.error is not None, 2)
+        hub[0] = world.recertified(hub[0])
+        connected = "is connected to the attested server"
+        assert wait_until(lambda: sum(connected in line for line in world.told) == 2, 20), world.told
+        assert running.error is None
