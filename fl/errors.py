@@ -64,6 +64,18 @@ class ApprovalRefused(Refused):
         )
 
 
+class CommandRefused(Refused):
+    """A user's command that is not done here, with every reason."""
+
+    def __init__(self, command: str, user: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(
+            f"{command} by {user} is refused: {reasons[0]}",
+            where="command",
+            do="Stay within your rights, or have the charter give you more.",
+            reasons=reasons,
+        )
+
+
 class JobFailed(Refused):
     """A job that ended without a result, with the reason of each site that was lost."""
 

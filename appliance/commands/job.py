@@ -185,6 +185,33 @@ def abort(job: JobName, kit: KitFolder, as_json: AsJson = False) -> None:
         sys.stderr.write(f"{job} is being stopped\n")
 
 
+Why = Annotated[str, typer.Option("--why", help="One line for those who read the ledger.")]
+
+
+@app.command(
+    epilog="Example: seal job reject trial-20260131-120000-0a1b2c3d --kit kit/ --why 'our data is not for this'"
+)
+def reject(job: JobName, kit: KitFolder, why: Why = "", as_json: AsJson = False) -> None:
+    """Take your member's sites out of a job, before it begins or while it runs; needs the right to approve."""
+    with _env(kit).connected() as (client, _):
+        client.reject(job, why)
+    if as_json:
+        print_json({"job": job, "rejected": True})
+    else:
+        sys.stderr.write(f"your member's sites take no part in {job}\n")
+
+
+@app.command(epilog="Example: seal job approve trial-20260131-120000-0a1b2c3d --kit kit/")
+def approve(job: JobName, kit: KitFolder, why: Why = "", as_json: AsJson = False) -> None:
+    """Take back your member's rejection of a job that has not begun; needs the right to approve."""
+    with _env(kit).connected() as (client, _):
+        client.approve(job, why)
+    if as_json:
+        print_json({"job": job, "approved": True})
+    else:
+        sys.stderr.write(f"your member's sites may take part in {job}\n")
+
+
 def _env(kit: Path) -> ProdEnv:
     from fl.environments.prod import ProdEnv
 

@@ -25,6 +25,7 @@ from fl.environments.kit import Kit
 from fl.errors import ApprovalRefused, KitUnusable, MalformedMessage, StatementRefused
 from fl.guard.approval import read_record
 from fl.jobs.bundle import Bundle
+from fl.jobs.command import SignedVerb, parse_command, sign_command
 from fl.jobs.progress import JobEvent
 from fl.jobs.record import JobRecord, record_digest, sign_record
 from fl.jobs.results import JOB_FILE, MODEL_FILE, rfc3339, write_file
@@ -33,11 +34,10 @@ from fl.jobs.statement import verify_statement
 from fl.transport.channel import ServerConnection, connect, peer_error
 from fl.transport.chunks import assemble, serve_chunks
 from fl.transport.frames import (
-    About,
     Frame,
     Happened,
     JobReport,
-    List,
+    Order,
     Pull,
     Reports,
     Result,
@@ -153,19 +153,27 @@ class UserClient:
 
     def reports(self) -> Reports:
         """All jobs that the server knows, and the connected sites."""
-        return self._ask_one("Jobs", List(), Reports)
+        return self._ask_one("Jobs", self._order("list"), Reports)
 
     def report(self, job: str) -> JobReport:
         """A job's state."""
-        return self._ask_one("Report", About(job=job), JobReport)
+        return self._ask_one("Report", self._order("report", job), JobReport)
 
     def abort(self, job: str) -> None:
-        """Stop a job."""
-        self._ask_one("Abort", About(job=job), Verdict)
+        """Stop a job. Raises Refused without the right to operate, unless it is the user's own."""
+        self._ask_one("Abort", self._order("abort", job), Verdict)
+
+    def reject(self, job: str, why: str = "") -> None:
+        """Take the sites of the user's member out of a job, or keep them out. Raises Refused."""
+        self._ask_one("Decide", self._order("reject", job, why), Verdict)
+
+    def approve(self, job: str, why: str = "") -> None:
+        """Take an earlier rejection by the user's member back, while the job has not begun. Raises Refused."""
+        self._ask_one("Decide", self._order("approve", job, why), Verdict)
 
     def watch(self, job: str, *, timeout: float | None = None) -> Iterator[JobEvent]:
         """A job's events from its beginning until it is over. Raises PeerLost when the time is up."""
-        call = self._connection.ask("Watch", About(job=job), timeout=timeout)
+        call = self._connection.ask("Watch", self._order("watch", job), timeout=timeout)
         try:
             for raw in call:
                 frame, _ = unpack(adapter_of(Happened), raw, where=self._where)
@@ -182,7 +190,7 @@ class UserClient:
         Nothing is written unless everything holds: the record's signature, the statement by an attested server, its
         place in the ledger, every digest. Raises StatementRefused, ApprovalRefused, LedgerRefused.
         """
-        call = iter(self._connection.ask("Download", About(job=job), timeout=TRANSFER_SECONDS))
+        call = iter(self._connection.ask("Download", self._order("download", job), timeout=TRANSFER_SECONDS))
         try:
             head, _ = unpack(adapter_of(Result), next(call), where=self._where)
             signed = read_record(head.record, self._charter)
@@ -220,6 +228,20 @@ class UserClient:
         """The broker's time when the connection was made, and what has passed since."""
         at, mark = self._connected_at
         return at + timedelta(seconds=time.monotonic() - mark)
+
+    def _order(self, verb: SignedVerb, job: str | None = None, why: str = "") -> Order:
+        """The user's signed command. Raises MalformedMessage for what is no job's id."""
+        command = {
+            "charter": self._charter.id,
+            "server": self._kit.file.server.name,
+            "command": verb,
+            "job": job,
+            "user": self._kit.user,
+            "created": rfc3339(self._now()),
+            "nonce": os.urandom(16).hex(),
+            "why": why,
+        }
+        return Order(command=sign_command(parse_command(command), self._kit.signing_key))
 
     def _ask_one(self, method: str, frame: Frame, kind: type[T]) -> T:
         call = self._connection.ask(method, frame, timeout=CALL_SECONDS)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from attestation.canonical import unb64
 from fl.errors import ApprovalRefused, JobAborted, MalformedMessage, UpdateRefused
 from fl.guard.approval import SignedRecord, approve
+from fl.guard.command import SignedCommand
 from fl.guard.export import ExportGate
 from fl.guard.gate import admit_update
 from fl.jobs.bundle import Bundle
@@ -26,7 +27,7 @@ from fl.model import ParamsType
 from fl.party import Party
 from fl.server.federation import Federation, Task
 from fl.server.workflows import WORKFLOWS
-from fl.transport.frames import Deliver, Finish, JobReport, Prepare, Train
+from fl.transport.frames import Deliver, Finish, JobReport, Prepare, Told, Train
 from fl.transport.memory import SealedMemory
 from policies.errors import Refused, SealwrightError
 
@@ -98,6 +99,7 @@ class ServerJob:
         self._stopped_by: str | None = None
         self._logged: dict[str, int] = {}
         self._present: dict[str, Attendance] = {}
+        self._rejections: dict[str, SignedCommand] = {}
         self.result: tuple[SealedResult, SignedStatement, str] | None = None
         settings = bundle.settings
         self._federation = Federation(
@@ -125,6 +127,10 @@ class ServerJob:
     def connected(self, attendance: Attendance) -> None:
         """A site is connected: if the job waits for it, it is judged as a peer and asked to prepare."""
         if self.status is Status.RUNNING and attendance.name in self.signed.record.roster:
+            rejection = self._rejection_of(attendance.name)
+            if rejection is not None:
+                attendance.send(Told(job=self.id, command=rejection.token))
+                return
             attendance.check(anew=True)
             attendance.send(Prepare(job=self.id, record=self.signed.token, bundle_size=len(self.bundle.raw)))
 
@@ -188,6 +194,37 @@ class ServerJob:
         """Stop the job."""
         self._stopped_by = by
         self._federation.abort(by)
+
+    def why_undecidable(self, signed: SignedCommand) -> str | None:
+        """Why a member's word on this job changes nothing; None if it does."""
+        member = signed.user.member
+        if self.status.over:
+            return f"the job is {self.status.value}"
+        if not any(self._member_of(site) == member for site in self.signed.record.roster):
+            return f"no site of {member} is on the job's roster"
+        if signed.command.command == "reject":
+            return None
+        if member not in self._rejections:
+            return f"{member} has not rejected the job"
+        return None if self.status is Status.QUEUED else "the job has begun without its sites"
+
+    def decide(self, signed: SignedCommand) -> None:
+        """Take a member's word: `reject` takes its sites out of the job, `approve` takes that back before it begins."""
+        member = signed.user.member
+        if signed.command.command == "approve":
+            self._rejections.pop(member, None)
+            return
+        self._rejections[member] = signed
+        for site in self.signed.record.roster:
+            if self._member_of(site) == member:
+                self.left(site, _rejected(signed))
+
+    def _member_of(self, site: str) -> str | None:
+        place = self._party.charter().enrolment("site", site)
+        return None if place is None else place.member
+
+    def _rejection_of(self, site: str) -> SignedCommand | None:
+        return self._rejections.get(self._member_of(site) or "")
 
     def report(self, *, details: bool = True) -> JobReport:
         """The job's state, for its users; `details` adds what became of each site, and the reasons."""
@@ -262,6 +299,9 @@ class ServerJob:
             self._tracking = tracking.observe
         try:
             with self._first_model() as first:
+                for site in record.roster:
+                    if (rejection := self._rejection_of(site)) is not None:
+                        self._federation.lose(site, _rejected(rejection))
                 for attendance in attending():
                     self.connected(attendance)
                 self._federation.gather(record.roster, JOIN_SECONDS)
@@ -370,6 +410,11 @@ class ServerJob:
             self._changed.notify_all()
         if event.kind in {"joined", "lost", "refused", "paused", "resumed"}:
             self._party.tell(f"job {self.id}: {event.site} {event.kind}{': ' if event.text else ''}{event.text}")
+
+
+def _rejected(signed: SignedCommand) -> str:
+    why = f": {signed.command.why}" if signed.command.why else ""
+    return f"{signed.command.user} has rejected the job{why}"
 
 
 def memory_folder() -> str | None:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from fl.errors import ApprovalRefused, MalformedMessage, ScriptFailed, UpdateRefused
 from fl.guard.approval import SignedRecord, approve, read_record
+from fl.guard.command_log import CommandLog
 from fl.guard.export import ExportGate, size_of_numbers
 from fl.guard.gate import admit_update, max_update_size
 from fl.guard.limits import Limits
 from fl.guard.sandbox import Sandbox
 from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
+from fl.jobs.record import record_digest
 from fl.jobs.settings import JobSettings
 from fl.party import Party
 from fl.site.script import END_SECONDS, ScriptSession
@@ -57,7 +59,11 @@ class SiteJob:
         data: Mapping[str, bytes],
         limits: Limits,
         prepare: Prepare,
+        log: CommandLog,
     ) -> None:
+        self.submitter: str | None = None
+        """Who submitted the job, once its record has been checked here."""
+        self._commands = log
         self.id = prepare.job
         self._party = party
         self._site = site
@@ -108,8 +114,7 @@ class SiteJob:
     def _run(self) -> None:
         received = self._party.clock()
         try:
-            signed, bundle = self._approved()
-            self._party.record("job", {"event": "taken", "job": self.id, "bundle": bundle.digest, "site": self._site})
+            signed, bundle = self._taken()
             self._party.tell(f"job {self.id} is approved here: {signed.record.name} by {signed.record.submitter}")
             gate = ExportGate(self._party, signed.record, ("site", self._site))
             self._run_script(bundle, gate, lambda: self._approve(signed, bundle, received))
@@ -120,12 +125,27 @@ class SiteJob:
         else:
             self._party.tell(f"job {self.id} is over here")
 
+    def _taken(self) -> tuple[SignedRecord, Bundle]:
+        """The record and the bundle, approved here; it is in the ledger then, or that it was refused."""
+        record = self._prepare.record
+        try:
+            signed, bundle = self._approved()
+        except ApprovalRefused as error:
+            self._commands.refused(self.submitter, "submit", self.id, error, record_digest(record))
+            raise
+        entry = {"event": "taken", "job": self.id, "bundle": bundle.digest, "site": self._site}
+        self._party.record(
+            "job", {**entry, "submitter": signed.record.submitter, "record_sha256": record_digest(record)}
+        )
+        return signed, bundle
+
     def _approved(self) -> tuple[SignedRecord, Bundle]:
         """The record and the bundle, both checked here. Raises ApprovalRefused, MalformedMessage, PeerLost."""
         prepare = self._prepare
         signed = read_record(prepare.record, self._party.charter())
         if signed.record.job != self.id:
             raise ApprovalRefused(self.id, (f"its record is that of job {signed.record.job}",))
+        self.submitter = signed.record.submitter
         if not 0 < prepare.bundle_size <= MAX_BUNDLE:
             raise MalformedMessage(f"the bundle has {prepare.bundle_size} bytes", where="bundle")
         request = Fetch(job=self.id, what="bundle", sha256=signed.record.bundle, offset=0)

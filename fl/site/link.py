@@ -27,6 +27,7 @@ from fl.transport.frames import (
     Prepare,
     Pull,
     Ready,
+    Told,
     Train,
     Verdict,
     pack,
@@ -62,7 +63,7 @@ class Attending:
         self._watch = threading.Thread(target=self._watch_leases, name="leases", daemon=True)
         self._watch.start()
 
-    def frames(self, accepted: Callable[[], None]) -> Iterator[Prepare | Train | Finish]:
+    def frames(self, accepted: Callable[[], None]) -> Iterator[Prepare | Train | Finish | Told]:
         """What the server says, until the connection ends; `accepted` is called when it has taken this site.
 
         Raises PeerRefused, Refused (by the server), LeaseLapsed if it may be begun anew, PeerLost, MalformedMessage.

@@ -17,8 +17,9 @@ from fl.party import Party
 from fl.site.job import SiteJob
 from fl.site.lasting_link import LastingLink
 from fl.site.link import Attending
+from fl.site.orders import Orders
 from fl.transport.channel import connect
-from fl.transport.frames import Finish, Left, Prepare, Train
+from fl.transport.frames import Finish, Left, Prepare, Told, Train
 from policies.errors import SealwrightError
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class _Site:
         self._limits = limits
         self._link = LastingLink()
         self._jobs: dict[str, SiteJob] = {}
+        self._orders: Orders | None = None
         self.name = ""
 
     @contextmanager
@@ -146,6 +148,8 @@ class _Site:
         """Connect and attend. Raises PeerRefused, PeerLapsed, LeaseLapsed, LeaseEnded, PeerLost."""
         own = self._party.identity()
         self.name = own.name
+        if self._orders is None:
+            self._orders = Orders(self._party, own.name, self._server_name)
         with connect(
             self._server,
             server=self._server_name,
@@ -182,10 +186,21 @@ class _Site:
                     self._party.tell(f"job {frame.job} runs here already")
                     continue
                 self._begin(frame, attending, taken)
+            elif isinstance(frame, Told):
+                self._heed(frame, job)
             elif job is not None and isinstance(frame, Train):
                 job.train(frame)
             elif job is not None and isinstance(frame, Finish):
                 job.finish()
+
+    def _heed(self, told: Told, job: SiteJob | None) -> None:
+        """A user's command: what it stops here is ended, as if the server had said so."""
+        if self._orders is None:
+            return
+        signed = self._orders.heed(told, None if job is None else job.submitter)
+        if signed is not None and job is not None and signed.command.command in {"abort", "reject"}:
+            self._party.tell(f"job {told.job}: {signed.command.command} by {signed.command.user}")
+            job.finish()
 
     def end_jobs(self, why: SealwrightError) -> None:
         """End all jobs: there is no connection on which they could go on."""
@@ -197,14 +212,18 @@ class _Site:
         self._jobs, self._link = {}, LastingLink()
 
     def _begin(self, frame: Prepare, attending: Attending, taken: set[str]) -> None:
-        why = _why_not(frame.job, len(self._jobs), taken)
+        orders = self._orders
+        if orders is None:
+            return
+        why = orders.why_rejected(frame.job) or _why_not(frame.job, len(self._jobs), taken)
         if why is not None:
             self._party.tell(f"job {frame.job} is not taken: {why}")
             attending.send(Left(job=frame.job, reasons=(why,)))
             return
         attending.check_server()
         taken.add(frame.job)
-        job = SiteJob(self._party, self.name, self._server_name, self._link, self._data, self._limits, frame)
+        party, data, limits = self._party, self._data, self._limits
+        job = SiteJob(party, self.name, self._server_name, self._link, data, limits, frame, orders.log)
         self._jobs[frame.job] = job
         job.thread.start()
 

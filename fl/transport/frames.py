@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from attestation.ears import MAX_EAR, MAX_EARS
 from attestation.identity import MAX_CERTIFICATE
 from fl.errors import MalformedMessage
+from fl.jobs.command import MAX_COMMAND
 from fl.jobs.progress import JobEvent, Line, Status
 from fl.jobs.record import JobId, Time, UserName
 from fl.jobs.settings import MAX_MODEL, Digest, Name
@@ -108,6 +109,14 @@ class Finish(Frame):
     why: Line
 
 
+class Told(Frame):
+    """Server to site: what a user has told it about a job, signed by the user."""
+
+    kind: Literal["told"] = "told"
+    job: JobId
+    command: Annotated[str, Field(max_length=MAX_COMMAND)]
+
+
 class Fetch(Frame):
     """Site to server: send this, from `offset` on."""
 
@@ -162,17 +171,11 @@ class Submit(Frame):
     model_size: Size
 
 
-class About(Frame):
-    """User to server: the job that a call is about."""
+class Order(Frame):
+    """User to server, the one frame of every call but `Submit`: the signed command."""
 
-    kind: Literal["about"] = "about"
-    job: JobId
-
-
-class List(Frame):
-    """User to server: tell me of all jobs."""
-
-    kind: Literal["list"] = "list"
+    kind: Literal["order"] = "order"
+    command: Annotated[str, Field(max_length=MAX_COMMAND)]
 
 
 class JobReport(Frame):
@@ -220,7 +223,7 @@ class Result(Frame):
 
 
 FromAttendingSite: TypeAlias = Lease | Away | Ready | Left | Logged
-ToAttendingSite: TypeAlias = Lease | Prepare | Train | Finish
+ToAttendingSite: TypeAlias = Lease | Prepare | Train | Finish | Told
 FROM_ATTENDING_SITE: Final = TypeAdapter[FromAttendingSite](Annotated[FromAttendingSite, Field(discriminator="kind")])
 TO_ATTENDING_SITE: Final = TypeAdapter[ToAttendingSite](Annotated[ToAttendingSite, Field(discriminator="kind")])
 

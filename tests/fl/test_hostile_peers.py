@@ -48,8 +48,8 @@ from fl.transport.frames import (
     Deliver,
     Fetch,
     Lease,
-    List,
     Logged,
+    Order,
     Prepare,
     Ready,
     Submit,
@@ -136,7 +136,10 @@ def test_without_a_certificate_of_the_charter_there_is_no_connection(world: Fede
 def test_a_user_is_no_site_and_a_site_no_user(world: FederationWorld, server: str) -> None:
     identity = world.identity("site", HOSTILE)
     with raw_site(world, server, identity) as site:
-        for method, frame in (("Jobs", List()), ("Submit", Submit(record="x", bundle_size=1, model_size=1))):
+        for method, frame in (
+            ("Jobs", Order(command="x")),
+            ("Submit", Submit(record="x", bundle_size=1, model_size=1)),
+        ):
             with pytest.raises(grpc.RpcError) as caught:
                 next(iter(site.connection.call(method, [pack(frame)], timeout=10)))
             assert "no user of charter" in status_of(caught.value)[1]
@@ -310,7 +313,7 @@ def test_a_job_that_its_site_was_not_asked_to_join_takes_no_update(
 def test_a_site_that_stops_sending_in_the_middle_is_cut_off(
     world: FederationWorld, server: str, job: tuple[Bundle, SealedMemory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fl.server.service.STALL_SECONDS", 0.4)
+    monkeypatch.setattr("fl.server.calls.STALL_SECONDS", 0.4)
     with (
         world.site(server, SITES[0], number=2.0),
         raw_site(world, server, world.identity("site", HOSTILE)) as site,
@@ -328,7 +331,7 @@ def test_a_site_that_stops_sending_in_the_middle_is_cut_off(
 
 
 def test_idle_calls_are_few_and_short(world: FederationWorld, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fl.server.service.STALL_SECONDS", 0.4)
+    monkeypatch.setattr("fl.server.calls.STALL_SECONDS", 0.4)
     monkeypatch.setattr("fl.server.service.MAX_CALLS_EACH", 4)
     with raw_site(world, server, world.identity("site", HOSTILE)) as site:
         silent: SimpleQueue[bytes | None] = SimpleQueue()
@@ -495,7 +498,7 @@ def test_a_site_approves_for_itself_whatever_the_server_says(
     changes: dict[str, Any],
     reason: str | None,
 ) -> None:
-    monkeypatch.setattr("fl.server.service.approve", lambda *_, **__: None)
+    monkeypatch.setattr("fl.server.user_calls.approve", lambda *_, **__: None)
     monkeypatch.setattr("fl.server.job.approve", lambda *_, **__: None)
     monkeypatch.setattr("fl.server.job.JOIN_SECONDS", 1.0)
     script = f"# {changes}\n" + Path(__file__).read_text()[:200]

@@ -149,7 +149,7 @@ def test_a_first_model_is_sealed_for_one_job() -> None:
 def test_old_results_make_room_for_new_ones(
     world: FederationWorld, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fl.server.service.KEPT_RESULTS", 1)
+    monkeypatch.setattr("fl.server.jobs.KEPT_RESULTS", 1)
     bundle, model = make_job(tmp_path, num_rounds=1)
     world.approve(bundle)
     with world.site(server, SITES[0]), world.site(server, SITES[1]), world.client(server) as client, model:
@@ -192,7 +192,7 @@ def test_a_user_who_may_stops_a_job(world: FederationWorld, server: str, tmp_pat
     with world.site(server, SITES[0]), world.site(server, SITES[1]), world.client(server) as client, model:
         job = client.submit(bundle, model, roster=None, recipients=[ADA])
         assert wait_until(lambda: client.report(job).round == 0)
-        with world.client(server, "cygnus-bio/cy") as other, pytest.raises(Refused, match="neither submitted it"):
+        with world.client(server, "cygnus-bio/cy") as other, pytest.raises(Refused, match="neither submitted the job"):
             other.abort(job)
         began = time.monotonic()
         with world.client(server, "borealis-hospital/ole") as operator:

@@ -1,0 +1,93 @@
+"""The jobs that a server knows: those that wait, run, or are over and are remembered a while."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from fl.errors import ApprovalRefused
+from fl.party import Party
+from fl.server.attendance import Attendance
+from fl.server.job import ServerJob
+from fl.transport.frames import Told
+
+MAX_RUNNING: Final = 4
+"""Jobs that run side by side; more wait in the queue."""
+MAX_JOBS: Final = 200
+"""Jobs that the server remembers; the oldest that are over go first."""
+MAX_OPEN: Final = 32
+"""Jobs that wait or run; more are not taken."""
+KEPT_RESULTS: Final = 4 << 30
+"""Bytes of sealed results that are kept for download; beyond, the oldest go, the newest never."""
+
+
+class Jobs:
+    """The jobs of one server. Safe to use from several threads."""
+
+    def __init__(self, party: Party, attending: Callable[[], list[Attendance]]) -> None:
+        """`attending`: the sites that are connected."""
+        self._party = party
+        self._attending = attending
+        self._lock = threading.Lock()
+        self._jobs: dict[str, ServerJob] = {}
+        self._runners = ThreadPoolExecutor(MAX_RUNNING, thread_name_prefix="job")
+
+    def find(self, job_id: str | None) -> ServerJob | None:
+        """The job of this id."""
+        with self._lock:
+            return None if job_id is None else self._jobs.get(job_id)
+
+    def all(self) -> list[ServerJob]:
+        """Every job, the oldest first."""
+        with self._lock:
+            return list(self._jobs.values())
+
+    def run(self, job: ServerJob) -> None:
+        """Queue a job. Raises ApprovalRefused if its id was used before, or if too many wait."""
+        with self._lock:
+            if job.id in self._jobs:
+                raise ApprovalRefused(job.id, ("a job of this id was submitted before",))
+            self._forget_old()
+            self._jobs[job.id] = job
+        self._party.tell(f"job {job.id} is submitted by {job.signed.record.submitter}")
+        self._runners.submit(self._run, job)
+
+    def tell_sites(self, job: ServerJob, command: str, *, member: str | None = None) -> None:
+        """Show a user's signed command about a job to the connected sites of its roster, or of one member's."""
+        charter = self._party.charter()
+        for attendance in self._attending():
+            place = charter.enrolment("site", attendance.name)
+            concerned = member is None or (place is not None and place.member == member)
+            if concerned and attendance.name in job.signed.record.roster:
+                attendance.send(Told(job=job.id, command=command))
+
+    def close(self, why: str) -> None:
+        """Stop all jobs and wait for their ends."""
+        for job in self.all():
+            job.abort(why)
+        self._runners.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, job: ServerJob) -> None:
+        try:
+            job.run(self._attending)
+        except Exception as error:
+            self._party.tell(f"job {job.id}: a fault of the server: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._drop_old_results(newest=job)
+
+    def _drop_old_results(self, newest: ServerJob) -> None:
+        kept = newest.result_size
+        for job in reversed(self.all()):
+            kept += 0 if job is newest else job.result_size
+            if job is not newest and kept > KEPT_RESULTS:
+                job.result = None
+
+    def _forget_old(self) -> None:
+        over = [job_id for job_id, job in self._jobs.items() if job.status.over]
+        for job_id in over[: max(0, len(self._jobs) - MAX_JOBS + 1)]:
+            del self._jobs[job_id]
+        if len(self._jobs) - len(over) >= MAX_OPEN:
+            raise ApprovalRefused("(new)", (f"{MAX_OPEN} jobs wait or run already",))

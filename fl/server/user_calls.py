@@ -1,0 +1,248 @@
+"""What users tell the server: submit, list, report, watch, download, abort; approve and reject at a member's own sites.
+
+Every call is judged by its caller's certificate, which TLS has proved, by the signed command that it brings, and by the
+rights that the charter gives at that moment. What is done is in the ledger before it is done; what is refused is too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+
+from attestation.canonical import b64
+from attestation.identity import appraise_user
+from fl.errors import ApprovalRefused, CommandRefused, MalformedMessage, PeerLost
+from fl.guard.approval import approve, read_record
+from fl.guard.command import Nonces, SignedCommand, check_command, read_command
+from fl.guard.command_log import CommandLog
+from fl.jobs.bundle import MAX_BUNDLE, parse_bundle
+from fl.jobs.progress import Status
+from fl.jobs.record import record_digest
+from fl.party import Party
+from fl.server.calls import certificate_of, first_frame, only_frame, unstalled
+from fl.server.job import ServerJob
+from fl.server.jobs import Jobs
+from fl.transport.chunks import assemble, serve_chunks
+from fl.transport.frames import Happened, Order, Pull, Reports, Result, Submit, Verdict, pack
+from policies.errors import SealwrightError
+from policies.rights import command_reasons
+
+if TYPE_CHECKING:
+    from policies.rights import Command
+
+LISTED_JOBS: Final = 100
+LISTED_SITES: Final = 1000
+SEALING_OVERHEAD: Final = 1 << 20
+
+UserCall = Callable[[Any, grpc.ServicerContext], Iterator[bytes]]
+
+
+class UserCalls:
+    """The users' half of one server's service."""
+
+    def __init__(self, party: Party, server: str, model_key: bytes, jobs: Jobs, sites: Callable[[], list[str]]) -> None:
+        """`sites`: the names of the connected sites."""
+        self._party = party
+        self._server = server
+        self._model_key = model_key
+        self._jobs = jobs
+        self._sites = sites
+        self._log = CommandLog(party.record, party.tell, {"server": server})
+        self._lock = threading.Lock()
+        self._nonces = Nonces()
+
+    @property
+    def streamed(self) -> dict[str, UserCall]:
+        """Calls with a stream of frames, by method."""
+        return {"Submit": self._submit}
+
+    @property
+    def asked(self) -> dict[str, UserCall]:
+        """Calls with one frame, by method."""
+        return {
+            "Jobs": self._reports,
+            "Report": self._report,
+            "Watch": self._watch,
+            "Download": self._download,
+            "Abort": self._abort,
+            "Decide": self._decide,
+        }
+
+    # --- submit -----------------------------------------------------------------------------------------------------
+
+    def _submit(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        user, about = self._caller(context, "submit"), _About()
+        try:
+            with unstalled(context) as progress:
+                yield from self._receive_job(user, progress(requests), about)
+        except SealwrightError as error:
+            self._log.refused(user, "submit", about.job, error, about.token)
+            raise
+
+    def _receive_job(self, user: str, requests: Iterator[bytes], about: _About) -> Iterator[bytes]:
+        charter = self._party.charter()
+        lacking = command_reasons(charter, user, "submit")
+        if lacking:
+            raise CommandRefused("submit", user, lacking)
+        head = first_frame(requests, Submit)
+        signed = read_record(head.record, charter)
+        record = signed.record
+        about.job, about.token = record.job, record_digest(head.record)
+        if record.submitter != user:
+            raise ApprovalRefused(record.job, (f"{user} brings a record of {record.submitter}",))
+        largest = record.model_size + SEALING_OVERHEAD + (record.model_size >> 8)
+        if not 0 < head.bundle_size <= MAX_BUNDLE or not 0 < head.model_size <= largest:
+            raise MalformedMessage("the bundle or the first model is larger than it may be", where="submission")
+        if self._jobs.find(record.job) is not None:
+            raise ApprovalRefused(record.job, ("a job of this id was submitted before",))
+        yield pack(Pull(offset=0))
+        with assemble(requests, size=head.bundle_size, sha256=None, where="bundle") as memory:
+            bundle = parse_bundle(bytes(memory.view))
+        approve(signed, bundle, charter, self._party.clock(), server=self._server, site=None)
+        with assemble(requests, size=head.model_size, sha256=None, where="first model") as memory:
+            sealed = bytes(memory.view)
+        job = ServerJob(self._party, self._server, signed, bundle, sealed_model=sealed, model_key=self._model_key)
+        self._log.accepted(user, "submit", record.job, about.token)
+        self._jobs.run(job)
+        yield pack(Verdict(accepted=True))
+
+    # --- look on ----------------------------------------------------------------------------------------------------
+
+    def _reports(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        self._ordered(request, context, "list")
+        newest = self._jobs.all()[-LISTED_JOBS:]
+        told = tuple(job.report(details=False) for job in newest)
+        yield pack(Reports(jobs=told, sites=tuple(self._sites()[:LISTED_SITES])))
+
+    def _report(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        job, _ = self._about_job(request, context, "report")
+        yield pack(job.report())
+
+    def _watch(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        job, _ = self._about_job(request, context, "watch")
+        context.add_callback(job.wake)
+        for event in job.watch(alive=context.is_active):
+            yield pack(Happened(event=event))
+
+    # --- take and change --------------------------------------------------------------------------------------------
+
+    def _download(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        job, signed = self._about_job(request, context, "download", check=_has_result_for)
+        if job.result is None:
+            raise PeerLost(f"the result of job {job.id} is not kept any more", where="job")
+        sealed, statement, receipt = job.result
+        head = Result(
+            record=job.signed.token,
+            statement=statement,
+            sealed_key=b64(sealed.keys[signed.command.user]),
+            size=len(sealed.payload),
+            receipt=receipt,
+        )
+        yield pack(head)
+        yield from serve_chunks(sealed.payload)
+
+    def _abort(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        job, signed = self._about_job(request, context, "abort")
+        self._jobs.tell_sites(job, signed.token)
+        job.abort(signed.command.user)
+        yield pack(Verdict(accepted=True))
+
+    def _decide(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        job, signed = self._about_job(request, context, "approve", "reject", check=_may_be_decided)
+        job.decide(signed)
+        self._jobs.tell_sites(job, signed.token, member=signed.user.member)
+        yield pack(Verdict(accepted=True))
+
+    # --- every command ----------------------------------------------------------------------------------------------
+
+    def _about_job(
+        self,
+        request: bytes,
+        context: grpc.ServicerContext,
+        *verbs: Command,
+        check: Callable[[ServerJob, SignedCommand], None] = lambda job, signed: None,
+    ) -> tuple[ServerJob, SignedCommand]:
+        """The job that an order is about, and the order. Raises what `check` raises; PeerLost if there is no job."""
+        job, signed = self._ordered(request, context, *verbs, check=check)
+        if job is None:
+            raise MalformedMessage("the command is about no job", where="command")
+        return job, signed
+
+    def _ordered(
+        self,
+        request: bytes,
+        context: grpc.ServicerContext,
+        *verbs: Command,
+        check: Callable[[ServerJob, SignedCommand], None] = lambda job, signed: None,
+    ) -> tuple[ServerJob | None, SignedCommand]:
+        """Judge the order of a call, and write down what came of it."""
+        user, about = self._caller(context, verbs[0]), _About(verbs[0])
+        try:
+            job, signed = self._judged(user, only_frame(request, Order).command, verbs, about, check)
+            self._log.accepted(user, signed.command.command, about.job, signed.token)
+        except SealwrightError as error:
+            self._log.refused(user, about.verb, about.job, error, about.token)
+            raise
+        return job, signed
+
+    def _judged(
+        self,
+        user: str,
+        token: str,
+        verbs: tuple[Command, ...],
+        about: _About,
+        check: Callable[[ServerJob, SignedCommand], None],
+    ) -> tuple[ServerJob | None, SignedCommand]:
+        charter, at = self._party.charter(), self._party.clock()
+        signed = read_command(token, charter)
+        command = signed.command
+        if command.user != user:
+            raise CommandRefused(command.command, user, (f"{user} brings a command of {command.user}",))
+        if command.command not in verbs:
+            raise CommandRefused(command.command, user, (f"this call takes {' or '.join(verbs)}",))
+        about.verb, about.job, about.token = command.command, command.job, token
+        job = self._jobs.find(command.job)
+        submitter = None if job is None else job.signed.record.submitter
+        check_command(signed, charter, at, server=self._server, job=command.job, submitter=submitter)
+        with self._lock:
+            self._nonces.take(command, at)
+        if command.job is not None:
+            if job is None:
+                raise PeerLost(f"there is no job {command.job}", where="job")
+            check(job, signed)
+        return job, signed
+
+    def _caller(self, context: grpc.ServicerContext, verb: Command) -> str:
+        """MEMBER/USER of the caller, by its certificate. Raises PeerRefused."""
+        try:
+            user = appraise_user(certificate_of(context), self._party.charter(), self._party.clock())
+        except SealwrightError as error:
+            self._log.refused(None, verb, None, error)
+            raise
+        return f"{user.member}/{user.name}"
+
+
+class _About:
+    """What is known of a command so far, for the entry about its refusal."""
+
+    def __init__(self, verb: Command = "submit") -> None:
+        self.verb: Command = verb
+        self.job: str | None = None
+        self.token = ""
+
+
+def _has_result_for(job: ServerJob, signed: SignedCommand) -> None:
+    if job.result is None:
+        kept = "; its result is not kept any more" if job.status is Status.FINISHED else ""
+        raise PeerLost(f"job {job.id} has no result: it is {job.status.value}{kept}", where="job")
+    if signed.command.user not in job.result[0].keys:
+        raise ApprovalRefused(job.id, (f"{signed.command.user} is not among the result's recipients",))
+
+
+def _may_be_decided(job: ServerJob, signed: SignedCommand) -> None:
+    reason = job.why_undecidable(signed)
+    if reason is not None:
+        raise CommandRefused(signed.command.command, signed.command.user, (reason,))
