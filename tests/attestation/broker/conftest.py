@@ -145,7 +145,7 @@ def start_broker(folder: Path, entry: BrokerEntry) -> BrokerProcess:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     running = BrokerProcess(folder, entry, process, lines, reader)
-    running.wait_for("ready")
+    running.wait_for("ready", 60)  # a machine that runs other tests too may start it slowly
     return running
 
 
