@@ -186,8 +186,13 @@ def test_a_member_s_rejection_keeps_its_sites_out_and_can_be_taken_back(
         assert client.report(lost).sites[SITES[0]] == "lost: borealis-hospital/ida has rejected the job: too few sites"
         with world.client(server, "borealis-hospital/ida") as ida, pytest.raises(Refused, match="the job is finished"):
             ida.reject(kept)
-    taken = [document["job"] for kind, document in world.ledger if kind == "job" and document.get("event") == "taken"]
-    assert lost not in taken
+    taken = [
+        (document["job"], document["site"])
+        for kind, document in world.ledger
+        if kind == "job" and document.get("event") == "taken"
+    ]
+    assert (kept, SITES[0]) in taken
+    assert (lost, SITES[0]) not in taken
 
 
 def last_status(client: UserClient, job: str) -> str:
