@@ -162,14 +162,14 @@ def make_tools(build: Build) -> Tools:
                 tools=None,
             )
             settle(made, remove=())
-            (made / "work").mkdir()
+            (made / "build").mkdir()  # where Tools mounts what a command works on
         tree = build.store.made(key)
     return Tools(_present(tree), build.log)
 
 
 def _tools_key(build: Build) -> str:
     return content_key(
-        "tools", rules=("trees",), packages=[one.sha256 for one in build.lock.tools], epoch=build.lock.epoch
+        "tools", rules=("tools", "trees"), packages=[one.sha256 for one in build.lock.tools], epoch=build.lock.epoch
     )
 
 
