@@ -26,6 +26,7 @@ from attestation.ear import Ear, verify_ear
 from attestation.errors import AnswerRefused, BrokerUnavailable, LedgerRefused
 from attestation.evidence.composite import SnpEvidence
 from attestation.guest_keys import GuestKeys
+from attestation.ledger.cosignature import Ledger
 from attestation.ledger.receipt import Receipt, check_receipt, parse_receipt
 from attestation.messages import Answer, Call, release_info, request_digest, sign_proof
 from policies.charter import Charter
@@ -80,11 +81,15 @@ class Opened:
 
 
 class BrokerSession:
-    """A guest at one broker. Safe to use from many threads; calls go one at a time."""
+    """A guest at one broker. Safe to use from many threads; calls go one at a time.
 
-    def __init__(self, guest: Guest, client: BrokerClient) -> None:
+    `ledger`: how the charter that the guest follows makes this broker's ledger known, and who must have cosigned it.
+    """
+
+    def __init__(self, guest: Guest, client: BrokerClient, ledger: Ledger) -> None:
         self._guest = guest
         self.client = client
+        self.ledger = ledger
         self._lock = threading.Lock()
         self._attested: Opened | None = None
         self._size = 0
@@ -217,7 +222,7 @@ class BrokerSession:
         if not isinstance(entry, str) or not isinstance(receipt, dict) or f'"kind":"{kind}"' not in entry:
             raise AnswerRefused(("the answer does not show its ledger entry",))
         parsed = parse_receipt(receipt)
-        checkpoint = check_receipt(parsed, entry.encode("utf-8"), self.client.origin, self.client.key)
+        checkpoint = check_receipt(parsed, entry.encode("utf-8"), self.ledger)
         if checkpoint.size < self._size:
             raise LedgerRefused((f"the ledger has {checkpoint.size} entries, it had {self._size}",), where=self.name)
         self._size = checkpoint.size

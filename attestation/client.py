@@ -34,6 +34,7 @@ from attestation.errors import AnswerRefused, BrokerRefused, BrokerUnavailable, 
 from attestation.fan_out import ask_all
 from attestation.guest_keys import GuestKeys
 from attestation.identity import Identity, spiffe_id
+from attestation.ledger.cosignature import ledger_of
 from attestation.ledger.receipt import Receipt
 from attestation.messages import not_deposited
 from policies.charter import Charter, load_charter
@@ -277,11 +278,13 @@ class GuestSession:
             entry, known = charter.broker(address.name), self._sessions.get(address.name)
             if entry is None:
                 continue
+            ledger = ledger_of(charter.consortium, entry)
             if known is not None and known.client.entry == entry:
+                known.ledger = ledger
                 sessions[address.name] = known
             else:
                 client = BrokerClient(entry, charter.consortium.trust_domain, url=address.url, timeout=self._timeout)
-                sessions[address.name] = BrokerSession(self._guest, client)
+                sessions[address.name] = BrokerSession(self._guest, client, ledger)
         old, self._sessions = self._sessions, sessions
         for name, session in old.items():
             if sessions.get(name) is not session:

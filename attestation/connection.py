@@ -14,7 +14,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 import urllib3
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from attestation.binding import NONCE_SIZE
 from attestation.canonical import b64, format_time, parse_time, read_canonical, read_json_object, unb64, unb64url
@@ -22,6 +22,7 @@ from attestation.errors import AnswerRefused, BrokerRefused, BrokerUnavailable
 from attestation.identity import dns_name
 from attestation.jws import ed25519_public_key, sign_jws
 from attestation.ledger.checkpoint import ledger_origin, open_checkpoint
+from attestation.ledger.cosignature import Ledger, ledger_of
 from attestation.ledger.receipt import Receipt, parse_receipt
 from attestation.messages import (
     DEPOSIT_TYPE,
@@ -59,12 +60,15 @@ class _UnpinnedPool(urllib3.HTTPSConnectionPool):
 
 
 class Connection:
-    """HTTPS to one broker. With `issuer` (PEM), only a server under that certificate and with the broker's name is it.
+    """HTTPS to one broker, or to what else `role` says.
 
-    Without `issuer` nothing that it says may be believed for its own sake: that is for fetching a charter.
+    With `issuer` (PEM), only a server under that certificate and with the name of its role is it. Without `issuer`
+    nothing that it says may be believed for its own sake: that is for fetching what verifies itself.
     """
 
-    def __init__(self, name: str, url: str, issuer: str | None, *, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self, name: str, url: str, issuer: str | None, *, timeout: float = TIMEOUT, role: str = "broker"
+    ) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
@@ -75,11 +79,12 @@ class Connection:
             context.load_verify_locations(cadata=issuer)
         parts = urlsplit(url)
         if parts.scheme != "https" or not parts.hostname:
-            raise Unusable(f"{url[:100]} is no https URL", where="broker's address", do="Correct it.")
+            raise Unusable(f"{url[:100]} is no https URL", where=f"{role}'s address", do="Correct it.")
         self.name = name
+        self._role = role
         self.url = url
         self._path = parts.path.rstrip("/")
-        host_name = dns_name("broker", name)
+        host_name = dns_name(role, name)
         pool = _UnpinnedPool if issuer is None else urllib3.HTTPSConnectionPool
         self._pool = pool(
             parts.hostname,
@@ -93,12 +98,19 @@ class Connection:
         )
 
     def call(
-        self, method: str, path: str, body: bytes | None = None, *, proof: str | None = None, limit: int = MAX_ANSWER
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        proof: str | None = None,
+        limit: int = MAX_ANSWER,
+        content_type: str = "application/json",
     ) -> tuple[int, bytes]:
         """Make one call; return the status and at most `limit` bytes. Raises BrokerUnavailable."""
-        headers = {"Host": dns_name("broker", self.name), "Accept": "application/json"}
+        headers = {"Host": dns_name(self._role, self.name), "Accept": content_type}
         if body is not None:
-            headers["Content-Type"] = "application/json"
+            headers["Content-Type"] = content_type
         if proof is not None:
             headers[PROOF_HEADER] = proof
         ends = time.monotonic() + CALL_SECONDS
@@ -113,14 +125,14 @@ class Connection:
                     if len(content) > limit or time.monotonic() > ends:
                         response.close()
                         raise BrokerUnavailable(
-                            f"broker {self.name} answers with too much or too slowly", where=self.url
+                            f"{self._role} {self.name} answers with too much or too slowly", where=self.url
                         )
                 return response.status, bytes(content)
             finally:
                 response.release_conn()
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise BrokerUnavailable(
-                f"broker {self.name} cannot be reached: {_reason(error)}", where=self.url
+                f"{self._role} {self.name} cannot be reached: {_reason(error)}", where=self.url
             ) from error
 
     def close(self) -> None:
@@ -312,13 +324,10 @@ def fetch_from(
     return FetchedCharter(charter, store, trusted, answer.time, client)
 
 
-def ledger_keys(charter: Charter) -> dict[str, Ed25519PublicKey]:
-    """The key of each broker's ledger by the ledger's origin."""
-    domain = charter.consortium.trust_domain
-    return {
-        ledger_origin(domain, broker.name): ed25519_public_key(broker.signing_key)
-        for broker in charter.consortium.brokers
-    }
+def ledger_keys(charter: Charter) -> dict[str, Ledger]:
+    """How the charter makes each broker's ledger known, by the ledger's origin."""
+    ledgers = (ledger_of(charter.consortium, broker) for broker in charter.consortium.brokers)
+    return {ledger.origin: ledger for ledger in ledgers}
 
 
 def _said_time(connection: Connection) -> datetime:

@@ -155,27 +155,43 @@ class BrokerEntry(Document):
 
     @model_validator(mode="after")
     def _issues(self) -> BrokerEntry:
-        certificate = load_certificate(self.issuer_certificate)
-        key = certificate.public_key()
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise ValueError("issuer_certificate: its key is not P-256")
-        try:
-            constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-            certificate.verify_directly_issued_by(certificate)
-        except (x509.ExtensionNotFound, ValueError, InvalidSignature) as error:
-            raise ValueError("issuer_certificate: not a self-signed CA certificate") from error
-        if not constraints.ca:
-            raise ValueError("issuer_certificate: not a CA certificate")
+        must_issue(self.issuer_certificate)
         return self
 
 
+def must_issue(pem: str) -> None:
+    """Check that a certificate is a self-signed CA certificate with a P-256 key. Raises ValueError."""
+    certificate = load_certificate(pem)
+    key = certificate.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ValueError("issuer_certificate: its key is not P-256")
+    try:
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        certificate.verify_directly_issued_by(certificate)
+    except (x509.ExtensionNotFound, ValueError, InvalidSignature) as error:
+        raise ValueError("issuer_certificate: not a self-signed CA certificate") from error
+    if not constraints.ca:
+        raise ValueError("issuer_certificate: not a CA certificate")
+
+
 class Witness(Document):
-    """A witness of the ledger and the Ed25519 key with which it cosigns checkpoints."""
+    """A witness of the other members' ledgers and the Ed25519 key with which it cosigns checkpoints.
+
+    `url` is what C2SP tlog-witness calls its submission prefix. `issuer_certificate` is the P-256 CA certificate under
+    which its TLS certificate is; None: whoever answers there is asked, since a cosignature verifies itself.
+    """
 
     name: Name
     member: Name
     url: Url
     public_key: PublicKey
+    issuer_certificate: CertificatePem | None = None
+
+    @model_validator(mode="after")
+    def _issues(self) -> Witness:
+        if self.issuer_certificate is not None:
+            must_issue(self.issuer_certificate)
+        return self
 
 
 class VirtualRoot(Document):
@@ -206,6 +222,7 @@ class Consortium(Document):
     threshold: int = Field(ge=1, le=64)
     thresholds: Thresholds = Thresholds()
     broker_threshold: int = Field(default=1, ge=1, le=16)
+    witness_threshold: int = Field(default=0, ge=0, le=16)
     virtual_roots: tuple[VirtualRoot, ...] = Field(default=(), max_length=16)
     lease_seconds: int = Field(default=60, ge=5, le=3600)
     attestation_interval_seconds: int = Field(default=300, ge=5, le=86400)
@@ -233,6 +250,13 @@ class Consortium(Document):
                 raise ValueError(f"{what}: {number} of {len(names)} members can never sign")
         if self.broker_threshold > len(self.brokers):
             raise ValueError(f"broker_threshold: {self.broker_threshold} of {len(self.brokers)} brokers can never sign")
+        for broker in self.brokers:
+            others = len(self.witnesses_of(broker))
+            if self.witness_threshold > others:
+                raise ValueError(
+                    f"witness_threshold: {self.witness_threshold} cannot cosign the ledger of {broker.name}, for which "
+                    f"{others} witnesses of other members than {broker.member} are there"
+                )
         if self.trust_domain.startswith("virtual.") != (self.platform == "virtual"):
             raise ValueError('trust_domain begins with "virtual." if and only if the platform is virtual')
         if (len(self.virtual_roots) > 0) != (self.platform == "virtual"):
@@ -246,6 +270,10 @@ class Consortium(Document):
     def broker(self, name: str) -> BrokerEntry | None:
         """Return the broker called `name`, or None."""
         return next((broker for broker in self.brokers if broker.name == name), None)
+
+    def witnesses_of(self, broker: BrokerEntry) -> tuple[Witness, ...]:
+        """Return the witnesses whose cosignatures count for this broker's ledger: those of other members."""
+        return tuple(witness for witness in self.witnesses if witness.member != broker.member)
 
     def threshold_for(self, role: str) -> int:
         """Return how many members must sign the TUF role `role` (a member's own role needs that member's signature)."""

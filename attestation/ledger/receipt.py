@@ -1,4 +1,4 @@
-"""Receipts: that an entry is in a ledger whose head a broker signed."""
+"""Receipts: that an entry is in a ledger whose head a broker signed and its witnesses cosigned."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from attestation.canonical import b64, canonical_bytes, unb64
 from attestation.errors import LedgerRefused
-from attestation.ledger.checkpoint import MAX_CHECKPOINT, Checkpoint, open_checkpoint
+from attestation.ledger.checkpoint import MAX_CHECKPOINT, Checkpoint
+from attestation.ledger.cosignature import Ledger, open_cosigned
 from attestation.ledger.tree import HASH_SIZE, leaf_hash, verify_inclusion
 from policies.errors import Unusable
 
@@ -50,9 +49,12 @@ def parse_receipt(value: Mapping[str, Any]) -> Receipt:
     return Receipt(index, checkpoint, tuple(unb64(step, where="receipt") for step in proof))
 
 
-def check_receipt(receipt: Receipt, entry: bytes, origin: str, key: Ed25519PublicKey) -> Checkpoint:
-    """Check that the receipt shows `entry` (its bytes) in the ledger `origin`. Raises LedgerRefused or Unusable."""
-    checkpoint = open_checkpoint(receipt.checkpoint, origin, key)
+def check_receipt(receipt: Receipt, entry: bytes, ledger: Ledger) -> Checkpoint:
+    """Check that the receipt shows `entry` (its bytes) in this ledger, cosigned by as many witnesses as it demands.
+
+    Raises LedgerRefused or Unusable.
+    """
+    checkpoint = open_cosigned(receipt.checkpoint, ledger)
     if not verify_inclusion(receipt.index, checkpoint.size, leaf_hash(entry), receipt.proof, checkpoint.root):
         raise LedgerRefused(
             (f"the proof does not show this entry at {receipt.index} of {checkpoint.size}",), where="receipt"

@@ -51,8 +51,7 @@ from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
+    from attestation.ledger.cosignature import Ledger
     from policies.charter import Charter
 
 T = TypeVar("T")
@@ -183,7 +182,7 @@ class UserClient:
         finally:
             call.cancel()
 
-    def download(self, job: str, folder: Path, *, ledgers: Mapping[str, Ed25519PublicKey] | None) -> Path:
+    def download(self, job: str, folder: Path, *, ledgers: Mapping[str, Ledger] | None) -> Path:
         """Download, verify and open a job's result into `folder`, which is made.
 
         `ledgers` are the keys of the ledgers, by origin, in one of which the statement has to be (None: not asked for).
@@ -256,7 +255,7 @@ class UserClient:
         return answer
 
 
-def check_logged(head: Result, ledgers: Mapping[str, Ed25519PublicKey]) -> None:
+def check_logged(head: Result, ledgers: Mapping[str, Ledger]) -> None:
     """Check that the result's statement is in one of these ledgers. Raises LedgerRefused."""
     where = "receipt"
     try:
@@ -266,7 +265,7 @@ def check_logged(head: Result, ledgers: Mapping[str, Ed25519PublicKey]) -> None:
         origin = parse_checkpoint(receipt.checkpoint).origin
         if origin not in ledgers:
             raise LedgerRefused((f"the receipt is of {origin[:100]!r}, no broker's ledger",), where=where)
-        check_receipt(receipt, entry, origin, ledgers[origin])
+        check_receipt(receipt, entry, ledgers[origin])
         found = parse_entry(entry)
         logged = found.body["document"]["statement"]
     except SealwrightError:

@@ -28,6 +28,7 @@ from policies.keys import fingerprint
 _NUMBERS: Final = {
     "threshold": "members who must sign",
     "broker_threshold": "brokers who must sign the timestamp",
+    "witness_threshold": "witnesses who must cosign a ledger",
     "lease_seconds": "lease of a credential, in seconds",
     "attestation_interval_seconds": "seconds between attestations",
     "credential_seconds": "lifetime of a credential's certificate, in seconds",
@@ -89,7 +90,11 @@ def _founding(consortium: Consortium) -> list[Change]:
         ),
         *_thresholds(consortium),
         *(_broker_added(consortium, broker.name) for broker in consortium.brokers),
-        *(Change(f"Witness {w.name} of {w.member}, at {w.url}.") for w in consortium.witnesses),
+        *(
+            Change(f"Witness {w.name} of {w.member}, at {w.url}, key {_print(w.public_key)}.")
+            for w in consortium.witnesses
+        ),
+        *_witness_threshold(consortium),
         *(
             Change(f"Admit the virtual platform ({root.product}) with the root {root.ark_spki_sha256}.")
             for root in consortium.virtual_roots
@@ -100,6 +105,12 @@ def _founding(consortium: Consortium) -> list[Change]:
 def _thresholds(consortium: Consortium) -> list[Change]:
     own = consortium.thresholds.model_dump()
     return [Change(f"For {role}, {number} members must sign.") for role, number in own.items() if number is not None]
+
+
+def _witness_threshold(consortium: Consortium) -> list[Change]:
+    if consortium.witness_threshold == 0:
+        return []
+    return [Change(f"{consortium.witness_threshold} witnesses must cosign a broker's ledger before its answer leaves.")]
 
 
 def _broker_added(consortium: Consortium, name: str) -> Change:

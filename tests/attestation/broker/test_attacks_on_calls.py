@@ -290,12 +290,13 @@ def test_health_metrics_ledger_and_proofs(broker: Any) -> None:
     entries = json.loads(call("GET", f"/v1/ledger/entries?start=0&end={size}")[1])["entries"]
     assert len(entries) == min(size, 256)
     from attestation.canonical import unb64
+    from attestation.ledger.cosignature import Ledger
     from attestation.ledger.receipt import check_receipt, parse_receipt
 
     first = unb64(entries[0], where="t")
     assert parse_entry(first).kind == "charter"
     receipt = parse_receipt(json.loads(call("GET", "/v1/ledger/proof?index=0")[1]))
-    check_receipt(receipt, first, client.origin, client.key)
+    check_receipt(receipt, first, Ledger(client.origin, client.key, {}, 0))
     assert json.loads(call("GET", "/v1/ledger/proof?old=1")[1])["old"] == 1
     client.close()
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from attestation.errors import LedgerRefused
 from attestation.ledger.checkpoint import Checkpoint, ledger_origin, open_checkpoint, parse_checkpoint, sign_checkpoint
+from attestation.ledger.cosignature import Ledger
 from attestation.ledger.entry import MAX_ENTRY, Entry, parse_entry
 from attestation.ledger.receipt import Receipt, check_receipt, parse_receipt
 from attestation.ledger.tree import MemoryTree, inclusion_proof
@@ -20,6 +21,7 @@ from policies.errors import Refused, Unusable
 
 KEY = Ed25519PrivateKey.generate()
 ORIGIN = ledger_origin("virtual.trial", "one")
+LEDGER = Ledger(ORIGIN, KEY.public_key(), {}, 0)
 AT = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
@@ -84,18 +86,18 @@ def test_a_receipt_shows_one_entry_only() -> None:
     note = sign_checkpoint(Checkpoint(ORIGIN, 5, tree.root()), KEY)
     receipt = Receipt(3, note, tuple(inclusion_proof(3, 5, tree.read)))
     assert parse_receipt(receipt.to_json()) == receipt
-    assert check_receipt(receipt, entries[3], ORIGIN, KEY.public_key()).size == 5
+    assert check_receipt(receipt, entries[3], LEDGER).size == 5
     for entry in entries[:3]:
         with pytest.raises(LedgerRefused):
-            check_receipt(receipt, entry, ORIGIN, KEY.public_key())
+            check_receipt(receipt, entry, LEDGER)
     with pytest.raises(LedgerRefused):
-        check_receipt(Receipt(2, note, receipt.proof), entries[3], ORIGIN, KEY.public_key())
+        check_receipt(Receipt(2, note, receipt.proof), entries[3], LEDGER)
     for changed in (
         {"index": True},
         {"proof": ["x"]},
         {"proof": [1]},
         {"more": 1},
-        {"checkpoint": "x" * 5000},
+        {"checkpoint": "x" * 9000},
         {"index": None},
     ):
         with pytest.raises(Unusable):
