@@ -402,6 +402,7 @@ def found_federation(folder: Path) -> FederationWorld:
             ),
         ),
         threshold=2,
+        lease_seconds=900,  # leases have tests of their own; the others are not to race a busy machine
         virtual_roots=(VirtualRoot(product="Milan", ark_spki_sha256="0" * 64),),
     )
     images = [

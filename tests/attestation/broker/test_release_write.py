@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import World
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from attestation.broker.keys import KekFile, seal_resource
@@ -39,7 +38,7 @@ KEK = KekFile(bytes(32))
 class Decision:
     """A release that is decided over a fresh ledger; `meanwhile` runs between decision and entry, at the first try."""
 
-    def __init__(self, storage: Storage, world: World, guest: GuestSession) -> None:
+    def __init__(self, storage: Storage, world: Any, guest: GuestSession) -> None:
         self.storage = storage
         self.followed = True
         self.deposit(1)
@@ -80,7 +79,7 @@ class Decision:
 
 
 @pytest.fixture
-def decision(storage: Storage, world: World, guests: Callable[..., GuestSession]) -> Decision:
+def decision(storage: Storage, world: Any, guests: Callable[..., GuestSession]) -> Decision:
     guest = guests()
     guest.attest()
     return Decision(storage, world, guest)
