@@ -23,6 +23,8 @@ from attestation.broker.exchange import (
 )
 from attestation.broker.metrics import Metrics
 from attestation.broker.service import Broker
+from attestation.witness.http import WITNESS
+from attestation.witness.http import routes as witness_routes
 from policies.errors import SealwrightError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -38,6 +40,9 @@ def make_app(broker: Broker, *, client_rate: float = 200.0, client_burst: int = 
     app[LIMITS] = ClientLimits(client_rate, client_burst)
     app.add_routes(http_v1.routes)
     app.add_routes(http_kbs.routes)
+    app.add_routes(witness_routes)
+    if broker.witness is not None:
+        app[WITNESS] = broker.witness
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/metrics", metrics)
     return app
@@ -82,6 +87,8 @@ async def healthz(request: web.Request) -> web.Response:
         broker.storage.read(lambda step: step.head())
     except SealwrightError as error:
         problems.append(error.what)
+    if broker.storage.cosigner.problem:
+        problems.append(broker.storage.cosigner.problem)
     warnings = [broker.charters.problem] if broker.charters.problem and not problems else []
     state = {"alive": True, "ready": not problems, "problems": problems, "warnings": warnings}
     return json_response(state, status=503 if problems else 200)
@@ -90,7 +97,8 @@ async def healthz(request: web.Request) -> web.Response:
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus's text format."""
     storage = request.app[BROKER].storage
-    gauges = {"ledger_entries": float(storage.read(lambda step: step.head()).size)}
+    head, published = storage.read(lambda step: (step.head(), step.published()))
+    gauges = {"ledger_entries": float(head.size), "ledger_published_entries": float(published.size)}
     return web.Response(text=request.app[METRICS].text(gauges), content_type="text/plain")
 
 

@@ -1,6 +1,7 @@
 """A broker's settings and its folder: one TOML file, and the files it names relative to itself.
 
 broker.toml  root.json  charter/  keys/{signing.pem,issuer.pem,kek}  state/broker.sqlite
+keys/witness.pem  state/witness.sqlite   if the broker witnesses the other members' ledgers (attestation.witness)
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class BrokerConfig(_Section):
     issuer_key: str = "keys/issuer.pem"
     kek: str = "keys/kek"
     database: str = "state/broker.sqlite"
+    witness_key: str = "keys/witness.pem"
+    witness_state: str = "state/witness.sqlite"
     endorsements: str = "endorsements"
     kds: bool = True
     gpu_endorsements: str = "gpu"

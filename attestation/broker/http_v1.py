@@ -276,7 +276,7 @@ async def signed_time(request: web.Request) -> web.Response:
         charter = (await call.broker.charter(call.broker.clock())).charter
     except Refused as error:
         return call.refused(error)
-    head = call.broker.storage.read(lambda step: step.head())
+    head = call.broker.storage.read(lambda step: step.published())
     return call.done({"charter": {"id": charter.id, "version": charter.version}, "checkpoint": head.checkpoint})
 
 
@@ -291,7 +291,7 @@ async def charter_store(request: web.Request) -> web.Response:
 @routes.get("/v1/ledger/checkpoint")
 async def checkpoint(request: web.Request) -> web.Response:
     """The ledger's signed head, as a C2SP signed note."""
-    head = request.app[BROKER].storage.read(lambda step: step.head())
+    head = request.app[BROKER].storage.read(lambda step: step.published())
     return web.Response(text=head.checkpoint, content_type="text/plain")
 
 
@@ -309,9 +309,9 @@ async def proof(request: web.Request) -> web.Response:
     storage = request.app[BROKER].storage
     if "index" in request.query:
         index = _number(request, "index")
-        return json_response(storage.read(lambda step: step.receipt(index, step.head())).to_json())
+        return json_response(storage.read(lambda step: step.receipt(index, step.published())).to_json())
     old = _number(request, "old")
-    head, steps = storage.read(lambda step: ((head := step.head()), step.consistency(old, head.size)))
+    head, steps = storage.read(lambda step: ((head := step.published()), step.consistency(old, head.size)))
     return json_response({"checkpoint": head.checkpoint, "old": old, "proof": [b64(step) for step in steps]})
 
 

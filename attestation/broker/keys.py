@@ -166,11 +166,14 @@ class Issuer:
             .public_bytes(Encoding.DER)
         )
 
-    def server_certificate(self, public_key: ec.EllipticCurvePublicKey, broker: str, at: datetime) -> bytes:
-        """The broker's own TLS certificate in DER, for SERVER_DAYS."""
+    def server_certificate(
+        self, public_key: ec.EllipticCurvePublicKey, name: str, roles: Sequence[str], at: datetime
+    ) -> bytes:
+        """The TLS certificate of `name` in these roles (`broker`, `witness`) in DER, for SERVER_DAYS."""
+        names = [x509.DNSName(dns_name(role, name)) for role in roles]
         return (
-            self._leaf(f"broker/{broker}"[:64], public_key, at, timedelta(days=SERVER_DAYS))
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(dns_name("broker", broker))]), critical=False)
+            self._leaf(f"{roles[0]}/{name}"[:64], public_key, at, timedelta(days=SERVER_DAYS))
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .sign(self._key, hashes.SHA256())
             .public_bytes(Encoding.DER)
         )

@@ -6,18 +6,13 @@ import asyncio
 import os
 import resource
 import signal
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
 import uvloop
-from aiohttp import web
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509 import load_der_x509_certificate
 
 from attestation.broker.app import make_app
 from attestation.broker.charters import CharterFolder, charter_from_ledger
@@ -25,23 +20,22 @@ from attestation.broker.clock import now
 from attestation.broker.config import BrokerConfig, load_config
 from attestation.broker.exchange import log
 from attestation.broker.gpu_folder import GpuFolder
-from attestation.broker.keys import Issuer, load_issuer, load_kek
+from attestation.broker.keys import load_issuer, load_kek
+from attestation.broker.listening import ServerTls, listening
 from attestation.broker.service import Broker
 from attestation.broker.storage import open_storage
 from attestation.broker.upkeep import sole_broker
 from attestation.endorsements.kds import KdsClient, https_fetch
 from attestation.endorsements.kds_cache import KdsCache
 from attestation.ledger.checkpoint import ledger_origin
+from attestation.witness.service import Witness
+from attestation.witness.store import open_store
 from policies.charter import read_store
 from policies.charter.signing import current_charter
+from policies.documents import Consortium
 from policies.errors import SealwrightError, Unusable
 from policies.keys import load_private_key, public_pem
 
-HANDSHAKE_SECONDS: Final = 10.0
-IDLE_SECONDS: Final = 20.0
-"""How long a connection may take to send a request's head, the first or the next."""
-SHUTDOWN_SECONDS: Final = 5.0
-CERTIFICATE_RENEWAL: Final = timedelta(days=1)
 OPEN_FILES: Final = 65_536
 UPKEEP_SECONDS: Final = 30.0
 KDS_SECONDS: Final = 20.0
@@ -73,7 +67,7 @@ def open_broker(folder: Path, config: BrokerConfig) -> Broker:
     fetch = https_fetch() if config.kds and consortium.platform == "hardware" else None
     kds = KdsClient(KdsCache(folder / config.endorsements), fetch, patience_seconds=KDS_SECONDS)
     lifetime = timedelta(hours=config.timestamp_hours)
-    return Broker(
+    broker = Broker(
         config.name,
         storage=storage,
         charters=CharterFolder(folder / config.charter, root, signing_key, lifetime, known=known),
@@ -85,85 +79,42 @@ def open_broker(folder: Path, config: BrokerConfig) -> Broker:
         session_seconds=config.limits.session_seconds,
         max_sessions=config.limits.sessions,
     )
+    try:
+        broker.witness = _open_witness(folder, config, broker)
+    except BaseException:
+        storage.close()
+        raise
+    return broker
 
 
-class ServerTls:
-    """The server's TLS context, with a certificate under the broker's issuer that is renewed while it runs."""
+def _open_witness(folder: Path, config: BrokerConfig, broker: Broker) -> Witness | None:
+    """The witness of the other members' ledgers, if this broker has a key for one. Raises Unusable."""
+    path = folder / config.witness_key
+    if not path.exists():
+        return None
+    key, state = load_private_key(path), open_store(folder / config.witness_state)
 
-    def __init__(self, issuer: Issuer, broker: str) -> None:
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_3
-        self.context.set_alpn_protocols(["http/1.1"])
-        self._issuer = issuer
-        self._broker = broker
-        self._renewed: datetime | None = None
+    def consortium() -> Consortium | None:
+        return None if broker.followed is None else broker.followed.consortium
 
-    def renew(self, at: datetime) -> None:
-        """Take a fresh key and certificate for new connections, if the last is older than CERTIFICATE_RENEWAL."""
-        if self._renewed is not None and at - self._renewed < CERTIFICATE_RENEWAL:
-            return
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._issuer.server_certificate(key.public_key(), self._broker, at)
-        pem = (
-            load_der_x509_certificate(certificate).public_bytes(Encoding.PEM)
-            + self._issuer.certificate_pem.encode("ascii")
-            + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        )
-        descriptor = os.memfd_create("tls", os.MFD_CLOEXEC)  # OpenSSL wants a file: this one is never on a disk
-        try:
-            os.write(descriptor, pem)
-            self.context.load_cert_chain(f"/proc/self/fd/{descriptor}")
-        finally:
-            os.close(descriptor)
-        self._renewed = at
+    return Witness(key, state, consortium, now)
 
 
 @asynccontextmanager
 async def serving(broker: Broker, config: BrokerConfig) -> AsyncIterator[str]:
     """Serve `broker` until the block ends; gives `host:port` as it is bound."""
-    tls = ServerTls(broker.issuer, broker.name)
+    tls = ServerTls(broker.issuer, broker.name, ["broker"] if broker.witness is None else ["broker", "witness"])
     tls.renew(now())
     await broker.charter(broker.clock())
-    runner = web.AppRunner(
-        make_app(broker, client_rate=config.limits.client_rate, client_burst=config.limits.client_burst),
-        access_log=None,
-        keepalive_timeout=IDLE_SECONDS,
-        max_line_size=4096,
-        max_field_size=16384,
-        auto_decompress=False,
-        shutdown_timeout=SHUTDOWN_SECONDS,
-    )
-    await runner.setup()
-    if runner.server is None:
-        raise Unusable("the server did not start", where=config.listen, do="Look at the log.")
-    host, _, port = config.listen.rpartition(":")
-    try:
-        server = await asyncio.get_running_loop().create_server(
-            runner.server,
-            host.strip("[]"),
-            int(port),
-            ssl=tls.context,
-            backlog=1024,
-            ssl_handshake_timeout=HANDSHAKE_SECONDS,
-            reuse_address=True,
-        )
-    except OSError as error:
-        await runner.cleanup()
-        raise Unusable(
-            f"the address cannot be listened on: {error.strerror}",
-            where=config.listen,
-            do="Choose another in `listen`.",
-        ) from error
-    upkeep = asyncio.create_task(_upkeep(broker, tls))
-    try:
-        bound = server.sockets[0].getsockname()
-        yield f"{host}:{bound[1]}"
-    finally:
-        upkeep.cancel()
-        with suppress(asyncio.CancelledError):
-            await upkeep
-        server.close()
-        await runner.cleanup()
+    app = make_app(broker, client_rate=config.limits.client_rate, client_burst=config.limits.client_burst)
+    async with listening(app, tls, config.listen) as address:
+        upkeep = asyncio.create_task(_upkeep(broker, tls))
+        try:
+            yield address
+        finally:
+            upkeep.cancel()
+            with suppress(asyncio.CancelledError):
+                await upkeep
 
 
 async def _upkeep(broker: Broker, tls: ServerTls) -> None:
@@ -220,6 +171,8 @@ async def _run(folder: Path, config: BrokerConfig) -> None:
             log("ending", broker=broker.name)
     finally:
         broker.storage.close()
+        if broker.witness is not None:
+            broker.witness.close()
 
 
 def run_broker(path: Path) -> None:

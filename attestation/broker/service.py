@@ -48,6 +48,7 @@ from attestation.identity import enrolment_reasons
 from attestation.ledger.entry import BROKER_KINDS, parse_entry
 from attestation.ledger.receipt import Receipt
 from attestation.messages import Deposit
+from attestation.witness.service import Witness
 from policies.charter import Charter
 from policies.errors import Refused, SealwrightError, Unusable
 
@@ -118,6 +119,8 @@ class Broker:
         self.issuer = issuer
         self.clock = clock or CheckedClock(_last_time(storage))
         """The time, whole seconds. Raises BrokerUnavailable if the clock cannot be relied on."""
+        self.witness: Witness | None = None
+        """The witness of other members' ledgers that runs in this broker, if one does."""
         self._kek = kek
         self._complete = complete
         self._gpu_endorsements = gpu_endorsements
@@ -142,16 +145,23 @@ class Broker:
             raise BrokerUnavailable(f"the broker has no charter that holds: {why}", where="charter")
         return self._followed
 
+    @property
+    def followed(self) -> Charter | None:
+        """The charter that is followed now, lapsed or not."""
+        return None if self._followed is None else self._followed.charter
+
     async def reload(self, at: datetime) -> bool:
         """Look at the charter's folder again; return whether another charter is followed from now on."""
         found = await asyncio.to_thread(self.charters.load, at)
         if found is None:
             return False
         try:
-            if found.charter.broker(self.name) is None:
+            entry = found.charter.broker(self.name)
+            if entry is None:
                 do = "Put the broker into the charter again, or end it."
                 raise Unusable(f"the charter has no broker {self.name} any more", where="charter", do=do)
-            await self.storage.transact(lambda step: _follow(step, found, at))
+            self.storage.cosigner.follow(found.charter.consortium, entry)
+            await self.storage.transact(lambda step: _follow(step, found, at), cosigned=False)
         except BaseException:
             self.charters.forget()  # nothing is decided by a charter that the ledger does not name: load it again
             raise

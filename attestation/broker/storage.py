@@ -3,7 +3,8 @@
 One writer thread runs transactions in batches: each is a function of a `Transaction` run in a savepoint of its own,
 and all of a batch are committed together, with one signed checkpoint, before any of their answers leaves. So an entry
 is durable (WAL, synchronous=FULL) when its caller hears of it, a batch costs one fsync, and a decision, its ledger
-entry and its counters are one atomic step.
+entry and its counters are one atomic step. Where the charter demands it, witnesses have cosigned a head above it too
+(attestation.broker.cosigning).
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from attestation.broker.cosigning import Cosigner
 from attestation.broker.transaction import METADATA, Head
 from attestation.broker.transaction import StoredResource as StoredResource
 from attestation.broker.transaction import Transaction as Transaction
@@ -42,6 +46,17 @@ BUSY_SECONDS: Final = 5
 class _Step(Generic[T]):
     work: Callable[[Transaction], T]
     done: Future[tuple[T, tuple[Receipt, ...]]]
+    cosigned: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outcome:
+    """What came of a step: its result and the entries that it appended, or what it raised."""
+
+    step: _Step[Any]
+    result: Any
+    appended: list[int]
+    problem: BaseException | None
 
 
 class Storage:
@@ -54,20 +69,26 @@ class Storage:
         self._origin = origin
         self._key = key
         self._steps: queue.Queue[_Step[Any] | None] = queue.Queue(QUEUE)
+        self.cosigner = Cosigner(self.read, self._publish)
         self._writer = threading.Thread(target=self._write, name="ledger-writer", daemon=True)
         self._writer.start()
 
-    async def transact(self, work: Callable[[Transaction], T]) -> tuple[T, tuple[Receipt, ...]]:
+    async def transact(
+        self, work: Callable[[Transaction], T], *, cosigned: bool = True
+    ) -> tuple[T, tuple[Receipt, ...]]:
         """Run `work` in a transaction; return its result and the receipts of what it appended, once durable.
 
-        What `work` raises comes back, and nothing of it is kept. Raises BrokerUnavailable if the database cannot be
-        written or too much waits for it.
+        What was appended is cosigned first if the charter demands it (not with `cosigned` False: for what is told to
+        nobody). What `work` raises comes back, and nothing of it is kept. Raises BrokerUnavailable if the database
+        cannot be written or too much waits for it; or if too few witnesses cosigned: then the entries stay.
         """
-        return await self.submit(work)
+        return await self.submit(work, cosigned=cosigned)
 
-    def submit(self, work: Callable[[Transaction], T]) -> asyncio.Future[tuple[T, tuple[Receipt, ...]]]:
+    def submit(
+        self, work: Callable[[Transaction], T], *, cosigned: bool = True
+    ) -> asyncio.Future[tuple[T, tuple[Receipt, ...]]]:
         """Like `transact`, but it takes its place in the writer's order at once, whenever it is awaited."""
-        return asyncio.wrap_future(self._submit(work))
+        return asyncio.wrap_future(self._submit(work, cosigned=cosigned))
 
     def transact_now(self, work: Callable[[Transaction], T]) -> tuple[T, tuple[Receipt, ...]]:
         """Like `transact`, for a caller that may block."""
@@ -87,10 +108,15 @@ class Storage:
         if self._writer.is_alive():
             self._steps.put(None)
             self._writer.join(timeout=4 * BUSY_SECONDS)
+        self.cosigner.close()
         self._engine.dispose()
 
-    def _submit(self, work: Callable[[Transaction], T]) -> Future[tuple[T, tuple[Receipt, ...]]]:
-        step: _Step[T] = _Step(work, Future())
+    def _submit(
+        self, work: Callable[[Transaction], T], *, cosigned: bool = True
+    ) -> Future[tuple[T, tuple[Receipt, ...]]]:
+        if cosigned and self.cosigner.waiting >= QUEUE:
+            raise BrokerUnavailable(f"{QUEUE} answers wait for the ledger's witnesses", where="witnesses")
+        step: _Step[T] = _Step(work, Future(), cosigned)
         try:
             self._steps.put_nowait(step)
         except queue.Full as error:
@@ -118,7 +144,7 @@ class Storage:
     def _commit(self, batch: list[_Step[Any]]) -> None:
         """Run and commit a batch, then tell each caller."""
         batch = [step for step in batch if step.done.set_running_or_notify_cancel()]
-        outcomes: list[tuple[_Step[Any], Any, list[int], BaseException | None]] = []
+        outcomes: list[_Outcome] = []
         try:
             if _identity(self._path) != self._identity:  # SQLite would go on writing to a file that nobody can open
                 raise FileNotFoundError("its file was removed or replaced")
@@ -127,12 +153,15 @@ class Storage:
                 transaction = Transaction(connection)
                 outcomes.extend(self._run(connection, transaction, step) for step in batch)
                 head = transaction.head()
-                if any(appended for _, _, appended, _ in outcomes):
+                grown = any(one.appended for one in outcomes)
+                if grown:
                     size = transaction.size()
                     checkpoint = Checkpoint(self._origin, size, root_hash(size, transaction.node))
                     head = Head(size, sign_checkpoint(checkpoint, self._key))
                     transaction.set_head(head)
-                receipts = [tuple(transaction.receipt(n, head) for n in appended) for _, _, appended, _ in outcomes]
+                later = [one for one in outcomes if one.appended and one.step.cosigned and self.cosigner.demanded]
+                now = [one for one in outcomes if one not in later]
+                receipts = [_receipts(transaction, one, head) for one in now]
                 connection.exec_driver_sql("COMMIT")
         except Exception as error:  # whatever it is, each waiting caller must hear that nothing was kept
             failure = BrokerUnavailable(f"the database cannot be written: {_words(error)}", where="database")
@@ -140,16 +169,35 @@ class Storage:
             for step in batch:
                 step.done.set_exception(failure)
             return
-        for (step, result, _, problem), proofs in zip(outcomes, receipts, strict=True):
-            if problem is not None:
-                step.done.set_exception(problem)
+        if later:
+            self.cosigner.wait(head.size, len(later), partial(self._answer, later))
+        elif grown:
+            self.cosigner.stir()
+        for one, proofs in zip(now, receipts, strict=True):
+            _tell(one, proofs)
+
+    def _answer(self, outcomes: list[_Outcome], found: Head | BrokerUnavailable) -> None:
+        """Tell the callers whose entries a cosigned head has, or why there is none."""
+        if isinstance(found, Head):
+            head = found
+            try:
+                receipts = self.read(lambda step: [_receipts(step, one, head) for one in outcomes])
+            except BrokerUnavailable as error:
+                found = error
             else:
-                step.done.set_result((result, proofs))
+                for one, proofs in zip(outcomes, receipts, strict=True):
+                    _tell(one, proofs)
+                return
+        for one in outcomes:
+            one.step.done.set_exception(found)
+
+    def _publish(self, head: Head | None) -> None:
+        """Keep a cosigned head with the next commit; if the writer is too busy, a later head will be kept."""
+        with suppress(BrokerUnavailable):
+            self._submit(lambda step: step.publish(head), cosigned=False)
 
     @staticmethod
-    def _run(
-        connection: sa.Connection, transaction: Transaction, step: _Step[Any]
-    ) -> tuple[_Step[Any], Any, list[int], BaseException | None]:
+    def _run(connection: sa.Connection, transaction: Transaction, step: _Step[Any]) -> _Outcome:
         transaction.appended = []
         connection.exec_driver_sql("SAVEPOINT step")
         try:
@@ -159,9 +207,20 @@ class Storage:
         except Exception as problem:  # goes to the caller that asked, by its future
             connection.exec_driver_sql("ROLLBACK TO step")
             connection.exec_driver_sql("RELEASE step")
-            return step, None, [], problem
+            return _Outcome(step, None, [], problem)
         connection.exec_driver_sql("RELEASE step")
-        return step, result, transaction.appended, None
+        return _Outcome(step, result, transaction.appended, None)
+
+
+def _receipts(transaction: Transaction, outcome: _Outcome, head: Head) -> tuple[Receipt, ...]:
+    return tuple(transaction.receipt(number, head) for number in outcome.appended)
+
+
+def _tell(outcome: _Outcome, receipts: tuple[Receipt, ...]) -> None:
+    if outcome.problem is not None:
+        outcome.step.done.set_exception(outcome.problem)
+    else:
+        outcome.step.done.set_result((outcome.result, receipts))
 
 
 def _words(error: BaseException) -> str:
@@ -230,9 +289,11 @@ def check_head(transaction: Transaction, origin: str, key: Ed25519PrivateKey) ->
         raise LedgerRefused((f"the database holds the ledger {found}, not {origin}",), where="database")
     if size == 0 and not head.checkpoint:
         return
-    checkpoint = open_checkpoint(head.checkpoint, origin, key.public_key())
-    if (checkpoint.size, checkpoint.root) != (size, root_hash(size, transaction.node)):
-        raise LedgerRefused(("the ledger's tree is not the one its head was signed for",), where="database")
+    for one in (head, transaction.published()):
+        checkpoint = open_checkpoint(one.checkpoint, origin, key.public_key())
+        tree = (one.size, root_hash(one.size, transaction.node) if one.size <= size else b"")
+        if (checkpoint.size, checkpoint.root) != tree or (one is head and one.size != size):
+            raise LedgerRefused(("the ledger's tree is not the one its head was signed for",), where="database")
 
 
 def _identity(path: Path) -> tuple[int, int]:

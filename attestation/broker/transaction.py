@@ -176,6 +176,11 @@ class Transaction:
         """The head of the last commit."""
         return Head(int(self._meta("head_size") or 0), self._meta("checkpoint") or "")
 
+    def published(self) -> Head:
+        """The head that others are shown: the newest that is cosigned, or the last commit's if none has to be."""
+        size = self._meta("cosigned_size")
+        return self.head() if size is None else Head(int(size), self._meta("cosigned") or "")
+
     def receipt(self, number: int, head: Head) -> Receipt:
         """The receipt of an entry under a head."""
         return Receipt(number, head.checkpoint, tuple(inclusion_proof(number, head.size, self.node)))
@@ -244,6 +249,14 @@ class Transaction:
         """Keep the head of this commit (the writer's)."""
         self._set_meta("head_size", str(head.size))
         self._set_meta("checkpoint", head.checkpoint)
+
+    def publish(self, head: Head | None) -> None:
+        """Keep a cosigned head, unless there is a newer one; None: heads are not cosigned any more."""
+        if head is None:
+            self._connection.execute(sa.delete(_META).where(_META.c.key.in_(("cosigned_size", "cosigned"))))
+        elif head.size >= int(self._meta("cosigned_size") or 0):
+            self._set_meta("cosigned_size", str(head.size))
+            self._set_meta("cosigned", head.checkpoint)
 
     def _put_blob(self, digest: str, content: bytes) -> None:
         if sha256(content).hexdigest() != digest:

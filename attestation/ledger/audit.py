@@ -1,7 +1,8 @@
 """Checking an audit bundle offline, from the charter's first root that the auditor brings and nothing else.
 
 1. Each charter that was followed is verified from that root, as it was logged; it gives the broker's keys.
-2. The signed head is that broker's; the tree over the entries is the head's; each receipt is the one it implies.
+2. The signed head is that broker's, and as many witnesses as the newest charter demands have cosigned it; the tree
+   over the entries is the head's; each receipt is the one it implies.
 3. Every file is accounted for, every blob is what its name says.
 4. Every decision is made again from what stands behind it: evidence is appraised, policies are evaluated, counters are
    counted, signatures of owners and issuers are checked (attestation.ledger.retrial).
@@ -36,6 +37,7 @@ from attestation.ledger.bundle import (
     strays,
 )
 from attestation.ledger.checkpoint import Checkpoint, ledger_origin, open_checkpoint, parse_checkpoint
+from attestation.ledger.cosignature import ledger_of, open_cosigned
 from attestation.ledger.entry import Entry, parse_entry
 from attestation.ledger.receipt import Receipt, parse_receipt
 from attestation.ledger.retrial import Decision, Retrial
@@ -205,6 +207,7 @@ class _Audit:
                 note = receipt.checkpoint
         if head is None or self.consortium is None:
             return None, set()
+        self._check_cosignatures(head, note)
         for number in sorted(self.raw):
             if number >= head.size:
                 self.problem(entry_file(number), "it is beyond the signed head")
@@ -216,6 +219,16 @@ class _Audit:
         if good is None:
             good = self._single_proofs(head, receipts)
         return self.consortium.broker(_broker_of(head.origin)), good
+
+    def _check_cosignatures(self, head: Checkpoint, note: str) -> None:
+        """The newest charter in the bundle says how many witnesses must have cosigned the head."""
+        broker = self.consortium.broker(_broker_of(head.origin)) if self.consortium else None
+        if self.consortium is None or broker is None:
+            return
+        try:
+            open_cosigned(note, ledger_of(self.consortium, broker))
+        except SealwrightError as error:
+            self.problem(CHECKPOINT, error.what)
 
     def _whole_tree(self, head: Checkpoint, note: str, receipts: Mapping[int, Receipt | None]) -> set[int] | None:
         """If the entries make the signed tree, all are good, and each receipt must be the one that the tree implies."""

@@ -1,6 +1,6 @@
 """An audit bundle: a ledger with all that stands behind it, as a folder that needs nothing else for years.
 
-checkpoint                    the signed head (C2SP signed note)
+checkpoint                    the signed head (C2SP signed note), cosigned as the charter demands
 entries/00000000.json         each entry's canonical bytes
 receipts/00000000.json        its inclusion proof under that head
 blobs/<sha256>                evidence, init-data, EARs, certificates, deposits, by their digest
@@ -44,8 +44,11 @@ class HeadLike(Protocol):
 class LedgerReader(Protocol):
     """One snapshot of a broker's database (attestation.broker.storage.Transaction)."""
 
-    def head(self) -> Any:
-        """The signed head: `size`, `checkpoint`."""
+    def size(self) -> int:
+        """How many entries there are."""
+
+    def published(self) -> Any:
+        """The signed head that others are shown, cosigned if it has to be: `size`, `checkpoint`."""
 
     def entries(self, start: int, end: int) -> list[bytes]:
         """Entries' bytes."""
@@ -87,14 +90,15 @@ def blob_references(entry: Entry) -> list[str]:
     return [digest for digest in found if isinstance(digest, str) and _DIGEST.fullmatch(digest)]
 
 
-def export_bundle(reader: LedgerReader, folder: Path) -> int:
-    """Write the whole ledger of `reader` into the new `folder`; return how many entries it has.
+def export_bundle(reader: LedgerReader, folder: Path) -> tuple[int, int]:
+    """Write the ledger of `reader`, up to its published head, into the new `folder`.
 
+    Returns how many entries that are, and how many there are beyond, which too few witnesses have cosigned yet.
     Raises Unusable if the folder is not empty or the database has lost something.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Unusable("there is something here already", where=str(folder), do="Name a new folder.")
-    head = reader.head()
+    head = reader.published()
     for number in range(head.size):
         (raw,) = reader.entries(number, number + 1)
         entry = parse_entry(raw)
@@ -106,7 +110,7 @@ def export_bundle(reader: LedgerReader, folder: Path) -> int:
             for name, digest in entry.body["files"].items():
                 _copy(folder / charter_folder(entry) / name, reader.blob, digest)
     _write(folder / CHECKPOINT, head.checkpoint.encode("utf-8"))
-    return int(head.size)
+    return int(head.size), reader.size() - int(head.size)
 
 
 def list_bundle(folder: Path) -> tuple[dict[str, Path], list[tuple[str, str]]]:

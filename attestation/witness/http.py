@@ -9,11 +9,9 @@ from aiohttp import web
 
 from attestation.broker.exchange import log, read_body
 from attestation.ledger.witness import MAX_REQUEST
-from attestation.witness.service import Answer, Witness
+from attestation.witness.service import PREFIX, Answer, Witness
 
 WITNESS: Final = web.AppKey("witness", Witness)
-PREFIX: Final = "/v1/witness"
-"""A witness's URL is that of its server with this path (C2SP: its submission prefix)."""
 routes = web.RouteTableDef()
 
 

@@ -17,6 +17,8 @@ from policies.documents import Consortium
 from policies.errors import Unusable
 from policies.keys import public_pem
 
+PREFIX: Final = "/v1/witness"
+"""A witness's URL is that of its server with this path (C2SP: its submission prefix)."""
 TRIES: Final = 4
 """How often a request is judged anew because another one moved the state meanwhile."""
 
