@@ -263,6 +263,25 @@ def test_a_restored_database_is_noticed(stage: Stage, storage: Storage) -> None:
         older.close()
 
 
+def test_a_broker_with_a_new_key_begins_a_new_ledger(stage: Stage, storage: Storage) -> None:
+    """What the charter's members decided together; the old key is worth nothing then."""
+    for number in range(3):
+        stage.append(storage, number)
+    storage.close()
+    stage.key = Ed25519PrivateKey.generate()
+    stage.broker = stage.broker.model_copy(update={"signing_key": public_pem(stage.key)})
+    stage.consortium = Consortium(**{**dict(stage.consortium), "brokers": (stage.broker,)})
+    fresh = stage.open("fresh")
+    try:
+        with pytest.raises(BrokerUnavailable, match="does not know the key"):
+            stage.append(fresh, 0)
+        for one in stage.witnesses:
+            one.consortium = stage.consortium
+        assert stage.append(fresh, 1).index == 1
+    finally:
+        fresh.close()
+
+
 def test_two_processes_on_one_database(stage: Stage) -> None:
     """Each gets the newest head cosigned, whoever committed it, and takes what the other got."""
     both = [stage.open(), stage.open()]
@@ -353,15 +372,16 @@ def test_of_two_requests_from_one_state_one_wins(stage: Stage) -> None:
 
 def test_a_state_goes_one_step_from_what_it_was(store: WitnessStore, tmp_path: Path) -> None:
     first, second, fork = (Checkpoint("log", size, bytes([mark]) * 32) for size, mark in ((1, 1), (2, 2), (2, 3)))
-    assert store.seen("log") is None
-    assert store.advance(None, first)
-    assert not store.advance(None, fork)
-    assert store.advance(first, second)
-    assert not store.advance(first, fork)
-    assert not store.advance(Checkpoint("log", 2, bytes(32)), fork)
+    assert store.seen("log", "k") is None
+    assert store.advance("k", None, first)
+    assert not store.advance("k", None, fork)
+    assert store.advance("k", first, second)
+    assert not store.advance("k", first, fork)
+    assert not store.advance("k", Checkpoint("log", 2, bytes(32)), fork)
+    assert store.seen("log", "other") is None
     other = open_store(tmp_path / "state/witness.sqlite")
     try:
-        assert other.seen("log") == second
+        assert other.seen("log", "k") == second
     finally:
         other.close()
 
