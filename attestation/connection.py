@@ -175,9 +175,19 @@ class BrokerClient:
         return note
 
     def deposit(
-        self, resource: str, value: bytes, key: Ed25519PrivateKey, *, charter_id: str, at: datetime | None = None
+        self,
+        resource: str,
+        value: bytes,
+        key: Ed25519PrivateKey,
+        *,
+        charter_id: str,
+        at: datetime | None = None,
+        generation: int = 0,
     ) -> Receipt:
-        """Deposit an owner's resource, signed by the owner's member key. Raises BrokerRefused with every reason."""
+        """Deposit an owner's resource, signed by the owner's member key. Raises BrokerRefused with every reason.
+
+        With a `generation`, `value` is this broker's share of a split resource (attestation.split).
+        """
         moment = at or self.time().time
         salt = os.urandom(32)
         content = {
@@ -187,6 +197,7 @@ class BrokerClient:
             "resource": resource,
             "serial": max(int(moment.timestamp() * 1000), time.time_ns() // 1_000_000),
             "time": format_time(moment),
+            **({"generation": generation} if generation else {}),
         }
         token = sign_jws(content, key, kid=resource.partition("/")[0], typ=DEPOSIT_TYPE)
         body = json.dumps({"deposit": token, "salt": b64(salt), "value": b64(value)}).encode()

@@ -118,6 +118,18 @@ class ReleaseRefused(Refused):
         )
 
 
+class SharesMissing(Refused):
+    """A split resource of which too few good shares are at hand, with every broker that gave none and why."""
+
+    def __init__(self, reasons: tuple[str, ...], *, resource: str) -> None:
+        super().__init__(
+            f"{resource} cannot be joined: {'; '.join(reasons)}",
+            where=resource,
+            do="Bring back the brokers that are named, or have the owner share it anew.",
+            reasons=reasons,
+        )
+
+
 class BrokerUnavailable(Refused):
     """A broker that cannot decide now: out of reach, storage gone, or too many requests. Nothing was released."""
 

@@ -92,6 +92,7 @@ class RecordRequest(Message):
 class Deposit(Message):
     """What an owner signs to deposit a resource at one broker. `serial` grows with each deposit of a resource.
 
+    `generation` is 0, and not written, for a whole value, else that of the share that is deposited (attestation.split).
     The ledger keeps this for all to read, so the value is not in it, only a commitment: `value_commitment`.
     """
 
@@ -101,6 +102,7 @@ class Deposit(Message):
     resource: Resource
     serial: Counter
     time: Annotated[str, StringConstraints(max_length=20)]
+    generation: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
 class DepositRequest(Message):

@@ -108,6 +108,7 @@ __all__ = [
     "Right",
     "Role",
     "ServerAddress",
+    "Split",
     "Text",
     "Thresholds",
     "TrustDomain",
@@ -367,6 +368,45 @@ class User(Document):
     def may(self, right: Right) -> bool:
         """Return whether the charter gives this user `right`."""
         return right in self.rights
+
+
+class Split(Document):
+    """A resource that no broker holds whole: target `members/MEMBER/split/TYPE.TAG.json`, by its owner alone.
+
+    `k` of the `brokers`, more than half of them, hold enough to join its value. `generation` grows with each sharing
+    anew. `commitments` has the SHA-256 of each broker's share as it was dealt (`attestation.split`), so that who joins
+    knows a false one and whose it is. A broker's share has the index of its place among `brokers`, from 1.
+    """
+
+    member: Name
+    type: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+    tag: Name
+    k: int = Field(ge=2, le=16)
+    brokers: tuple[Name, ...] = Field(min_length=2, max_length=16)
+    generation: int = Field(ge=1, lt=2**31)
+    commitments: dict[Name, Digest] = Field(max_length=16)
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Split:
+        if list(self.brokers) != sorted(set(self.brokers)):
+            raise ValueError("brokers: each once, in the order of their names")
+        if not self.k <= len(self.brokers) < 2 * self.k:
+            raise ValueError(
+                f"k: {self.k} of {len(self.brokers)} brokers is not more than half of them (k <= n < 2k), so that two "
+                "parts of them could each hold enough"
+            )
+        if set(self.commitments) != set(self.brokers):
+            raise ValueError("commitments: one for each broker")
+        return self
+
+    @property
+    def resource(self) -> str:
+        """The resource's name."""
+        return f"{self.member}/{self.type}/{self.tag}"
+
+    def index(self, broker: str) -> int:
+        """The index of a broker's share, from 1. Raises ValueError for a broker that has none."""
+        return self.brokers.index(broker) + 1
 
 
 def user_spiffe_id(trust_domain: str, member: str, name: str) -> str:

@@ -17,6 +17,7 @@ from attestation.ear import Ear, verify_ear
 from attestation.ears import verify_ears
 from attestation.jws import ed25519_public_key, read_jws, read_jws_header
 from attestation.messages import DEPOSIT_TYPE, MAX_SECRET, Deposit, check_message, value_commitment
+from attestation.split import OVERHEAD, parse_share, share_complaint
 from policies.charter import Charter
 from policies.errors import Refused, Unusable
 
@@ -29,11 +30,29 @@ def check_deposit(
     """What a deposit says, and every reason against it. Raises Unusable for what is no deposit."""
     content, found = check_deposit_token(token, resource, broker, charter, at)
     reasons = [*found]
-    if len(value) > MAX_SECRET:
-        reasons.append(f"the value has {len(value)} bytes, more than {MAX_SECRET}")
+    most = MAX_SECRET + (OVERHEAD if content is not None and content.generation else 0)
+    if len(value) > most:
+        reasons.append(f"the value has {len(value)} bytes, more than {most}")
     if content is not None and value_commitment(salt, value) != content.commitment:
         reasons.append("the value is not the one that was signed")
+    if content is not None and content.generation:
+        reasons += _share_reasons(content, value, charter)
     return content, tuple(reasons)
+
+
+def _share_reasons(content: Deposit, value: bytes, charter: Charter) -> tuple[str, ...]:
+    """What is against a share's bytes: those of the charter's own generation are known by their commitment."""
+    split = charter.split(content.resource)
+    if split is not None and split.generation == content.generation:
+        complaint = share_complaint(split, content.broker, value)
+        return () if complaint is None else (complaint,)
+    try:
+        share = parse_share(value)
+    except Unusable as error:
+        return (error.what,)
+    if share.generation != content.generation:
+        return (f"the share is of generation {share.generation}, the deposit of {content.generation}",)
+    return ()
 
 
 def check_deposit_token(
@@ -56,9 +75,27 @@ def check_deposit_token(
         reasons.append(f"the deposit is for the broker {content.broker}, not {broker}")
     if content.charter != charter.id:
         reasons.append("the deposit is under another charter")
+    reasons += _split_reasons(content, charter)
     if abs(parse_time(content.time, where="deposit") - at) > DEPOSIT_SKEW:
         reasons.append(f"the deposit was signed at {content.time}, not within {DEPOSIT_SKEW} of now")
     return content, tuple(reasons)
+
+
+def _split_reasons(content: Deposit, charter: Charter) -> tuple[str, ...]:
+    """What the charter's word on how a resource is split has against a deposit of it, whole or in part.
+
+    Shares of a later generation than the charter's are kept beside it: they come first, the charter follows.
+    """
+    split = charter.split(content.resource)
+    if split is None:
+        return ()
+    if content.generation == 0:
+        return (f"{content.resource} is split over {', '.join(split.brokers)}: no broker keeps it whole",)
+    if content.generation < split.generation:
+        return (f"the share is of generation {content.generation}, older than the charter's ({split.generation})",)
+    if content.generation == split.generation and content.broker not in split.brokers:
+        return (f"the charter gives {content.broker} no share of {content.resource}",)
+    return ()
 
 
 def check_csr(csr: bytes, ear: Ear) -> EllipticCurvePublicKey:

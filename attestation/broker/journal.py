@@ -101,9 +101,19 @@ def call_denial(call: str, session: Session, reasons: Sequence[str], followed: s
     return Note(Entry("denial", at, body), {})
 
 
-def release(question: ReleaseQuestion, session: Session, charter: Charter, *, serial: int, request: str) -> Note:
-    """A released resource."""
+def release(
+    question: ReleaseQuestion,
+    session: Session,
+    charter: Charter,
+    *,
+    serial: int,
+    request: str,
+    share: tuple[int, int] | None = None,
+) -> Note:
+    """A released resource; `share` is generation and index of what was released of a split one."""
     body = {**_asked(question, session, charter), "request": request, "serial": serial}
+    if share is not None:
+        body["generation"], body["share"] = share
     return Note(
         Entry("release", question.at, body),
         {},
@@ -141,6 +151,7 @@ def deposit(content: Deposit, token: str, charter: Charter, at: datetime) -> Not
         "deposit": digest(token.encode()),
         "resource": content.resource,
         "serial": content.serial,
+        **({"generation": content.generation} if content.generation else {}),
     }
     return Note(Entry("deposit", at, body), {digest(token.encode()): token.encode()}, resource=content.resource)
 

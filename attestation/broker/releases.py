@@ -25,6 +25,7 @@ from attestation.ear import Ear
 from attestation.errors import ReleaseRefused
 from attestation.ledger.receipt import Receipt
 from attestation.messages import not_deposited
+from attestation.split import kept_as, parse_share
 from policies.charter import Charter
 
 Authorise = Callable[[Session | None], Session]
@@ -68,6 +69,15 @@ class _Flight:
     number: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is released: under which name it is kept, the serial of its deposit, and generation and index of a share."""
+
+    kept: str
+    serial: int
+    share: tuple[int, int] | None
+
+
 @dataclass(slots=True)
 class _Gate:
     """The order of decisions over one resource."""
@@ -92,10 +102,10 @@ class Releases:
         """Release, or raise ReleaseRefused with every reason; None if it has to be decided anew (charter, counters)."""
         async with self._gate(request.resource) as gate:
             async with gate.lock:
-                question, reasons, sealed, serial = await asyncio.to_thread(self._prepare, request, gate)
+                question, reasons, sealed, found = await asyncio.to_thread(self._prepare, request, gate)
                 flight = _Flight(journal.place(request.ear.subject), _boot(request.ear))
                 pending = self._storage.submit(
-                    lambda step: self._write(step, request, question, reasons, serial, flight)
+                    lambda step: self._write(step, request, question, reasons, found, flight)
                 )
                 if not reasons:
                     gate.flights.append(flight)
@@ -108,7 +118,7 @@ class Releases:
             return None
         if reasons:
             raise ReleaseRefused(reasons, resource=request.resource)
-        return Released(sealed, serial, request.session, receipts[0], entry)
+        return Released(sealed, found.serial, request.session, receipts[0], entry)
 
     @asynccontextmanager
     async def _gate(self, resource: str) -> AsyncIterator[_Gate]:
@@ -121,11 +131,13 @@ class Releases:
             if gate.users == 0:
                 self._gates.pop(resource, None)
 
-    def _prepare(self, request: Request, gate: _Gate) -> tuple[ReleaseQuestion, tuple[str, ...], Any, int]:
+    def _prepare(self, request: Request, gate: _Gate) -> tuple[ReleaseQuestion, tuple[str, ...], Any, _Found]:
         """Decide, and seal the value if it is released. Runs beside the event loop, one at a time for a resource."""
         ear, charter, resource = request.ear, request.charter, request.resource
+        split = charter.split(resource)
+        kept = kept_as(resource, 0 if split is None else split.generation)
         counters, stored = self._storage.read(
-            lambda step: (_counters(step, resource, ear, gate.flights), step.resource(resource))
+            lambda step: (_counters(step, resource, ear, gate.flights), step.resource(kept))
         )
         enrolment = charter.enrolment(ear.subject.role, ear.subject.name)
         if enrolment is None:
@@ -140,10 +152,13 @@ class Releases:
         )
         if stored is None:
             reasons += (not_deposited(resource),)
+        if split is not None and protocol == "kbs":
+            reasons += (f"{resource} is split, and the KBS protocol joins no shares",)
         if reasons or stored is None:
-            return question, reasons, None, 0
-        sealed = request.seal(request.session, open_resource(stored, self._kek), stored.serial)
-        return question, (), sealed, stored.serial
+            return question, reasons, None, _Found(kept, 0, None)
+        value = open_resource(stored, self._kek)
+        share = None if split is None else (split.generation, parse_share(value).index)
+        return question, (), request.seal(request.session, value, stored.serial), _Found(kept, stored.serial, share)
 
     def _write(
         self,
@@ -151,7 +166,7 @@ class Releases:
         request: Request,
         question: ReleaseQuestion,
         reasons: tuple[str, ...],
-        serial: int,
+        found: _Found,
         flight: _Flight,
     ) -> bytes | None:
         """Write the decision down if everything that it was made over still stands; else None."""
@@ -161,10 +176,12 @@ class Releases:
         if _counters(step, request.resource, request.ear, ()) != question.counters:
             return None
         if not reasons:
-            stored = step.resource(request.resource)
-            if stored is None or stored.serial != serial:
+            stored = step.resource(found.kept)
+            if stored is None or stored.serial != found.serial:
                 return None
-            note = journal.release(question, used, request.charter, serial=serial, request=request.digest)
+            note = journal.release(
+                question, used, request.charter, serial=found.serial, request=request.digest, share=found.share
+            )
         else:
             note = journal.release_denial(question, used, request.charter, reasons)
         step.update_session(used)

@@ -48,6 +48,7 @@ from attestation.identity import enrolment_reasons
 from attestation.ledger.entry import BROKER_KINDS, parse_entry
 from attestation.ledger.receipt import Receipt
 from attestation.messages import Deposit
+from attestation.split import kept_as
 from attestation.witness.service import Witness
 from policies.charter import Charter
 from policies.errors import Refused, SealwrightError, Unusable
@@ -391,11 +392,12 @@ class Broker:
         at = self.clock()
         charter = (await self.charter(at)).charter
         content, reasons = check_deposit(token, resource, salt, value, self.name, charter, at)
-        stored = None if content is None or reasons else seal_resource(resource, content.serial, value, self._kek)
+        name = resource if content is None else kept_as(resource, content.generation)
+        stored = None if content is None or reasons else seal_resource(name, content.serial, value, self._kek)
 
         def work(step: Transaction) -> tuple[str, ...]:
             self._demand_followed(step, charter)
-            old = step.resource(resource)
+            old = step.resource(name)
             against = reasons
             if content is not None and old is not None and content.serial <= old.serial:
                 against = (*against, f"the deposit's serial {content.serial} is not above the last ({old.serial})")
@@ -403,6 +405,7 @@ class Broker:
                 journal.append(step, journal.deposit_denial(resource, against, charter, at))
                 return against
             step.put_resource(stored)
+            _forget_shares(step, resource, charter, content.generation)
             journal.append(step, journal.deposit(content, token, charter, at))
             return ()
 
@@ -465,6 +468,20 @@ def _mark(charter: Charter) -> str:
 def _follow(step: Transaction, found: LoadedCharter, at: datetime) -> None:
     step.append(found.entry(at), blobs=found.blobs())
     step.follow(_mark(found.charter))
+    for split in found.charter.splits():
+        step.drop_resource(split.resource)  # no broker keeps whole what is split, nor a share that was replaced
+        for generation in step.generations(split.resource):
+            if generation < split.generation:
+                step.drop_resource(kept_as(split.resource, generation))
+
+
+def _forget_shares(step: Transaction, resource: str, charter: Charter, deposited: int) -> None:
+    """Forget the shares that a deposit of this generation (0: the whole value) takes the place of."""
+    split = charter.split(resource)
+    kept = {deposited, 0 if split is None else split.generation}
+    for generation in step.generations(resource):
+        if generation not in kept:
+            step.drop_resource(kept_as(resource, generation))
 
 
 def _last_time(storage: Storage) -> datetime | None:

@@ -243,6 +243,17 @@ class Transaction:
         if changed.rowcount == 0:
             self._connection.execute(sa.insert(_RESOURCES).values(name=resource.name, **values))
 
+    def drop_resource(self, name: str) -> None:
+        """Forget a resource, if it is there."""
+        self._connection.execute(sa.delete(_RESOURCES).where(_RESOURCES.c.name == name))
+
+    def generations(self, resource: str) -> list[int]:
+        """Of which generations a share of this resource is here (attestation.split.kept_as)."""
+        prefix = f"{resource}#"
+        start = sa.func.substr(_RESOURCES.c.name, 1, len(prefix))
+        names = self._connection.execute(sa.select(_RESOURCES.c.name).where(start == prefix)).scalars()
+        return sorted(int(name.removeprefix(prefix)) for name in names)
+
     # --- within -----------------------------------------------------------------------------------------------------
 
     def set_head(self, head: Head) -> None:

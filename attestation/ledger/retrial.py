@@ -30,6 +30,7 @@ from attestation.errors import PeerRefused
 from attestation.evidence.composite import SnpEvidence
 from attestation.identity import appraise_peer, enrolment_reasons
 from attestation.ledger.entry import Entry
+from attestation.split import kept_as
 from policies.charter import Charter
 from policies.documents import BrokerEntry
 from policies.errors import Refused, SealwrightError
@@ -116,7 +117,7 @@ class Retrial:
         ear, age, against = self._ear(entry, charter)
         reasons += against
         if entry.kind == "release":
-            return reasons + self._release(number, entry, charter, ear, age)
+            return reasons + self._release(number, entry, charter, broker, ear, age)
         if entry.kind == "credential":
             reasons += self._credential(entry, charter, broker, ear)
         self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, entry.kind, "recorded")
@@ -184,11 +185,18 @@ class Retrial:
         self._row(number, entry, who, None, {}, body.get("call", asked), outcome)
         return []
 
-    def _release(self, number: int, entry: Entry, charter: Charter, ear: Ear, age: int) -> list[str]:
+    def _release(
+        self, number: int, entry: Entry, charter: Charter, broker: BrokerEntry, ear: Ear, age: int
+    ) -> list[str]:
         body = entry.body
         resource = body["resource"]
         reasons = [f"it should not have been released: {reason}" for reason in self._decide(entry, charter, ear, age)]
-        if self._serials.get(resource) != body["serial"]:
+        split, generation = charter.split(resource), body.get("generation", 0)
+        if generation != (0 if split is None else split.generation):
+            reasons.append(f"it is of generation {generation} of {resource}, which is not the charter's")
+        elif split is not None and (broker.name not in split.brokers or body["share"] != split.index(broker.name)):
+            reasons.append("it is another broker's share")
+        if self._serials.get(kept_as(resource, generation)) != body["serial"]:
             reasons.append(f"deposit {body['serial']} of {resource} is not the last one before it")
         for key in self._count_keys(resource, ear):
             self._releases[key] += 1
@@ -222,11 +230,13 @@ class Retrial:
         token = self._blob(body["deposit"]).decode("ascii")
         content, found = check_deposit_token(token, body["resource"], broker.name, charter, entry.time)
         reasons = [*found]
-        if content is None or content.serial != body["serial"]:
+        generation = body.get("generation", 0)
+        if content is None or (content.serial, content.generation) != (body["serial"], generation):
             reasons.append("its serial is not the signed one")
-        if body["serial"] <= self._serials.get(body["resource"], 0):
+        kept = kept_as(body["resource"], generation)
+        if body["serial"] <= self._serials.get(kept, 0):
             reasons.append("an older deposit was put in place of a newer one")
-        self._serials[body["resource"]] = body["serial"]
+        self._serials[kept] = body["serial"]
         self._row(number, entry, body["resource"].partition("/")[0], None, {}, body["resource"], "deposited")
         return reasons
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from policies.charter.layout import MEMBER_ROLE, json_target, rego_package, release_path, role_of
+from policies.charter.layout import MEMBER_ROLE, json_target, rego_package, release_path, role_of, split_path
 from policies.documents import (
     BrokerEntry,
     BundleApproval,
@@ -18,6 +18,7 @@ from policies.documents import (
     Enrolment,
     ImageReference,
     Resource,
+    Split,
     User,
     parse_document,
     user_complaints,
@@ -94,6 +95,16 @@ class Charter:
         path = release_path(resource)
         raw = self.files.get(path) if path else None
         return None if raw is None else raw.decode("utf-8")
+
+    def split(self, resource: Resource) -> Split | None:
+        """Return how `resource` is split over brokers, or None if it is whole."""
+        path = split_path(resource)
+        document = self.documents.get(path) if path else None
+        return document if isinstance(document, Split) else None
+
+    def splits(self) -> tuple[Split, ...]:
+        """Return all split resources, by member, type and tag."""
+        return tuple(document for document in self.documents.values() if isinstance(document, Split))
 
     def policy(self, name: str) -> str | None:
         """Return the text of `policies/NAME` ("floor.rego", "admission.rego", "appraisal.toml"), or None."""
@@ -172,7 +183,19 @@ def _against_consortium(path: str, document: Document, consortium: Consortium) -
         return [f"{path}: {document.member} is not a member"]
     if isinstance(document, User):
         return user_complaints(document, consortium.trust_domain)
+    if isinstance(document, Split):
+        return _split_complaints(path, document, consortium)
     return []
+
+
+def _split_complaints(path: str, document: Split, consortium: Consortium) -> list[str]:
+    """One member that runs as many of the brokers as join has the whole resource."""
+    runs = [broker.member for broker in consortium.brokers if broker.name in document.brokers]
+    return [
+        f"{path}: {member} runs {runs.count(member)} of its brokers, and {document.k} shares are the whole"
+        for member in sorted(set(runs))
+        if runs.count(member) >= document.k
+    ]
 
 
 def _ambiguous_measurements(documents: Mapping[str, Document]) -> list[str]:
@@ -188,7 +211,9 @@ def _ambiguous_measurements(documents: Mapping[str, Document]) -> list[str]:
     ]
 
 
-def loose_ends(documents: Mapping[str, Document], files: Mapping[str, bytes]) -> list[str]:
+def loose_ends(
+    documents: Mapping[str, Document], files: Mapping[str, bytes], consortium: Consortium | None = None
+) -> list[str]:
     """Return what in the charter names things that it does not have: harmless (it grants nothing), yet odd."""
     ends: list[str] = []
     for path, document in documents.items():
@@ -204,5 +229,19 @@ def loose_ends(documents: Mapping[str, Document], files: Mapping[str, bytes]) ->
                 for site in document.sites
                 if f"enrolments/site/{site}.json" not in documents
             )
+        if isinstance(document, Split) and consortium is not None:
+            ends.extend(
+                f"{path}: its broker {broker} is no broker of the charter; share it anew"
+                for broker in document.brokers
+                if consortium.broker(broker) is None
+            )
+    if consortium is not None and consortium.witness_threshold:
+        needed = consortium.witness_threshold
+        ends.extend(
+            f"witness_threshold: {needed} of {others} witnesses can cosign one ledger of {broker.name} and as many others "
+            "another one; more than half of them could not"
+            for broker in consortium.brokers
+            if 2 * needed <= (others := len(consortium.witnesses_of(broker)))
+        )
     ends.extend(f"policies/{name} is missing" for name in ("floor.rego",) if f"policies/{name}" not in files)
     return ends

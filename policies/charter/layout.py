@@ -20,7 +20,7 @@ from typing import Final
 from securesystemslib.signer import Key, SSlibKey
 from tuf.api.metadata import DelegatedRole, Delegations, Role, Root, Snapshot, Targets, Timestamp
 
-from policies.documents import BundleApproval, Consortium, Document, Enrolment, ImageReference, User
+from policies.documents import BundleApproval, Consortium, Document, Enrolment, ImageReference, Split, User
 from policies.keys import load_public_pem
 
 CONSORTIUM_FIELD: Final = "sealwright"
@@ -56,6 +56,7 @@ _JSON_TARGETS: Final[tuple[tuple[str, type[Document]], ...]] = (
     (rf"enrolments/(?P<role>broker|server|site|inner|gateway)/(?P<name>{_NAME})\.json", Enrolment),
     (r"code/(?P<bundle>[0-9a-f]{64})\.json", BundleApproval),
     (rf"members/(?P<member>{_NAME})/users/(?P<name>{_NAME})\.json", User),
+    (rf"members/(?P<member>{_NAME})/split/(?P<type>{_TYPE})\.(?P<tag>{_NAME})\.json", Split),
 )
 _RELEASE_TARGET: Final = re.compile(rf"members/(?P<member>{_NAME})/release/(?P<type>{_TYPE})\.(?P<tag>{_NAME})\.rego")
 
@@ -144,6 +145,13 @@ def release_path(resource: str) -> str | None:
     repository, kind, tag = resource.split("/")
     path = f"members/{repository}/release/{kind}.{tag}.rego"
     return path if re.fullmatch(_TYPE, kind) and _RELEASE_TARGET.fullmatch(path) else None
+
+
+def split_path(resource: str) -> str | None:
+    """Return the target that says how `resource` (REPOSITORY/TYPE/TAG) is split, or None if there can be none."""
+    repository, kind, tag = resource.split("/")
+    path = f"members/{repository}/split/{kind}.{tag}.json"
+    return path if re.fullmatch(_TYPE, kind) and json_target(path) is not None else None
 
 
 def resource_of(path: str) -> str | None:

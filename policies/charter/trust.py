@@ -455,7 +455,7 @@ def inspect(
         files=MappingProxyType(dict(sorted(work.files.items()))),
         versions=MappingProxyType(work.versions),
         digests=MappingProxyType(work.digests),
-        warnings=(*work.warnings, *loose_ends(documents, work.files)),
+        warnings=(*work.warnings, *loose_ends(documents, work.files, consortium)),
         documents=MappingProxyType(documents),
     )
     return charter, work

@@ -19,6 +19,7 @@ from policies.documents import (
     Document,
     Enrolment,
     ImageReference,
+    Split,
     User,
     format_time,
     load_certificate,
@@ -237,6 +238,11 @@ def _describe(document: Document) -> str:
             return f"user {document.name} of {document.member}, who may {listed(document.rights)}".replace(
                 "may nobody", "do nothing yet"
             )
+        case Split():
+            return (
+                f"how {document.resource} is split: any {document.k} of {listed(document.brokers)} join it "
+                f"(generation {document.generation})"
+            )
         case _:
             return type(document).__name__
 
@@ -264,6 +270,8 @@ def _full(document: Document) -> list[str]:
                 f"TLS certificate {certificate.fingerprint(hashes.SHA256()).hex()}",
                 f"results key {_digest(document.results_key)}",
             ]
+        case Split():
+            return [f"share of {broker} {digest}" for broker, digest in sorted(document.commitments.items())]
         case _:
             return []
 
