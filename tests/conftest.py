@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from virtual_guests import World
 
 from attestation.evidence.report import Product
 from attestation.virtual.chip import Chip, create_chip, load_chip
 from attestation.virtual.vendor import Vendor, create_vendor
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,8 @@ class VirtualPort:
         deadline = time.monotonic() + self._timeout
         try:
             with _connected(self._path) as descriptor:
-                _send(descriptor, HEADER.pack(len(request)) + request, deadline)
+                with contextlib.suppress(BrokenPipeError):  # it closed before it was asked: its answer says why
+                    _send(descriptor, HEADER.pack(len(request)) + request, deadline)
                 (size,) = HEADER.unpack(_receive(descriptor, HEADER.size, deadline))
                 if size > MAX_FRAME:
                     raise self._unusable(f"an answer of {size} bytes")
