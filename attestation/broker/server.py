@@ -127,6 +127,8 @@ async def _upkeep(broker: Broker, tls: ServerTls) -> None:
             await broker.forget_sessions()
         except SealwrightError as error:
             log("sessions", problem=error.what)
+        if broker.storage.cosigner.problem:
+            log("witnesses", problem=broker.storage.cosigner.problem)
 
 
 async def look_at_charter(broker: Broker) -> None:

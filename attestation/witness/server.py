@@ -62,6 +62,11 @@ class FollowedCharter:
         """Who witnesses and keeps ledgers."""
         return self._charter.consortium
 
+    @property
+    def version(self) -> int:
+        """Version of the charter that is followed."""
+        return self._charter.version
+
     def refresh(self, at: datetime) -> list[str]:
         """Look into the folder and at every broker for a newer charter; return what was wrong where."""
         problems = []

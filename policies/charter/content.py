@@ -184,15 +184,15 @@ def _against_consortium(path: str, document: Document, consortium: Consortium) -
     if isinstance(document, User):
         return user_complaints(document, consortium.trust_domain)
     if isinstance(document, Split):
-        return _split_complaints(path, document, consortium)
+        return [f"{path}: {complaint}" for complaint in split_complaints(document, consortium)]
     return []
 
 
-def _split_complaints(path: str, document: Split, consortium: Consortium) -> list[str]:
-    """One member that runs as many of the brokers as join has the whole resource."""
+def split_complaints(document: Split, consortium: Consortium) -> list[str]:
+    """Why a split is none: a member that runs as many of the brokers as join has the whole resource."""
     runs = [broker.member for broker in consortium.brokers if broker.name in document.brokers]
     return [
-        f"{path}: {member} runs {runs.count(member)} of its brokers, and {document.k} shares are the whole"
+        f"{member} runs {runs.count(member)} of its brokers, and {document.k} shares are the whole"
         for member in sorted(set(runs))
         if runs.count(member) >= document.k
     ]
@@ -238,8 +238,8 @@ def loose_ends(
     if consortium is not None and consortium.witness_threshold:
         needed = consortium.witness_threshold
         ends.extend(
-            f"witness_threshold: {needed} of {others} witnesses can cosign one ledger of {broker.name} and as many others "
-            "another one; more than half of them could not"
+            f"witness_threshold: {needed} of {others} witnesses can cosign one ledger of {broker.name} and as many "
+            "others another one; more than half of them could not"
             for broker in consortium.brokers
             if 2 * needed <= (others := len(consortium.witnesses_of(broker)))
         )

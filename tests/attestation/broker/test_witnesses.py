@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from attestation.ledger.checkpoint import parse_note
 from attestation.ledger.cosignature import Ledger, cosigners, ledger_of, open_cosigned
 from attestation.virtual.chip import Chip
 from attestation.virtual.vendor import Vendor
+from attestation.witness.server import FollowedCharter
+from policies.charter import write_store
+from policies.charter.making import Changes
 
 TWICE_KEY = "borealis-hospital/key/twice"
 SITE_KEY = "borealis-hospital/key/data"
@@ -312,3 +316,22 @@ def test_a_witness_that_was_killed_has_not_forgotten(
         one.start()
     broker.ready()
     guests().attest()
+
+
+def test_a_witness_alone_follows_newer_charters_and_never_an_older_one(
+    world: Any, broker: Any, witnesses: list[WitnessProcess], tmp_path: Path
+) -> None:
+    older = dict(world.store)
+    write_store(tmp_path / "charter", older)
+    followed = FollowedCharter(tmp_path / "charter", world.root)
+    world.change(Changes(renew=frozenset({"images"})))
+    newer = world.charter().version
+    assert followed.version < newer
+    end = time.monotonic() + 30
+    while followed.version < newer:  # the broker looks at its own folder when it is asked
+        assert time.monotonic() < end
+        assert followed.refresh(datetime.now(UTC)) == []
+    assert FollowedCharter(tmp_path / "charter", world.root).version == newer
+    write_store(tmp_path / "charter", older)
+    followed.refresh(datetime.now(UTC))
+    assert followed.version == newer
