@@ -34,8 +34,8 @@ class SourceTree:
 def guest_packages(platform: Platform) -> tuple[SourceTree, ...]:
     """Return our packages as a guest on `platform` has them.
 
-    No guest holds the virtual platform, the broker, the witness or the auditor's part of the ledger; a hardware guest holds no code
-    that could ask a virtual processor.
+    No guest holds the virtual platform, the broker, the witness or the auditor's part of the ledger; a hardware guest
+    holds no code that could ask a virtual processor.
     """
     left_out: tuple[str, ...] = ("virtual/*", "broker/*", "witness/*", "ledger/audit*.py", "ledger/retrial*.py")
     if platform == "hardware":
