@@ -49,7 +49,9 @@ def test_what_is_appended_has_its_receipt(storage: Storage) -> None:
         appended = entry(number)
         index, receipts = storage.transact_now(lambda step, appended=appended: step.append(appended))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
         assert index == number
-        assert check_receipt(receipts[0], appended.to_bytes(), Ledger(ORIGIN, KEY.public_key(), {}, 0)).size == number + 1
+        assert (
+            check_receipt(receipts[0], appended.to_bytes(), Ledger(ORIGIN, KEY.public_key(), {}, 0)).size == number + 1
+        )
     assert storage.read(lambda step: step.entries(1, 3)) == [entry(1).to_bytes(), entry(2).to_bytes()]
     assert storage.read(lambda step: step.entry(9)) is None
 
