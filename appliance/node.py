@@ -175,6 +175,8 @@ def _run(boot: Boot, stop: threading.Event) -> int:
     try:
         keys = {purpose: lease.release(resource) for purpose, resource in sorted(session.init.resources.items())}
         say("released", resources=sorted(session.init.resources.values()))
+        for broker, why in session.false_shares.items():
+            say("false share", broker=broker, what=why)
         service(session.init, boot, lease, keys, stop)
     finally:
         stop.set()

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
@@ -37,8 +38,9 @@ from attestation.identity import Identity, spiffe_id
 from attestation.ledger.cosignature import ledger_of
 from attestation.ledger.receipt import Receipt
 from attestation.messages import not_deposited
+from attestation.split import gather_shares
 from policies.charter import Charter, load_charter
-from policies.documents import BrokerAddress, InitData, parse_init_data
+from policies.documents import BrokerAddress, InitData, Split, parse_init_data
 from policies.errors import Refused, SealwrightError, Unusable
 
 PAUSE_SECONDS: Final = 600.0
@@ -80,6 +82,8 @@ class GuestSession:
         self._sessions: dict[str, BrokerSession] = {}
         self._ears: tuple[Ear, ...] = ()
         self._certificate: str | None = None
+        self.false_shares: dict[str, str] = {}
+        """Brokers that gave a share other than the one that was dealt to them, and what was against it."""
 
     # --- what the guest knows ---------------------------------------------------------------------------------------
 
@@ -161,11 +165,15 @@ class GuestSession:
         return self.attest()
 
     def release(self, resource: str, job: Mapping[str, Any] | None = None) -> bytes:
-        """A resource's value, from the first broker that has it, its owner's own before others.
+        """A resource's value: from the first broker that has it, its owner's own before others; or joined here from the
+        shares of k brokers, if the charter says that it is split.
 
         Raises BrokerRefused (every reason, if its owner's policy or the charter's floor does not release it, or no
-        broker has it), BrokerUnavailable, LeaseEnded.
+        broker has it), SharesMissing (every broker that gave no good share, and why), BrokerUnavailable, LeaseEnded.
         """
+        split = self.charter.split(resource)
+        if split is not None:
+            return self._joined(split, job)
         failures: dict[str, SealwrightError] = {}
         for name in self._holders(resource):
             try:
@@ -389,6 +397,25 @@ class GuestSession:
         owner = resource.partition("/")[0]
         entries = {broker.name: broker.member for broker in self.charter.consortium.brokers}
         return tuple(sorted(self.brokers, key=lambda name: entries.get(name) != owner))
+
+    def _joined(self, split: Split, job: Mapping[str, Any] | None) -> bytes:
+        """A split resource's value. A broker that gave a false share is told of in another broker's ledger."""
+        self._demand_lease()
+
+        def ask(names: Sequence[str]) -> tuple[dict[str, bytes], dict[str, SealwrightError]]:
+            questions = {name: partial(self._sessions[name].release, split.resource, job) for name in names}
+            return self._ask(questions, enough=None)
+
+        found = gather_shares(split, self._holders(split.resource), ask)
+        self.false_shares |= found.false
+        for liar, why in found.false.items():
+            said = {"broker": liar, "generation": split.generation, "reason": why, "resource": split.resource}
+            for name in self.brokers:
+                if name not in found.false:
+                    with suppress(SealwrightError):  # what it joined is good, whoever writes the rest down
+                        self._sessions[name].recorded("false-share", said)
+                        break
+        return found.value
 
     def _demand_lease(self) -> None:
         if self.now() >= lease_end(self.ears, self.charter):

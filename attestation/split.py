@@ -20,9 +20,9 @@ from typing import Final
 
 from attestation import shamir
 from attestation.canonical import canonical_bytes
-from attestation.errors import SharesMissing
+from attestation.errors import BrokerUnavailable, SharesMissing
 from policies.documents import Split
-from policies.errors import Unusable
+from policies.errors import Refused, SealwrightError, Unusable
 
 MAGIC: Final = b"seal-share-1\0"
 SALT_SIZE: Final = 32
@@ -42,10 +42,24 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What is known of the shares that brokers gave: the good ones, and what is against each of the others."""
+    """What is known of the shares that brokers gave: the good ones, what is against each of the others, and which of
+    these are false: they claim to be of this generation, or are no shares at all."""
 
     good: Mapping[str, Share]
     against: Mapping[str, str]
+    false: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A joined value, and what is against brokers whose shares were false."""
+
+    value: bytes
+    false: Mapping[str, str]
+
+
+Ask = Callable[[Sequence[str]], tuple[Mapping[str, bytes], Mapping[str, SealwrightError]]]
+"""Asks these brokers for their shares at once; gives what they released, and what failed, by broker."""
 
 
 def split_value(
@@ -112,20 +126,70 @@ def judge_shares(split: Split, given: Mapping[str, bytes]) -> Judged:
     """Which of the shares that brokers gave are the ones that were dealt to them."""
     complaints = {broker: share_complaint(split, broker, raw) for broker, raw in given.items()}
     good = {broker: parse_share(raw) for broker, raw in given.items() if complaints[broker] is None}
-    return Judged(good, {broker: why for broker, why in complaints.items() if why is not None})
+    against = {broker: why for broker, why in complaints.items() if why is not None}
+    return Judged(
+        good, against, tuple(broker for broker in against if not _of_another_generation(split, given[broker]))
+    )
 
 
-def join_shares(split: Split, given: Mapping[str, bytes], absent: Mapping[str, Sequence[str]] | None = None) -> bytes:
-    """The value that k of the shares `given` (by broker) join to; false ones are left out.
+def _of_another_generation(split: Split, raw: bytes) -> bool:
+    try:
+        return parse_share(raw).generation != split.generation
+    except Unusable:
+        return False
 
-    `absent` says of brokers that gave none, why. Raises SharesMissing, which names every broker that failed and why, if
-    fewer than k shares are good.
+
+def join_shares(split: Split, given: Mapping[str, bytes]) -> bytes:
+    """The value that k of the shares `given` (by broker) join to; others than those that were dealt are left out.
+
+    Raises SharesMissing, which names every broker whose share is not good and why, if fewer than k are.
     """
     judged = judge_shares(split, given)
     if len(judged.good) < split.k:
-        reasons = [f"{split.resource}: {len(judged.good)} good shares of {split.k} that are needed"]
-        reasons += [f"{broker}: {why}" for broker, why in sorted(judged.against.items())]
-        reasons += [f"{broker}: {why}" for broker, whys in sorted((absent or {}).items()) for why in whys]
-        raise SharesMissing(tuple(reasons), resource=split.resource)
+        raise SharesMissing(_missing(split, judged, {}), resource=split.resource)
+    return _joined(split, judged)
+
+
+def gather_shares(split: Split, holders: Sequence[str], ask: Ask) -> Joined:
+    """Take shares from as many of the `holders`, in their order, as it takes to have k good ones, and join them.
+
+    Raises SharesMissing if no k good ones are to be had, with every broker that failed and why; BrokerUnavailable with
+    the same if those that could not be reached would be enough.
+    """
+    given: dict[str, bytes] = {}
+    failures: dict[str, SealwrightError] = {}
+    left = [broker for broker in holders if broker in split.brokers]
+    judged = judge_shares(split, given)
+    while left and len(judged.good) < split.k:
+        needed = split.k - len(judged.good)
+        asked, left = left[:needed], left[needed:]
+        released, failed = ask(asked)
+        given |= released
+        failures |= failed
+        judged = judge_shares(split, given)
+    if len(judged.good) >= split.k:
+        return Joined(_joined(split, judged), {broker: judged.against[broker] for broker in judged.false})
+    told = {broker: _reasons(error) for broker, error in failures.items()}
+    absent = [broker for broker in split.brokers if broker not in holders]
+    reasons = _missing(split, judged, {**told, **dict.fromkeys(absent, ("it has not affirmed this guest",))})
+    silent = sum(isinstance(error, BrokerUnavailable) for error in failures.values()) + len(absent)
+    if len(judged.good) + silent >= split.k:
+        raise BrokerUnavailable("; ".join(reasons), where="brokers", reasons=reasons)
+    raise SharesMissing(reasons, resource=split.resource)
+
+
+def _joined(split: Split, judged: Judged) -> bytes:
     chosen = sorted(judged.good.values(), key=lambda share: share.index)[: split.k]
     return shamir.join({share.index: share.part for share in chosen})
+
+
+def _missing(split: Split, judged: Judged, absent: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    return (
+        f"{split.resource}: {len(judged.good)} good shares, {split.k} are needed",
+        *(f"{broker}: {why}" for broker, why in sorted(judged.against.items())),
+        *(f"{broker}: {why}" for broker, whys in sorted(absent.items()) for why in whys),
+    )
+
+
+def _reasons(error: SealwrightError) -> tuple[str, ...]:
+    return error.reasons if isinstance(error, Refused) else (error.what,)
