@@ -21,6 +21,9 @@ from policies.errors import Refused
 GRACE_SECONDS = 4.0
 """How long a process may take to end by itself before it is killed."""
 
+SETTLE_SECONDS = 1.5
+"""How long a process may take to end after a program below it did, if that was its own end."""
+
 TAIL_LINES = 5
 
 
@@ -108,7 +111,7 @@ class Processes:
                         return _died(watched)
                     lost = watched.lost()
                     if lost is not None:
-                        return _ended(lost, "ended", watched)
+                        return _ended(lost, "ended", watched) if _outlives(watched) else _died(watched)
             if time.monotonic() >= deadline:
                 return None
             time.sleep(0.05)
@@ -140,6 +143,15 @@ class Processes:
             remaining = list(reversed(self._running.values()))
             self._running.clear()
         _end(remaining)
+
+
+def _outlives(watched: Watched) -> bool:
+    """Whether a process goes on without the program that it lost; or else both are ending of one cause."""
+    try:
+        watched.process.wait(timeout=SETTLE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 def _died(watched: Watched) -> Refused:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import rfc8785
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import (
     AfterValidator,
@@ -98,6 +99,10 @@ Instant = Annotated[
 def load_certificate(text: str) -> x509.Certificate:
     """Return the one certificate in the PEM `text`. Raises ValueError for anything else, or PEM in another form."""
     certificate = x509.load_pem_x509_certificate(text.encode("ascii"))
+    try:
+        certificate.public_key()
+    except UnsupportedAlgorithm as error:  # what it is asked later, it would raise in the middle
+        raise ValueError(f"its key cannot be used: {error}") from error
     if certificate.public_bytes(Encoding.PEM).decode("ascii") != text:
         raise ValueError("PEM in another form than its own (several certificates, comments or trailing bytes)")
     return certificate

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from appliance.demo.guests import Start, honest_start, last_refusal, start_otherwise
-from appliance.demo.setting import BROKER, IMAGE, OWNER, SERVER, Setting
+from appliance.demo.setting import BROKER, BROKERS, IMAGE, OWNER, SERVER, Setting
 from appliance.processes import Processes
 from attestation.binding import NONCE_SIZE, report_data
 from attestation.canonical import b64, unb64
@@ -85,7 +85,7 @@ def foreign_charter(title: str, setting: Setting, processes: Processes) -> Repel
         sent = _attest(title, host, client, session, host.evidence(session, host.keys()), host.keys())
     finally:
         client.close()
-    return Repelled(title, f"the guest and {BROKER}", (*sent.reasons, *booted.reasons))
+    return Repelled(title, f"the guest and {sent.refused_by}", (*sent.reasons, *booted.reasons))
 
 
 def another_place(title: str, setting: Setting, processes: Processes) -> Repelled:
@@ -203,7 +203,20 @@ def _boot(title: str, setting: Setting, processes: Processes, start: Start) -> R
     reasons = last_refusal(log)
     if status != 1 or not reasons:
         raise AttackSucceeded(f"{title}: the guest ended with status {status} and was not refused (see {log})")
-    return Repelled(title, BROKER, reasons)
+    return _told_by_brokers(title, reasons)
+
+
+def _told_by_brokers(title: str, reasons: tuple[str, ...]) -> Repelled:
+    """What a guest was told by several brokers, each reason once, and by whom."""
+    told: dict[str, list[str]] = {}
+    for reason in reasons:
+        broker, colon, rest = reason.partition(": ")
+        if colon and broker in BROKERS:
+            told.setdefault(rest, []).append(broker)
+    if not told:
+        return Repelled(title, BROKER, reasons)
+    brokers = [broker for broker in BROKERS if any(broker in named for named in told.values())]
+    return Repelled(title, ", ".join(brokers), tuple(told))
 
 
 def _init_data(setting: Setting, guest: str) -> InitData:

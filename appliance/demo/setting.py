@@ -29,9 +29,13 @@ OWNER: Final = "acme-pharma"
 HOSPITALS: Final = ("borealis-hospital", "cygnus-bio")
 MEMBERS: Final = (OWNER, *HOSPITALS)
 SCIENTIST: Final = "scientist"
-BROKERS: Final[Mapping[str, str]] = {"acme-broker": OWNER}
-"""Each broker's name and the member who runs it; the first is the one that attacks go to."""
-BROKER_THRESHOLD: Final = 1
+BROKERS: Final[Mapping[str, str]] = {
+    "acme-broker": OWNER,
+    "borealis-broker": "borealis-hospital",
+    "cygnus-broker": "cygnus-bio",
+}
+"""Each broker's name and the member who runs it; the first is the one that attacks by hand go to."""
+BROKER_THRESHOLD: Final = 2
 """How many brokers must vouch for a guest, and put the time on the charter."""
 BROKER: Final = next(iter(BROKERS))
 SERVER: Final = "acme-server"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from attestation.ledger.audits import verify_audits
-from policies.charter import read_store
+from policies.charter import current_charter, read_store
 from policies.kits import open_signed_kit
 
 SEAL = [sys.executable, "-m", "appliance.cli"]
@@ -76,6 +76,22 @@ def test_the_ledger_tells_who_got_what_on_which_evidence(told: tuple[Path, dict[
     attested = [row for row in report["decisions"] if row["kind"] in {"appraisal", "release"}]
     assert all(row["measurement"] and row["tcb"] and row["platform"] == "virtual" for row in attested)
     assert sum(row["kind"] == "denial" for row in report["decisions"]) >= 6
+    at = {row["what"]: row["broker"] for row in report["decisions"] if row["kind"] == "deposit"}
+    assert {what.partition("/")[0]: broker for what, broker in at.items()} == {
+        "acme-pharma": "acme-broker",
+        "borealis-hospital": "borealis-broker",
+        "cygnus-bio": "cygnus-broker",
+    }
+
+
+def test_every_guest_is_vouched_for_by_each_member_s_broker(told: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = told
+    affirmed = {(row["broker"], row["who"]) for row in report["decisions"] if row["kind"] == "appraisal"}
+    brokers = {"acme-broker", "borealis-broker", "cygnus-broker"}
+    guests = {"server/acme-server", "site/borealis-site", "site/cygnus-site"}
+    assert affirmed == {(broker, guest) for broker in brokers for guest in guests}
+    assert {path.name for path in (folder / "audit").iterdir()} == brokers
+    assert current_charter(read_store(folder / "shared/charter")).consortium.broker_threshold == 2
 
 
 def test_an_auditor_checks_the_story_offline(told: tuple[Path, dict[str, Any]]) -> None:
@@ -174,7 +190,7 @@ def telling(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
     )
     try:
         logs = [folder / "logs" / f"{site}.log" for site in ("borealis-site", "cygnus-site")]
-        assert wait_until(lambda: all(log.exists() and '"joined"' in log.read_text() for log in logs), 90)
+        assert wait_until(lambda: all(log.exists() and '"joined"' in log.read_text() for log in logs), 180)
         yield folder, process
     finally:
         process.kill()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
 import pytest
-from charter_world import NOW, World, bundle, enrolment, image, user
+from charter_world import NOW, World, bundle, enrolment, image, issuer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from policies.documents import (
     write_init_data,
 )
 from policies.errors import CharterRefused, MalformedDocument, UnusableKey
+from policies.forms import load_certificate
 from policies.keys import fingerprint, generate_ed25519, load_private_key, load_public_pem, public_pem
 
 DOCUMENTS: list[Document] = [
@@ -239,3 +241,16 @@ def test_key_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     for name in ("big", "text", "folder", "nowhere"):
         with pytest.raises(UnusableKey):
             load_private_key(tmp_path / name)
+
+
+def test_a_certificate_whose_key_nobody_can_use_is_refused_as_malformed() -> None:
+    """One flipped bit in the name of the curve: a form of damage, and no fault of the reader's."""
+    pem = issuer("broker-1")
+    der = bytearray(base64.b64decode("".join(pem.splitlines()[1:-1])))
+    curve = bytes.fromhex("06082a8648ce3d030107")
+    der[der.index(curve) + len(curve) - 1] ^= 0x40
+    body = base64.b64encode(bytes(der)).decode()
+    lines = [body[start : start + 64] for start in range(0, len(body), 64)]
+    damaged = "\n".join(["-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", ""])
+    with pytest.raises(ValueError, match="its key cannot be used"):
+        load_certificate(damaged)

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from planning import broker_key, member_key, plan_of, publish, store_of
 
 from appliance.demo.founding import found_consortium
-from appliance.demo.setting import HOSPITALS, OWNER, SERVER, SITES, Setting, new_setting, now
+from appliance.demo.setting import BROKERS, HOSPITALS, OWNER, SERVER, SITES, Setting, new_setting, now
 from appliance.kits.enrolling import planned_documents
 from appliance.kits.making import Made, make_kits, write_kit
 from appliance.kits.plan import Plan
@@ -67,7 +67,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
 
 def test_every_place_of_the_plan_gets_its_kit(planned: Planned) -> None:
     assert set(planned.kits) == {
-        "broker-acme-broker",
+        *(f"broker-{broker}" for broker in BROKERS),
         f"server-{SERVER}",
         *(f"site-{site}" for site in SITES),
         f"user-{OWNER}-reader",
