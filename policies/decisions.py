@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 TIME_LIMIT: Final = 8.0
-"""Seconds for one decision, compiling included: it takes milliseconds, but seconds in an emulated guest on a busy host."""
+"""Seconds for one decision, compiling included: milliseconds as a rule, seconds in an emulated guest on a busy host."""
 START_LIMIT: Final = 20.0
 """Seconds for a fresh process to be ready."""
 MEMORY_LIMIT: Final = 512 * 1024 * 1024
