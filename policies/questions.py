@@ -133,11 +133,15 @@ def appraisal_reasons(
     `appraisal` is what `Appraisal.to_json()` gives for the CPU, `devices` the same for each further device by name
     (`gpu0`, …). The rules see the enrolment and its image beside them.
     """
-    return _against(ask(charter, "appraisal", appraisal_document(charter, appraisal, enrolment, at)))
+    return _against(ask(charter, "appraisal", appraisal_document(charter, appraisal, enrolment, at, devices)))
 
 
 def appraisal_document(
-    charter: Charter, appraisal: Mapping[str, Any], enrolment: Enrolment | None, at: datetime
+    charter: Charter,
+    appraisal: Mapping[str, Any],
+    enrolment: Enrolment | None,
+    at: datetime,
+    devices: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the `input` of the appraisal rules."""
     image = None if enrolment is None else charter.image(enrolment.image)
@@ -145,6 +149,7 @@ def appraisal_document(
         "appraisal": appraisal,
         "at": format_time(at),
         "charter": _charter(charter),
+        "devices": {} if devices is None else dict(devices),
         "enrolment": None if enrolment is None else enrolment.model_dump(mode="json"),
         "image": None if image is None else image.model_dump(mode="json"),
     }

@@ -98,6 +98,28 @@ def test_a_sound_guest_meets_the_demands(charter: Charter) -> None:
     assert appraisal_reasons(charter, APPRAISAL, enrolment.model_copy(update={"image": "gone"}), NOW)
 
 
+def test_demands_on_a_guest_see_its_devices() -> None:
+    rules = b"""package sealwright.appraisal
+import rego.v1
+default allow := false
+allow if count(reasons) == 0
+reasons contains "an old driver" if not current
+current if {
+    count(input.devices) > 0
+    every device in input.devices { device.claims.driver_version == "570.1" }
+}
+"""
+    world = World().found()
+    charter = load_charter(world.amend(Changes(put={"policies/appraisal.rego": rules})), world.root, NOW)
+    enrolment = charter.enrolment("site", "borealis")
+    assert enrolment is not None
+    good, old = ({"claims": {"driver_version": version}} for version in ("570.1", "535.9"))
+    assert appraisal_reasons(charter, APPRAISAL, enrolment, NOW, devices={"gpu0": good}) == ()
+    for devices in (None, {}, {"gpu0": good, "gpu1": old}):
+        reasons = appraisal_reasons(charter, APPRAISAL, enrolment, NOW, devices=devices)
+        assert reasons == ("policies/appraisal.rego: an old driver",)
+
+
 def test_without_further_demands_there_are_none_but_a_release_needs_both_rules() -> None:
     world = World()
     bare = {path: raw for path, raw in world.files().items() if path != "policies/floor.rego"}
