@@ -43,7 +43,12 @@ class Watched:
         """Which lasting program has ended although the process itself lives."""
         if self.lasting is None:
             return None
-        now = {pid for pid in _below(self.process.pid) if self.lasting in _command(pid)}
+        # What such a program starts itself bears its name until it becomes another program: it is not one of them.
+        now = {
+            pid
+            for pid in _below(self.process.pid)
+            if self.lasting in _command(pid) and self.lasting not in _command(_parent(pid))
+        }
         # The kernel's lists of children may leave one out while others come and go: ask for each by its number.
         gone = sorted(pid for pid in self.seen - now if self.lasting not in _command(pid))
         self.seen.update(now)
@@ -178,6 +183,12 @@ def _below(parent: int) -> list[int]:
             with suppress(OSError):  # it ended while it was looked at: the next look tells
                 found += map(int, listed.read_text("ascii").split())
     return found[1:]
+
+
+def _parent(pid: int) -> int:
+    with suppress(OSError, ValueError, IndexError):  # it is gone
+        return int(Path(f"/proc/{pid}/stat").read_text("ascii", errors="replace").rpartition(")")[2].split()[1])
+    return 0
 
 
 def _command(pid: int) -> str:

@@ -83,3 +83,40 @@ def test_children_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     parent.wait()
     parent.stdout.close()
     assert wait_until(lambda: gone(child))
+
+
+WORKER = """
+import os, sys, time
+while True:  # what it starts bears its name until it becomes another program, or ends
+    if os.fork() == 0:
+        time.sleep(0.05)
+        os._exit(0)
+    os.wait()
+"""
+SERVICE = """
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, sys.argv[1] + ".py"])  # its own words do not name it
+print("started", worker.pid, flush=True)
+worker.wait() if sys.argv[2] == "ends" else time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("then", ["lives", "ends"])
+def test_a_lost_helper_is_named_unless_its_process_ends_with_it(tmp_path: Path, then: str) -> None:
+    script, told = tmp_path / "evaluator.py", []
+    script.write_text(WORKER)
+    processes = Processes(tmp_path)
+    service = processes.start(
+        "broker", [sys.executable, "-c", SERVICE, str(script.with_suffix("")), then], lasting="evaluator.py"
+    )
+    try:
+        assert wait_until(lambda: "started" in service.log.read_text())
+        for _ in range(40):
+            assert processes.dead() is None
+            time.sleep(0.02)
+        os.kill(int(service.log.read_text().split()[1]), signal.SIGKILL)
+        assert wait_until(lambda: (found := processes.dead()) is not None and told.append(str(found)) is None)
+    finally:
+        processes.stop_all()
+    named = "evaluator, process" if then == "lives" else "broker ended with exit status 0"
+    assert named in told[0]
