@@ -160,7 +160,7 @@ class FederationWorld:
         role: str,
         name: str,
         *,
-        seconds: int = 600,
+        seconds: int = 60,
         age: int = 0,
         member: str | None = None,
         broker_key: Ed25519PrivateKey | None = None,
