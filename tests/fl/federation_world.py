@@ -285,7 +285,7 @@ class FederationWorld:
     @contextmanager
     def server(self, identity: Any = None, **changes: Any) -> Iterator[str]:
         """A running server; its address. `identity`: its own, or a function that gives it."""
-        found = identity or self.identity("server", SERVER)
+        found = identity or self.identity("server", SERVER, seconds=600)
         own = found if callable(found) else lambda: found
         stop, ready, addresses = threading.Event(), threading.Event(), []
 
@@ -324,7 +324,7 @@ class FederationWorld:
         self, address: str, name: str, *, number: float = 1.0, identity: Any = None, **changes: Any
     ) -> Iterator[RunningSite]:
         """A running site whose data is one number, once it is connected or has ended."""
-        found = identity or self.identity("site", name)
+        found = identity or self.identity("site", name, seconds=600)
         own = found if callable(found) else lambda: found
         running = RunningSite()
         arguments: dict[str, Any] = {
