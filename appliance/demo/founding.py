@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -23,18 +24,18 @@ from appliance.demo.setting import (
     IMAGE,
     MEMBERS,
     MODEL_KEY,
+    MODEL_SHARES,
     OWNER,
     PRODUCTS,
     SCIENTIST,
     SERVER,
     SITES,
     Setting,
-    brokers_of,
+    broker_of,
     data_key,
     guest_kit,
     member_of,
     now,
-    owner_of,
     role_of,
     vcpu_model,
 )
@@ -42,14 +43,17 @@ from appliance.kits.starting import CHIP, DISKS, VENDOR
 from appliance.kits.starting import IMAGE as IMAGE_FOLDER
 from cvm_image.manifest import ImageManifest
 from cvm_image.verify import load_image
-from policies.charter.layout import release_path
-from policies.errors import Unusable
+from policies.charter import read_store, write_store
+from policies.charter.layout import release_path, split_path
+from policies.errors import Refused, Unusable
 from policies.forms import format_time
 from policies.kits import LOCAL, ROOT
 
 TRUST_DOMAIN: Final = "virtual.oncology.example"
 THRESHOLD: Final = 2
 APPROVAL_DAYS: Final = 30
+SERVED_SECONDS: Final = 30.0
+"""How long brokers may take to notice a newer charter."""
 SIGNERS: Final = MEMBERS[:THRESHOLD]
 """Who signs what two members may decide."""
 
@@ -142,20 +146,52 @@ def seal_site_data(setting: Setting, plain: Mapping[str, bytes]) -> None:
             setting.seal("site", "seal", f"{patients.name}={patients}", "--key", home / "data.key", "--out", disk)
 
 
-def deposit_keys(setting: Setting) -> int:
-    """Each owner deposits its key, signed by its own hand. How many deposits there were."""
-    charter, count = setting.charter(), 0
-    for resource in resources():
-        owner = owner_of(resource)
-        home = setting.home(owner)
-        value = setting.kit / LOCAL / "model.key" if resource == MODEL_KEY else home / "data.key"
-        for name in brokers_of(resource):
-            entry = charter.broker(name)
-            at = f"{name}={entry.url if entry else ''}"
-            words = ("--key", setting.member_key(owner), "--broker", at, "--root", home / ROOT)
-            setting.seal("secret", "put", resource, value, *words)
-            count += 1
-    return count
+def deposit_keys(setting: Setting) -> None:
+    """Each hospital deposits its key at its own broker, signed by its own hand."""
+    for site in SITES:
+        owner = member_of(site)
+        words = ("--key", setting.member_key(owner), "--root", setting.home(owner) / ROOT)
+        at = _address(setting, broker_of(owner))
+        setting.seal("secret", "put", data_key(site), setting.home(owner) / "data.key", *words, "--broker", at)
+
+
+def split_model_key(setting: Setting) -> None:
+    """The model's owner splits its key over all brokers, so that none of them holds it; two members sign that."""
+    home, proposal, document = setting.home(OWNER), setting.shared / "split.json", setting.shared / "model.split.json"
+    at = [word for broker in BROKERS for word in ("--broker", _address(setting, broker))]
+    words = ("--key", setting.member_key(OWNER), "--root", home / ROOT, "--k", MODEL_SHARES, "--out", document)
+    setting.seal("secret", "split", MODEL_KEY, setting.kit / LOCAL / "model.key", *words, *at)
+    put = ("--put", f"{split_path(MODEL_KEY)}={document}", "--out", proposal)
+    setting.seal("charter", "propose", setting.charter_folder, *put, "--trust", home / ROOT)
+    sign_and_publish(setting, proposal, SIGNERS)
+    serve_charter(setting)
+
+
+def serve_charter(setting: Setting) -> None:
+    """Each broker's operator copies the charter as it was published; wait until all of them serve it."""
+    store, version = read_store(setting.charter_folder), setting.charter().version
+    for broker in BROKERS:
+        write_store(setting.broker_kit(broker) / LOCAL / "charter", store)
+    deadline = time.monotonic() + SERVED_SECONDS
+    for broker in BROKERS:
+        root = setting.home(BROKERS[broker]) / ROOT
+        while (
+            json.loads(setting.seal("broker", "check", _address(setting, broker), "--root", root, "--json"))["charter"][
+                "version"
+            ]
+            < version
+        ):
+            if time.monotonic() > deadline:
+                raise Refused(
+                    f"{broker} does not serve version {version} of the charter",
+                    where=str(setting.broker_kit(broker)),
+                    do="Read its log.",
+                )
+            time.sleep(0.1)
+
+
+def _address(setting: Setting, broker: str) -> str:
+    return f"{broker}={setting.broker(broker).url}"
 
 
 def resources() -> tuple[str, ...]:

@@ -50,6 +50,8 @@ PRODUCTS: Final[Mapping[str, Product]] = {
 """The processor of each guest's host."""
 IMAGE: Final = "fl"
 MODEL_KEY: Final = f"{OWNER}/key/model"
+MODEL_SHARES: Final = 2
+"""How many brokers must release their share of the model's key: it is split over all of them."""
 BOOTED_BROKER_PORT: Final = 9443
 """The first broker's port for booted guests; the others' follow."""
 BOOTED_SERVER_PORT: Final = 8443
@@ -65,18 +67,9 @@ def data_key(site: str) -> str:
     return f"{SITES[site]}/key/data"
 
 
-def owner_of(resource: str) -> str:
-    """The member whose resource it is."""
-    return resource.partition("/")[0]
-
-
-def brokers_of(resource: str) -> tuple[str, ...]:
-    """Where a resource is deposited: at its own member's broker, or at the first where the member runs none.
-
-    One broker holds a resource whole. A resource that is split among several names them here.
-    """
-    own = [broker for broker, member in BROKERS.items() if member == owner_of(resource)]
-    return ((own or [BROKER])[:1][0],)
+def broker_of(member: str) -> str:
+    """A member's own broker, where its own keys are deposited: it alone holds them whole."""
+    return next(broker for broker, owner in BROKERS.items() if owner == member)
 
 
 @dataclass(frozen=True)

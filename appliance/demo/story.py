@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING, Any, Final
 from appliance.demo import attacks, job
 from appliance.demo.attacks import AttackSucceeded, Repelled
 from appliance.demo.display import Display, Step, brief
-from appliance.demo.founding import THRESHOLD, admit, deliver, deposit_keys, found_consortium, seal_site_data
+from appliance.demo.founding import (
+    THRESHOLD,
+    admit,
+    deliver,
+    deposit_keys,
+    found_consortium,
+    seal_site_data,
+    split_model_key,
+)
 from appliance.demo.guests import BOOT_SECONDS, START_SECONDS, start_broker, start_guest, wait_for_event
 from appliance.demo.setting import (
     BROKERS,
     GUESTS,
     MEMBERS,
+    MODEL_SHARES,
     OWNER,
     PRODUCTS,
     SERVER,
@@ -138,7 +147,10 @@ def _tell(setting: Setting, processes: Processes, display: Display) -> Report:
             start_broker(processes, setting, broker)
         for broker in BROKERS:
             wait_for_event(processes.log_of(broker), "ready")
-        step.detail = f"{', '.join(BROKERS)}: {deposit_keys(setting)} keys"
+        deposit_keys(setting)
+        split_model_key(setting)
+        shares = f"{MODEL_SHARES} of {len(BROKERS)} shares"
+        step.detail = f"{', '.join(BROKERS)}: {len(SITES)} keys whole, the model's in {shares}"
     with display.step("Three guests attest and get their keys") as step:
         for guest in GUESTS:
             start_guest(processes, setting, guest)

@@ -76,12 +76,25 @@ def test_the_ledger_tells_who_got_what_on_which_evidence(told: tuple[Path, dict[
     attested = [row for row in report["decisions"] if row["kind"] in {"appraisal", "release"}]
     assert all(row["measurement"] and row["tcb"] and row["platform"] == "virtual" for row in attested)
     assert sum(row["kind"] == "denial" for row in report["decisions"]) >= 6
-    at = {row["what"]: row["broker"] for row in report["decisions"] if row["kind"] == "deposit"}
-    assert {what.partition("/")[0]: broker for what, broker in at.items()} == {
-        "acme-pharma": "acme-broker",
-        "borealis-hospital": "borealis-broker",
-        "cygnus-bio": "cygnus-broker",
+    deposits = {(row["what"], row["broker"]) for row in report["decisions"] if row["kind"] == "deposit"}
+    assert deposits == {
+        ("borealis-hospital/key/data", "borealis-broker"),
+        ("cygnus-bio/key/data", "cygnus-broker"),
+        *(("acme-pharma/key/model", broker) for broker in ("acme-broker", "borealis-broker", "cygnus-broker")),
     }
+
+
+def test_no_broker_holds_the_model_s_key_whole(told: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = told
+    split = current_charter(read_store(folder / "shared/charter")).split("acme-pharma/key/model")
+    assert split is not None
+    assert (split.k, len(split.brokers)) == (2, 3)
+    gave = {
+        row["broker"]
+        for row in report["decisions"]
+        if (row["kind"], row["what"]) == ("release", "acme-pharma/key/model")
+    }
+    assert len(gave) >= 2
 
 
 def test_every_guest_is_vouched_for_by_each_member_s_broker(told: tuple[Path, dict[str, Any]]) -> None:
@@ -174,8 +187,8 @@ def test_the_charter_and_the_kits_are_made_by_the_commands(told: tuple[Path, dic
     root = (folder / "root.json").read_bytes()
     kits = [path.parent for path in folder.rglob("kit.dsse.json")]
     assert {open_signed_kit(kit, trust=root).manifest.role for kit in kits} == {"broker", "server", "site", "user"}
-    charters = {path.read_bytes() for path in folder.rglob("metadata/2.snapshot.json")}
-    assert charters == {(folder / "shared/charter/metadata/2.snapshot.json").read_bytes()}
+    served = {path.read_bytes() for path in folder.rglob("metadata/3.snapshot.json")}
+    assert served == {(folder / "shared/charter/metadata/3.snapshot.json").read_bytes()}
 
 
 # --- cut short --------------------------------------------------------------------------------------------------------

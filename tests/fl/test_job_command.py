@@ -12,7 +12,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from appliance.cli import main
-from appliance.demo.founding import admit, deliver, deposit_keys, found_consortium, seal_site_data
+from appliance.demo.founding import (
+    admit,
+    deliver,
+    deposit_keys,
+    found_consortium,
+    seal_site_data,
+    split_model_key,
+)
 from appliance.demo.guests import start_broker, start_guest, wait_for_event
 from appliance.demo.setting import BROKERS, GUESTS, SERVER, SITES, Setting, new_setting
 from appliance.processes import Processes
@@ -90,6 +97,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory, job_folder: Path) -> Itera
         for broker in BROKERS:
             wait_for_event(processes.log_of(broker), "ready")
         deposit_keys(made)
+        split_model_key(made)
         for guest in GUESTS:
             start_guest(processes, made, guest)
         for guest in GUESTS:
