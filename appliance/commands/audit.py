@@ -28,12 +28,12 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a broker's whole ledger, with all that stands behind each entry, into the new folder DIR."""
-    from attestation.broker.config import CONFIG_NAME, load_config
     from attestation.broker.storage import read_database
+    from attestation.broker.upkeep import open_folder
     from attestation.ledger.bundle import export_bundle
 
-    database = broker / load_config(broker / CONFIG_NAME).database
-    count, beyond = read_database(database, lambda step: export_bundle(step, folder))
+    with open_folder(broker) as (_, database):
+        count, beyond = read_database(database, lambda step: export_bundle(step, folder))
     if as_json:
         print_json({"entries": count, "folder": str(folder), "not-cosigned": beyond})
         return

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from appliance.output import print_json
 from policies.errors import Unusable
+
+if TYPE_CHECKING:
+    from attestation.broker.upkeep import Copied
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a broker: appraisal, key release, ledger.")
 
@@ -131,11 +134,33 @@ def restore(
     """Put a backup in place of the database of a broker that does not run. A shorter ledger is refused."""
     from attestation.broker import upkeep
 
-    _said(upkeep.restore(folder, copy), folder, as_json=as_json)
+    found = upkeep.restore(folder, copy)
+    _said(found, folder, as_json=as_json)
+    if not as_json:
+        typer.echo("What was decided since is not in it, and limits of use do not count it. If another database was")
+        typer.echo(
+            "there, tell the other members: their witnesses, and who holds a later receipt, know what is missing."
+        )
+        typer.echo("All sessions have ended; guests attest again.")
 
 
-def _said(entries: int, where: Path, *, as_json: bool) -> None:
+@app.command(epilog="Example: seal broker migrate /var/lib/seal-broker")
+def migrate(folder: BrokerFolder, as_json: AsJson = False) -> None:
+    """Bring the database of a broker that does not run to this version's schema, at once. Back it up first."""
+    from attestation.broker import upkeep
+
+    old, new = upkeep.migrate(folder)
     if as_json:
-        print_json({"entries": entries, "where": str(where)})
+        print_json({"from": old, "to": new})
     else:
-        typer.echo(f"{entries} ledger entries are in {where}")
+        typer.echo(f"It has schema {new} already." if old == new else f"The database went from schema {old} to {new}.")
+
+
+def _said(copied: Copied, where: Path, *, as_json: bool) -> None:
+    from attestation.canonical import format_time
+
+    last = None if copied.last is None else format_time(copied.last)
+    if as_json:
+        print_json({"entries": copied.entries, "last": last, "where": str(where)})
+    else:
+        typer.echo(f"{copied.entries} ledger entries are in {where}" + (f", the last of {last}." if last else "."))

@@ -84,7 +84,7 @@ async def healthz(request: web.Request) -> web.Response:
     except SealwrightError as error:
         problems.append(error.what)
     try:
-        broker.storage.read(lambda step: step.head())
+        await broker.storage.look(lambda step: step.head())
     except SealwrightError as error:
         problems.append(error.what)
     if broker.storage.cosigner.problem:
@@ -97,7 +97,7 @@ async def healthz(request: web.Request) -> web.Response:
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus's text format."""
     storage = request.app[BROKER].storage
-    head, published = storage.read(lambda step: (step.head(), step.published()))
+    head, published = await storage.look(lambda step: (step.head(), step.published()))
     gauges = {"ledger_entries": float(head.size), "ledger_published_entries": float(published.size)}
     return web.Response(text=request.app[METRICS].text(gauges), content_type="text/plain")
 

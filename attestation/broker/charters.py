@@ -8,7 +8,8 @@ lapses. A store whose newest snapshot has no current timestamp gets one, if ever
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -24,7 +25,7 @@ from attestation.errors import BrokerUnavailable
 from attestation.ledger.entry import Entry, parse_entry
 from policies.charter import Charter, load_charter, read_store, write_store
 from policies.charter.signing import sign_timestamp
-from policies.errors import SealwrightError
+from policies.errors import ProposalRefused, SealwrightError
 
 TIMESTAMP: Final = "metadata/timestamp.json"
 _RETRY: Final = timedelta(seconds=5)
@@ -78,11 +79,18 @@ class CharterFolder:
     """The charter in a folder. Calls block (files, signatures); they may come from any thread."""
 
     def __init__(
-        self, folder: Path, root: bytes, key: Ed25519PrivateKey, lifetime: timedelta, *, known: Charter | None = None
+        self,
+        folder: Path,
+        root: bytes,
+        keys: Callable[[], Sequence[Ed25519PrivateKey]],
+        lifetime: timedelta,
+        *,
+        known: Charter | None = None,
     ) -> None:
+        """`keys` gives the signing keys of which the charter may name one. It may raise Unusable."""
         self._folder = folder
         self._root = root
-        self._key = key
+        self._keys = keys
         self._lifetime = lifetime
         self._known = known
         self._lock = threading.Lock()
@@ -121,6 +129,19 @@ class CharterFolder:
         with self._lock:
             self._current = None
 
+    def put(self, store: Mapping[str, bytes]) -> None:
+        """Publish a store into the folder. Raises Unusable if it cannot be written."""
+        with self._lock:
+            write_store(self._folder, store)
+
+    def _stamped(self, store: Mapping[str, bytes], at: datetime) -> dict[str, bytes]:
+        """The store with a timestamp by the key that its charter names. Raises ProposalRefused or Unusable."""
+        keys = self._keys()
+        for key in keys[1:]:
+            with suppress(ProposalRefused):
+                return sign_timestamp(store, key, at, self._lifetime)
+        return sign_timestamp(store, keys[0], at, self._lifetime)
+
     def _read(self, at: datetime) -> LoadedCharter:
         store = read_store(self._folder)
         charter: Charter | None = None
@@ -130,7 +151,7 @@ class CharterFolder:
         except SealwrightError:
             fresh = False  # a newer snapshot, a lapsed timestamp, or a charter that does not hold: told apart below
         if charter is None or not fresh:
-            stamped = sign_timestamp(store, self._key, at, self._lifetime)
+            stamped = self._stamped(store, at)
             charter = load_charter(stamped, self._root, at, known=self._known)
             write_store(self._folder, stamped)
             store, self._seen = stamped, self._fingerprint()
@@ -152,14 +173,19 @@ class CharterFolder:
 
 def charter_from_ledger(step: Transaction, root: bytes) -> Charter | None:
     """The newest charter that the ledger names, as it held when it was logged: nothing older is taken after it."""
+    raw, store = step.last_entry("charter"), charter_files(step)
+    return None if raw is None or store is None else load_charter(store, root, parse_entry(raw).time)
+
+
+def charter_files(step: Transaction) -> dict[str, bytes] | None:
+    """The files of the newest charter that the ledger names, not verified."""
     raw = step.last_entry("charter")
     if raw is None:
         return None
-    entry = parse_entry(raw)
     store: dict[str, bytes] = {}
-    for name, digest in entry.body["files"].items():
+    for name, digest in parse_entry(raw).body["files"].items():
         content = step.blob(digest)
         if content is None:
             raise BrokerUnavailable(f"the database has lost the charter's file {name}", where="database")
         store[name] = content
-    return load_charter(store, root, entry.time)
+    return store

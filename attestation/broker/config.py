@@ -11,12 +11,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
+from attestation.broker.database import Database, open_database
 from attestation.broker.keys import create_issuer, create_kek
 from policies.documents import BrokerEntry, Name
 from policies.errors import Unusable
-from policies.keys import generate_ed25519, public_pem, write_secret
+from policies.keys import generate_ed25519, public_pem, read_secret, write_secret
 
 CONFIG_LIMIT: Final = 64 * 1024
 CONFIG_NAME: Final = "broker.toml"
@@ -46,6 +47,9 @@ class BrokerConfig(_Section):
     issuer_key: str = "keys/issuer.pem"
     kek: str = "keys/kek"
     database: str = "state/broker.sqlite"
+    """A path, or the URL of a PostgreSQL database without a password."""
+    database_password: str | None = None
+    """A file (0600) with the database's password; None: PGPASSFILE's, or none."""
     witness_key: str = "keys/witness.pem"
     witness_state: str = "state/witness.sqlite"
     endorsements: str = "endorsements"
@@ -53,6 +57,36 @@ class BrokerConfig(_Section):
     gpu_endorsements: str = "gpu"
     timestamp_hours: Annotated[int, Field(ge=1, le=24 * 30)] = 24
     limits: Limits = Limits()
+
+    @field_validator("database")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if "://" in value and not value.startswith(("postgresql://", "postgresql+psycopg://")):
+            raise ValueError("this is neither a path nor the URL of a PostgreSQL database")
+        return value
+
+    def open_database(self, folder: Path, *, make: bool = False) -> Database:
+        """The database of the broker in `folder`; `make`: it need not be there. Raises Unusable or UnusableKey."""
+        if "://" in self.database:
+            return open_database(self.database, password=self.password(folder))
+        path = folder / self.database
+        if not make and not path.is_file():
+            raise Unusable("there is no broker's database", where=str(path), do="Name the broker's folder.")
+        return open_database(f"sqlite:///{path.absolute()}")
+
+    def password(self, folder: Path) -> str | None:
+        """The database's password. Raises UnusableKey."""
+        if self.database_password is None:
+            return None
+        return read_secret(folder / self.database_password, 4096).decode("utf-8").rstrip("\r\n")
+
+    def database_url(self, folder: Path) -> str:
+        """The URL of the database of the broker in `folder`."""
+        return self.database if "://" in self.database else f"sqlite:///{(folder / self.database).absolute()}"
+
+    def state(self, folder: Path) -> Path | None:
+        """The folder that a broker on a file has for itself; None for a database that processes share."""
+        return None if "://" in self.database else (folder / self.database).parent
 
 
 def load_config(path: Path) -> BrokerConfig:

@@ -276,7 +276,7 @@ async def signed_time(request: web.Request) -> web.Response:
         charter = (await call.broker.charter(call.broker.clock())).charter
     except Refused as error:
         return call.refused(error)
-    head = call.broker.storage.read(lambda step: step.published())
+    head = await call.broker.storage.look(lambda step: step.published())
     return call.done({"charter": {"id": charter.id, "version": charter.version}, "checkpoint": head.checkpoint})
 
 
@@ -291,7 +291,7 @@ async def charter_store(request: web.Request) -> web.Response:
 @routes.get("/v1/ledger/checkpoint")
 async def checkpoint(request: web.Request) -> web.Response:
     """The ledger's signed head, as a C2SP signed note."""
-    head = request.app[BROKER].storage.read(lambda step: step.published())
+    head = await request.app[BROKER].storage.look(lambda step: step.published())
     return web.Response(text=head.checkpoint, content_type="text/plain")
 
 
@@ -299,7 +299,7 @@ async def checkpoint(request: web.Request) -> web.Response:
 async def entries(request: web.Request) -> web.Response:
     """Entries [start, end), at most MAX_PAGE, base64."""
     start, end = _number(request, "start"), _number(request, "end")
-    found = request.app[BROKER].storage.read(lambda step: step.entries(start, min(end, start + MAX_PAGE)))
+    found = await request.app[BROKER].storage.look(lambda step: step.entries(start, min(end, start + MAX_PAGE)))
     return json_response({"entries": [b64(raw) for raw in found], "start": start})
 
 
@@ -309,9 +309,9 @@ async def proof(request: web.Request) -> web.Response:
     storage = request.app[BROKER].storage
     if "index" in request.query:
         index = _number(request, "index")
-        return json_response(storage.read(lambda step: step.receipt(index, step.published())).to_json())
+        return json_response((await storage.look(lambda step: step.receipt(index, step.published()))).to_json())
     old = _number(request, "old")
-    head, steps = storage.read(lambda step: ((head := step.published()), step.consistency(old, head.size)))
+    head, steps = await storage.look(lambda step: ((head := step.published()), step.consistency(old, head.size)))
     return json_response({"checkpoint": head.checkpoint, "old": old, "proof": [b64(step) for step in steps]})
 
 

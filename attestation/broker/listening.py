@@ -40,6 +40,11 @@ class ServerTls:
         self._roles = roles
         self._renewed: datetime | None = None
 
+    def follow(self, issuer: Issuer, at: datetime) -> None:
+        """Take a certificate under another issuer, at once."""
+        self._issuer, self._renewed = issuer, None
+        self.renew(at)
+
     def renew(self, at: datetime) -> None:
         """Take a fresh key and certificate for new connections, if the last is older than CERTIFICATE_RENEWAL."""
         if self._renewed is not None and at - self._renewed < CERTIFICATE_RENEWAL:

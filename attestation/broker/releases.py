@@ -3,18 +3,24 @@
 Decisions over one resource are made one after another, in the order in which they then reach the database's writer. A
 decision counts what the database has and, beyond that, the releases that are still on their way there; the writer
 checks that it counted right. So many guests may have one resource at the same time, and a limit of N is N.
+
+Processes on one database take turns over a resource, TURN_SECONDS each while another waits or not: what one decides is
+on the disk before the other counts. The writer's check holds without it too; the turns spare deciding anew.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from attestation.broker import journal
+from attestation.broker.database import TURNS
 from attestation.broker.keys import KeyEncryption, open_resource
 from attestation.broker.release import Counters, decide_release
 from attestation.broker.release import Question as ReleaseQuestion
@@ -27,6 +33,9 @@ from attestation.ledger.receipt import Receipt
 from attestation.messages import not_deposited
 from attestation.split import kept_as, parse_share
 from policies.charter import Charter
+
+TURN_SECONDS: Final = 0.1
+"""How long one process goes on deciding over a resource before it lets another."""
 
 Authorise = Callable[[Session | None], Session]
 """Checks a call against its session and returns the session's next form; raises Refused or Unusable."""
@@ -85,6 +94,10 @@ class _Gate:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     flights: list[_Flight] = field(default_factory=list)
     users: int = 0
+    landed: asyncio.Event = field(default_factory=asyncio.Event)
+    give_up: Callable[[], None] | None = None
+    """Gives up this process's turn, if it has one."""
+    since: float = 0.0
 
 
 class Releases:
@@ -97,11 +110,14 @@ class Releases:
         self._kek = kek
         self._still_followed = still_followed
         self._gates: dict[str, _Gate] = {}
+        self._turns = asyncio.Semaphore(TURNS)
+        self._waiters = ThreadPoolExecutor(TURNS, "turn")  # of their own: who decides must not wait for who waits
 
     async def decide(self, request: Request) -> Released | None:
         """Release, or raise ReleaseRefused with every reason; None if it has to be decided anew (charter, counters)."""
         async with self._gate(request.resource) as gate:
             async with gate.lock:
+                await self._turn(gate, request.resource)
                 question, reasons, sealed, found = await asyncio.to_thread(self._prepare, request, gate)
                 flight = _Flight(journal.place(request.ear.subject), _boot(request.ear))
                 pending = self._storage.submit(
@@ -109,11 +125,14 @@ class Releases:
                 )
                 if not reasons:
                     gate.flights.append(flight)
+                    gate.landed.clear()
             try:
                 entry, receipts = await pending
             finally:
                 if flight in gate.flights:
                     gate.flights.remove(flight)
+                if not gate.flights:
+                    gate.landed.set()
         if entry is None:
             return None
         if reasons:
@@ -130,6 +149,33 @@ class Releases:
             gate.users -= 1
             if gate.users == 0:
                 self._gates.pop(resource, None)
+                await self._end_turn(gate)
+
+    async def _turn(self, gate: _Gate, resource: str) -> None:
+        """Have this process's turn over the resource, a new one if the last has taken long enough."""
+        if not self._storage.database.shared:
+            return
+        if gate.give_up is not None and time.monotonic() - gate.since > TURN_SECONDS:
+            if gate.flights:
+                await gate.landed.wait()
+            await self._end_turn(gate)
+        if gate.give_up is None:
+            await self._turns.acquire()
+            loop = asyncio.get_running_loop()
+            try:
+                taken = await loop.run_in_executor(self._waiters, self._storage.database.take_turn, resource)
+            except BaseException:
+                self._turns.release()
+                raise
+            gate.give_up, gate.since = taken, time.monotonic()
+
+    async def _end_turn(self, gate: _Gate) -> None:
+        give_up, gate.give_up = gate.give_up, None
+        if give_up is not None:
+            try:
+                await asyncio.to_thread(give_up)
+            finally:
+                self._turns.release()
 
     def _prepare(self, request: Request, gate: _Gate) -> tuple[ReleaseQuestion, tuple[str, ...], Any, _Found]:
         """Decide, and seal the value if it is released. Runs beside the event loop, one at a time for a resource."""

@@ -20,11 +20,12 @@ from attestation.broker.clock import now
 from attestation.broker.config import BrokerConfig, load_config
 from attestation.broker.exchange import log
 from attestation.broker.gpu_folder import GpuFolder
-from attestation.broker.keys import load_issuer, load_kek
+from attestation.broker.keys import load_kek
 from attestation.broker.listening import ServerTls, listening
+from attestation.broker.own_keys import KeyFolder
 from attestation.broker.service import Broker
 from attestation.broker.storage import open_storage
-from attestation.broker.upkeep import sole_broker
+from attestation.broker.upkeep import head_keys, sole_broker
 from attestation.endorsements.kds import KdsClient, https_fetch
 from attestation.endorsements.kds_cache import KdsCache
 from attestation.ledger.checkpoint import ledger_origin
@@ -32,9 +33,9 @@ from attestation.witness.service import Witness
 from attestation.witness.store import open_store
 from policies.charter import read_store
 from policies.charter.signing import current_charter
-from policies.documents import Consortium
+from policies.documents import BrokerEntry, Consortium
 from policies.errors import SealwrightError, Unusable
-from policies.keys import load_private_key, public_pem
+from policies.keys import load_private_key
 
 OPEN_FILES: Final = 65_536
 UPKEEP_SECONDS: Final = 30.0
@@ -45,20 +46,24 @@ KDS_SECONDS: Final = 20.0
 def open_broker(folder: Path, config: BrokerConfig) -> Broker:
     """Open everything that the settings name. Raises Unusable or Refused, naming what does not fit."""
     root = _read(folder / config.root)
-    signing_key = load_private_key(folder / config.signing_key)
+    files = KeyFolder(folder, config)
     store = read_store(folder / config.charter)
     consortium = current_charter(store, root).consortium
     entry = consortium.broker(config.name)
-    if entry is None or entry.signing_key != public_pem(signing_key):
-        raise Unusable(
-            f"the charter has no broker {config.name} with this signing key",
-            where=str(folder / config.signing_key),
-            do="Put this broker's entry.json into the charter, or its own keys here.",
-        )
-    issuer = load_issuer(folder / config.issuer_key, entry.issuer_certificate)
+    if entry is None:
+        do = "Put this broker's entry.json into the charter."
+        raise Unusable(f"the charter has no broker {config.name}", where=str(folder / config.charter), do=do)
+    own = files.find(entry)
     kek = load_kek(folder / config.kek)
     origin = ledger_origin(consortium.trust_domain, config.name)
-    storage = open_storage(f"sqlite:///{(folder / config.database).absolute()}", origin, signing_key)
+    storage = open_storage(
+        config.database_url(folder),
+        origin,
+        own.signing,
+        others=files.signing(),
+        password=config.password(folder),
+        trusted=lambda step: head_keys(step, folder, config),
+    )
     try:
         known = storage.read(lambda step: charter_from_ledger(step, root))
     except BaseException:
@@ -70,16 +75,19 @@ def open_broker(folder: Path, config: BrokerConfig) -> Broker:
     broker = Broker(
         config.name,
         storage=storage,
-        charters=CharterFolder(folder / config.charter, root, signing_key, lifetime, known=known),
-        signing_key=signing_key,
-        issuer=issuer,
+        charters=CharterFolder(folder / config.charter, root, files.signing, lifetime, known=known),
+        signing_key=own.signing,
+        issuer=own.issuer,
+        find_keys=files.find,
         kek=kek,
         complete=kds.complete_evidence,
         gpu_endorsements=GpuFolder(folder / config.gpu_endorsements).read,
         session_seconds=config.limits.session_seconds,
         max_sessions=config.limits.sessions,
     )
+    broker.rotated = files.promote
     try:
+        files.promote(entry)
         broker.witness = _open_witness(folder, config, broker)
     except BaseException:
         storage.close()
@@ -105,6 +113,14 @@ async def serving(broker: Broker, config: BrokerConfig) -> AsyncIterator[str]:
     """Serve `broker` until the block ends; gives `host:port` as it is bound."""
     tls = ServerTls(broker.issuer, broker.name, ["broker"] if broker.witness is None else ["broker", "witness"])
     tls.renew(now())
+    promote = broker.rotated
+
+    def rotated(entry: BrokerEntry) -> None:
+        promote(entry)
+        tls.follow(broker.issuer, now())
+        log("rotated", broker=broker.name, what="signing and issuer keys, as the charter names them")
+
+    broker.rotated = rotated
     await broker.charter(broker.clock())
     app = make_app(broker, client_rate=config.limits.client_rate, client_burst=config.limits.client_burst)
     async with listening(app, tls, config.listen) as address:
@@ -132,11 +148,10 @@ async def _upkeep(broker: Broker, tls: ServerTls) -> None:
 
 
 async def look_at_charter(broker: Broker) -> None:
-    """Follow what lies in the charter's folder, and say what happened."""
+    """Follow what lies in the charter's folder or what another process follows, and say what happened."""
     try:
-        at = broker.clock()
-        if broker.charters.stale(at):
-            await broker.charter(at)
+        await broker.look_around()
+        await broker.charter(broker.clock())
     except SealwrightError as error:
         log("charter", problem=error.what)
         return
@@ -185,7 +200,7 @@ def run_broker(path: Path) -> None:
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     os.umask(0o077)
-    with sole_broker((path.parent / config.database).parent):
+    with sole_broker(config.state(path.parent)):
         uvloop.run(_run(path.parent, config))
 
 

@@ -20,11 +20,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from attestation.broker import journal
 from attestation.broker.appraisal import Additional, Bound, appraise_guest, brief_ear, build_ear
 from attestation.broker.appraisal import Question as AppraisalQuestion
-from attestation.broker.charters import CharterFolder, LoadedCharter
+from attestation.broker.charters import CharterFolder, LoadedCharter, charter_files
 from attestation.broker.checks import check_csr, check_deposit, check_ears
 from attestation.broker.clock import CheckedClock
 from attestation.broker.journal import Note
 from attestation.broker.keys import Issuer, KeyEncryption, seal_resource
+from attestation.broker.own_keys import OwnKeys
 from attestation.broker.releases import Authorise, Released, Releases, Request, Seal
 from attestation.broker.sessions import (
     NONCE_SIZE,
@@ -35,7 +36,7 @@ from attestation.broker.sessions import (
     open_session,
     take_nonce,
 )
-from attestation.broker.storage import Storage, Transaction
+from attestation.broker.storage import Storage, Transaction, key_name
 from attestation.ear import Ear, sign_ear, verify_ear
 from attestation.errors import (
     AppraisalRefused,
@@ -51,6 +52,7 @@ from attestation.messages import Deposit
 from attestation.split import kept_as
 from attestation.witness.service import Witness
 from policies.charter import Charter
+from policies.documents import BrokerEntry
 from policies.errors import Refused, SealwrightError, Unusable
 
 TRIES: Final = 8
@@ -110,6 +112,7 @@ class Broker:
         gpu_endorsements: GpuEndorsing | None = None,
         session_seconds: int = 300,
         max_sessions: int = 100_000,
+        find_keys: Callable[[BrokerEntry], OwnKeys] | None = None,
         clock: Callable[[], datetime] | None = None,
         randomness: Callable[[int], bytes] = os.urandom,
     ) -> None:
@@ -122,6 +125,9 @@ class Broker:
         """The time, whole seconds. Raises BrokerUnavailable if the clock cannot be relied on."""
         self.witness: Witness | None = None
         """The witness of other members' ledgers that runs in this broker, if one does."""
+        self.rotated: Callable[[BrokerEntry], object] = lambda _: None
+        """Told when the charter has given the broker other keys, which it has taken."""
+        self._find_keys = find_keys
         self._kek = kek
         self._complete = complete
         self._gpu_endorsements = gpu_endorsements
@@ -132,13 +138,16 @@ class Broker:
         self._releases = Releases(storage, kek, self._still_followed)
         self._charter_lock = asyncio.Lock()
         self._followed: LoadedCharter | None = None
+        self._behind = False
 
     # --- charter ----------------------------------------------------------------------------------------------------
 
     async def charter(self, at: datetime) -> LoadedCharter:
         """The charter to follow at `at`; a new one is in the ledger before anything is decided by it."""
-        if self.charters.stale(at):
+        if self._behind or self.charters.stale(at):
             async with self._charter_lock:
+                if self._behind:
+                    await self._catch_up()
                 if self.charters.stale(at):
                     await self.reload(at)
         if self._followed is None or at >= self._followed.charter.expires:
@@ -161,18 +170,51 @@ class Broker:
             if entry is None:
                 do = "Put the broker into the charter again, or end it."
                 raise Unusable(f"the charter has no broker {self.name} any more", where="charter", do=do)
+            keys = await asyncio.to_thread(self._own_keys, entry)
+            name = key_name(keys.signing.public_key())
+            self.storage.add_key(keys.signing)
             self.storage.cosigner.follow(found.charter.consortium, entry)
-            await self.storage.transact(lambda step: _follow(step, found, at), cosigned=False)
+            ahead, _ = await self.storage.transact(lambda step: _follow(step, found, name, at), cosigned=False)
+            if ahead:
+                self._behind = True
+                what = f"another process of this broker follows version {ahead} of the charter"
+                raise BrokerUnavailable(what, where="charter")
         except BaseException:
             self.charters.forget()  # nothing is decided by a charter that the ledger does not name: load it again
             raise
         self._followed = found
+        if (keys.signing, keys.issuer) != (self.signing_key, self.issuer):
+            self.signing_key, self.issuer = keys.signing, keys.issuer
+            self.rotated(entry)
         return True
 
-    @staticmethod
-    def _still_followed(step: Transaction, charter: Charter) -> bool:
+    def _own_keys(self, entry: BrokerEntry) -> OwnKeys:
+        """The keys that the charter's entry names. Raises Unusable if this broker has not got them."""
+        present = OwnKeys(self.signing_key, self.issuer)
+        if present.are(entry) or self._find_keys is None:
+            return present
+        return self._find_keys(entry)
+
+    async def look_around(self) -> None:
+        """Notice that another process on the same database follows a newer charter. Raises BrokerUnavailable."""
+        followed = await self.storage.look(lambda step: step.followed())
+        if self._followed is not None and _version(followed) > self._followed.charter.version:
+            self._behind = True
+
+    async def _catch_up(self) -> None:
+        """Put the newest charter that the ledger names into the folder, from which it is judged like any other."""
+        store = await self.storage.look(charter_files)
+        if store is not None:
+            await asyncio.to_thread(self.charters.put, store)
+        self._behind = False
+
+    def _still_followed(self, step: Transaction, charter: Charter) -> bool:
         """In the writer: whether the ledger named this charter last."""
-        return step.followed() == _mark(charter)
+        followed = step.followed()
+        if followed == _mark(charter):
+            return True
+        self._behind = self._behind or _version(followed) > charter.version
+        return False
 
     def _demand_followed(self, step: Transaction, charter: Charter) -> None:
         if not self._still_followed(step, charter):
@@ -239,7 +281,7 @@ class Broker:
         """
         at = self.clock()
         charter = (await self.charter(at)).charter
-        session = self.storage.read(lambda step: step.session(identifier))
+        session = await self.storage.look(lambda step: step.session(identifier))
         if session is None or session.protocol != protocol:
             raise SessionRefused(("there is no such session",))
         bound = bind(session, charter)
@@ -424,7 +466,7 @@ class Broker:
         self, identifier: str, protocol: Protocol, what: str, authorise: Authorise, charter: Charter, at: datetime
     ) -> Session:
         """The session of a call that it allows; a call that it does not is written down."""
-        session = self.storage.read(lambda step: step.session(identifier))
+        session = await self.storage.look(lambda step: step.session(identifier))
         try:
             return authorise(session)
         except SealwrightError as error:
@@ -465,14 +507,24 @@ def _mark(charter: Charter) -> str:
     return f"{charter.id} {charter.version}"
 
 
-def _follow(step: Transaction, found: LoadedCharter, at: datetime) -> None:
+def _version(mark: str | None) -> int:
+    return int((mark or "").rpartition(" ")[2] or 0)
+
+
+def _follow(step: Transaction, found: LoadedCharter, key: str, at: datetime) -> int:
+    """Write down that a charter is followed, from this commit on under this key; 0, or the newer version that is."""
+    ahead = _version(step.followed())
+    if ahead > found.charter.version:
+        return ahead
     step.append(found.entry(at), blobs=found.blobs())
     step.follow(_mark(found.charter))
+    step.set_signing_key(key)
     for split in found.charter.splits():
         step.drop_resource(split.resource)  # no broker keeps whole what is split, nor a share that was replaced
         for generation in step.generations(split.resource):
             if generation < split.generation:
                 step.drop_resource(kept_as(split.resource, generation))
+    return 0
 
 
 def _forget_shares(step: Transaction, resource: str, charter: Charter, deposited: int) -> None:

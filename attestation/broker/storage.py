@@ -1,19 +1,22 @@
-"""The broker's database: the ledger, its blobs, sessions, resources. SQLAlchemy Core over SQLite.
+"""The broker's database: the ledger, its blobs, sessions, resources. SQLAlchemy Core over SQLite or PostgreSQL.
 
 One writer thread runs transactions in batches: each is a function of a `Transaction` run in a savepoint of its own,
 and all of a batch are committed together, with one signed checkpoint, before any of their answers leaves. So an entry
-is durable (WAL, synchronous=FULL) when its caller hears of it, a batch costs one fsync, and a decision, its ledger
-entry and its counters are one atomic step. Where the charter demands it, witnesses have cosigned a head above it too
+is durable when its caller hears of it, a batch costs one fsync, and a decision, its ledger entry and its counters are
+one atomic step. Where the charter demands it, witnesses have cosigned a head above it too
 (attestation.broker.cosigning).
+
+Several processes may write to one PostgreSQL database: each batch begins by waiting for the others' (Database), then
+reads size, head and the signing key in force from the database. Nothing of the ledger is remembered between batches
+but how far it was: a database that is shorter than that is an older one, and is not written to.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,10 +25,12 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 import sqlalchemy as sa
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from attestation.broker.cosigning import Cosigner
-from attestation.broker.transaction import METADATA, Head
+from attestation.broker.database import BUSY_SECONDS, Database, open_database, reading, words, writing
+from attestation.broker.schema import check_schema, make_schema
+from attestation.broker.transaction import Head
 from attestation.broker.transaction import StoredResource as StoredResource
 from attestation.broker.transaction import Transaction as Transaction
 from attestation.errors import BrokerUnavailable, LedgerRefused
@@ -35,11 +40,10 @@ from attestation.ledger.tree import root_hash
 from policies.errors import Unusable
 
 T = TypeVar("T")
-SCHEMA_VERSION: Final = "1"
 BATCH: Final = 64
 QUEUE: Final = 1024
-BUSY_SECONDS: Final = 5
-"""How long a transaction waits for a locked database before it is given up."""
+Trusted = Callable[[Transaction], Iterable[Ed25519PublicKey]]
+"""Finds in a database the keys of which one must have signed its ledger's head."""
 
 
 @dataclass(slots=True)
@@ -62,12 +66,14 @@ class _Outcome:
 class Storage:
     """The database of one broker. Open it with `open_storage`; close it."""
 
-    def __init__(self, engine: sa.Engine, path: Path, origin: str, key: Ed25519PrivateKey) -> None:
-        self._engine = engine
-        self._path = path
-        self._identity = _identity(path)
+    def __init__(self, database: Database, origin: str, keys: Iterable[Ed25519PrivateKey], size: int) -> None:
+        """`keys`: the broker's signing key, then those that may take its place. `size`: of the ledger, as checked."""
+        self.database = database
         self._origin = origin
-        self._key = key
+        self._keys = {key_name(key.public_key()): key for key in keys}
+        self._first = next(iter(self._keys))
+        self._seen = size
+        self._connection: sa.Connection | None = None
         self._steps: queue.Queue[_Step[Any] | None] = queue.Queue(QUEUE)
         self.cosigner = Cosigner(self.read, self._publish)
         self._writer = threading.Thread(target=self._write, name="ledger-writer", daemon=True)
@@ -96,12 +102,16 @@ class Storage:
 
     def read(self, work: Callable[[Transaction], T]) -> T:
         """Run `work`, which only reads, on the calling thread. Raises BrokerUnavailable."""
-        try:
-            with self._engine.connect() as connection:
-                connection.exec_driver_sql("BEGIN")  # one snapshot for all that `work` reads
-                return work(Transaction(connection))
-        except sa.exc.SQLAlchemyError as error:
-            raise BrokerUnavailable(f"the database cannot be read: {_words(error)}", where="database") from error
+        with reading(self.database) as connection:
+            return work(Transaction(connection))
+
+    async def look(self, work: Callable[[Transaction], T]) -> T:
+        """Like `read`, for the event loop: a database on a network must not hold it up."""
+        return await asyncio.to_thread(self.read, work) if self.database.shared else self.read(work)
+
+    def add_key(self, key: Ed25519PrivateKey) -> None:
+        """Have a further signing key at hand, for when a step puts it in force (Transaction.set_signing_key)."""
+        self._keys = {**self._keys, key_name(key.public_key()): key}
 
     def close(self) -> None:
         """Finish what waits and close the database."""
@@ -109,7 +119,7 @@ class Storage:
             self._steps.put(None)
             self._writer.join(timeout=4 * BUSY_SECONDS)
         self.cosigner.close()
-        self._engine.dispose()
+        self.database.dispose()
 
     def _submit(
         self, work: Callable[[Transaction], T], *, cosigned: bool = True
@@ -140,41 +150,66 @@ class Storage:
                     batch.append(more)
             if batch:
                 self._commit(batch)
+        self._hang_up()
 
     def _commit(self, batch: list[_Step[Any]]) -> None:
         """Run and commit a batch, then tell each caller."""
         batch = [step for step in batch if step.done.set_running_or_notify_cancel()]
         outcomes: list[_Outcome] = []
         try:
-            if _identity(self._path) != self._identity:  # SQLite would go on writing to a file that nobody can open
-                raise FileNotFoundError("its file was removed or replaced")
-            with self._engine.connect() as connection:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-                transaction = Transaction(connection)
-                outcomes.extend(self._run(connection, transaction, step) for step in batch)
-                head = transaction.head()
-                grown = any(one.appended for one in outcomes)
-                if grown:
-                    size = transaction.size()
-                    checkpoint = Checkpoint(self._origin, size, root_hash(size, transaction.node))
-                    head = Head(size, sign_checkpoint(checkpoint, self._key))
-                    transaction.set_head(head)
-                later = [one for one in outcomes if one.appended and one.step.cosigned and self.cosigner.demanded]
-                now = [one for one in outcomes if one not in later]
-                receipts = [_receipts(transaction, one, head) for one in now]
-                connection.exec_driver_sql("COMMIT")
+            self.database.check()
+            connection = self._writing()
+            transaction = Transaction(connection)
+            if transaction.size() < self._seen:
+                raise FileNotFoundError(f"an older one was put in its place, without entry {self._seen - 1}")
+            outcomes.extend(self._run(connection, transaction, step) for step in batch)
+            head = transaction.head()
+            grown = any(one.appended for one in outcomes)
+            if grown:
+                size = transaction.size()
+                checkpoint = Checkpoint(self._origin, size, root_hash(size, transaction.node))
+                head = Head(size, sign_checkpoint(checkpoint, self._key(transaction)))
+                transaction.set_head(head)
+            later = [one for one in outcomes if one.appended and one.step.cosigned and self.cosigner.demanded]
+            now = [one for one in outcomes if one not in later]
+            receipts = [_receipts(transaction, one, head) for one in now]
+            connection.exec_driver_sql("COMMIT")
         except Exception as error:  # whatever it is, each waiting caller must hear that nothing was kept
-            failure = BrokerUnavailable(f"the database cannot be written: {_words(error)}", where="database")
+            self._hang_up()
+            failure = BrokerUnavailable(f"the database cannot be written: {words(error)}", where="database")
             failure.__cause__ = error
             for step in batch:
                 step.done.set_exception(failure)
             return
+        self._seen = head.size
         if later:
             self.cosigner.wait(head.size, len(later), partial(self._answer, later))
         elif grown:
             self.cosigner.stir()
         for one, proofs in zip(now, receipts, strict=True):
             _tell(one, proofs)
+
+    def _writing(self) -> sa.Connection:
+        """The writer's connection, in a transaction."""
+        if self._connection is None:
+            self._connection = self.database.engine.connect()
+            self.database.attend(self._connection)
+        self.database.begin_write(self._connection)
+        return self._connection
+
+    def _hang_up(self) -> None:
+        """Give up the writer's connection, its transaction and its locks."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sa.exc.SQLAlchemyError):
+                connection.invalidate()
+            connection.close()
+
+    def _key(self, transaction: Transaction) -> Ed25519PrivateKey:
+        name = transaction.signing_key() or self._first
+        if name not in self._keys:
+            raise LedgerRefused(("the broker's signing key was rotated, and this process has the old one",), where=name)
+        return self._keys[name]
 
     def _answer(self, outcomes: list[_Outcome], found: Head | BrokerUnavailable) -> None:
         """Tell the callers whose entries a cosigned head has, or why there is none."""
@@ -202,6 +237,10 @@ class Storage:
         connection.exec_driver_sql("SAVEPOINT step")
         try:
             result = step.work(transaction)
+        except (sa.exc.DataError, sa.exc.IntegrityError) as error:  # what this step wanted to write
+            connection.exec_driver_sql("ROLLBACK TO step")
+            connection.exec_driver_sql("RELEASE step")
+            return _Outcome(step, None, [], BrokerUnavailable(f"it cannot be kept: {words(error)}", where="database"))
         except sa.exc.SQLAlchemyError:
             raise  # the database itself: the whole batch fails
         except Exception as problem:  # goes to the caller that asked, by its future
@@ -223,105 +262,77 @@ def _tell(outcome: _Outcome, receipts: tuple[Receipt, ...]) -> None:
         outcome.step.done.set_result((outcome.result, receipts))
 
 
-def _words(error: BaseException) -> str:
-    cause = getattr(error, "orig", None) or error
-    return str(cause).splitlines()[0][:200] if str(cause) else type(cause).__name__
+def key_name(key: Ed25519PublicKey) -> str:
+    """Which signing key it is, as the database has it: its 32 bytes in hex."""
+    return key.public_bytes_raw().hex()
 
 
-def open_storage(url: str, origin: str, key: Ed25519PrivateKey, *, busy_seconds: float = BUSY_SECONDS) -> Storage:
-    """Open the database at `url` (`sqlite:////absolute/path`), making it if it is new, and check its ledger's head.
+def open_storage(
+    url: str,
+    origin: str,
+    key: Ed25519PrivateKey,
+    *,
+    others: Iterable[Ed25519PrivateKey] = (),
+    password: str | None = None,
+    trusted: Trusted | None = None,
+    busy_seconds: float = BUSY_SECONDS,
+) -> Storage:
+    """Open the database at `url` (see open_database), making its tables if it is new, and check its ledger's head.
 
-    Raises Unusable for a database of another kind, BrokerUnavailable if it cannot be opened, LedgerRefused if its head
-    is not signed by `key` for `origin` or is not its tree's.
+    `others` are further signing keys of this broker's (see add_key); `trusted` finds whose signature counts (default:
+    that of `key`). Raises Unusable for a database of another kind or schema, BrokerUnavailable if it cannot be opened,
+    LedgerRefused if its head is not signed for `origin` by one of those keys, or is not its tree's.
     """
-    parsed = sa.make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        raise Unusable(f"{parsed.get_backend_name()} is no database of ours", where="database", do="Give a sqlite URL.")
-    if parsed.database:
-        _private_file(Path(parsed.database))
-    engine = sa.create_engine(parsed, connect_args={"timeout": busy_seconds, "check_same_thread": False})
-    sa.event.listen(engine, "connect", _configure)
+    database = open_database(url, password=password, busy_seconds=busy_seconds)
     try:
-        with engine.begin() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            METADATA.create_all(connection)
+        with writing(database) as connection:
+            if make_schema(connection):
+                Transaction(connection).set_origin(origin)
+            check_schema(connection)
             transaction = Transaction(connection)
-            found, _ = transaction.schema()
-            if found is None:
-                transaction.set_schema(SCHEMA_VERSION, origin)
-            elif found != SCHEMA_VERSION:
-                raise Unusable(f"the database has schema {found}", where="database", do="Use the version that made it.")
-            check_head(transaction, origin, key)
-            connection.exec_driver_sql("COMMIT")
-    except sa.exc.SQLAlchemyError as error:
-        engine.dispose()
-        raise BrokerUnavailable(f"the database cannot be opened: {_words(error)}", where="database") from error
+            check_head(transaction, origin, trusted(transaction) if trusted else (key.public_key(),))
+            size = transaction.size()
     except BaseException:
-        engine.dispose()
+        database.dispose()
         raise
-    return Storage(engine, Path(parsed.database or ""), origin, key)
+    return Storage(database, origin, (key, *others), size)
 
 
-def read_database(path: Path, work: Callable[[Transaction], T]) -> T:
-    """Run `work`, which only reads, on a broker's database file, whether its broker runs or not.
+def read_database(source: Path | Database, work: Callable[[Transaction], T]) -> T:
+    """Run `work`, which only reads, on a broker's database (or its file), whether its broker runs or not.
 
-    Raises Unusable if there is no such database, BrokerUnavailable if it cannot be read.
+    Raises Unusable if there is no such database or it has another schema, BrokerUnavailable if it cannot be read.
     """
-    if not path.is_file():
-        raise Unusable("there is no broker's database", where=str(path), do="Name the broker's folder or database.")
-    engine = sa.create_engine(f"sqlite:///{path.absolute()}", connect_args={"timeout": BUSY_SECONDS})
-    sa.event.listen(engine, "connect", _read_only)
+    if isinstance(source, Path) and not source.is_file():
+        raise Unusable("there is no broker's database", where=str(source), do="Name the broker's folder or database.")
+    database = open_database(f"sqlite:///{source.absolute()}", make=False) if isinstance(source, Path) else source
     try:
-        with engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN")
+        with reading(database) as connection:
+            check_schema(connection)
             return work(Transaction(connection))
-    except sa.exc.SQLAlchemyError as error:
-        raise BrokerUnavailable(f"the database cannot be read: {_words(error)}", where=str(path)) from error
     finally:
-        engine.dispose()
+        if isinstance(source, Path):
+            database.dispose()
 
 
-def check_head(transaction: Transaction, origin: str, key: Ed25519PrivateKey) -> None:
-    """Check that the ledger's signed head is its tree's. Raises LedgerRefused."""
+def check_head(transaction: Transaction, origin: str, keys: Iterable[Ed25519PublicKey]) -> None:
+    """Check that the ledger's signed head, by one of these keys, is its tree's. Raises LedgerRefused."""
     size, head = transaction.size(), transaction.head()
-    _, found = transaction.schema()
+    found = transaction.origin()
     if found != origin:
         raise LedgerRefused((f"the database holds the ledger {found}, not {origin}",), where="database")
     if size == 0 and not head.checkpoint:
         return
+    candidates = tuple(keys)
     for one in (head, transaction.published()):
-        checkpoint = open_checkpoint(one.checkpoint, origin, key.public_key())
+        checkpoint = _opened(one.checkpoint, origin, candidates)
         tree = (one.size, root_hash(one.size, transaction.node) if one.size <= size else b"")
         if (checkpoint.size, checkpoint.root) != tree or (one is head and one.size != size):
             raise LedgerRefused(("the ledger's tree is not the one its head was signed for",), where="database")
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    """Which file this is, whatever its name."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_dev, status.st_ino
-
-
-def _private_file(path: Path) -> None:
-    """Make the database's file for its owner alone before SQLite does (its other files take this one's mode)."""
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise BrokerUnavailable(f"the database cannot be opened: {error.strerror}", where=str(path)) from error
-
-
-def _configure(connection: Any, _record: Any) -> None:
-    """SQLite: transactions are begun by us; durable at each commit; readers do not stop the writer."""
-    connection.isolation_level = None
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA foreign_keys=ON")
-
-
-def _read_only(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None
-    connection.execute("PRAGMA query_only=ON")
+def _opened(note: str, origin: str, keys: tuple[Ed25519PublicKey, ...]) -> Checkpoint:
+    for key in keys[1:]:
+        with suppress(LedgerRefused):
+            return open_checkpoint(note, origin, key)
+    return open_checkpoint(note, origin, keys[0])

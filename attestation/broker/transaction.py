@@ -9,56 +9,12 @@ from hashlib import sha256
 
 import sqlalchemy as sa
 
+from attestation.broker.schema import BLOBS, ENTRIES, META, NODES, RESOURCES, SESSIONS
 from attestation.broker.sessions import Session
 from attestation.ledger.entry import Entry
 from attestation.ledger.receipt import Receipt
 from attestation.ledger.tree import appended_nodes, consistency_proof, inclusion_proof, leaf_hash
 from policies.errors import Unusable
-
-METADATA = sa.MetaData()
-_META = sa.Table(
-    "meta", METADATA, sa.Column("key", sa.String(64), primary_key=True), sa.Column("value", sa.Text, nullable=False)
-)
-_ENTRIES = sa.Table(
-    "entries",
-    METADATA,
-    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("kind", sa.String(32), nullable=False),
-    sa.Column("resource", sa.String(255)),
-    sa.Column("guest", sa.String(255)),
-    sa.Column("boot", sa.String(64)),
-    sa.Column("raw", sa.LargeBinary, nullable=False),
-    sa.Index("entries_by_resource", "kind", "resource"),
-)
-_NODES = sa.Table(
-    "nodes",
-    METADATA,
-    sa.Column("level", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("position", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("hash", sa.LargeBinary, nullable=False),
-)
-_BLOBS = sa.Table(
-    "blobs",
-    METADATA,
-    sa.Column("sha256", sa.String(64), primary_key=True),
-    sa.Column("content", sa.LargeBinary, nullable=False),
-)
-_SESSIONS = sa.Table(
-    "sessions",
-    METADATA,
-    sa.Column("id", sa.String(32), primary_key=True),
-    sa.Column("expires", sa.Integer, nullable=False, index=True),
-    sa.Column("state", sa.Text, nullable=False),
-)
-_RESOURCES = sa.Table(
-    "resources",
-    METADATA,
-    sa.Column("name", sa.String(255), primary_key=True),
-    sa.Column("serial", sa.BigInteger, nullable=False),
-    sa.Column("key_id", sa.String(64), nullable=False),
-    sa.Column("wrapped_key", sa.LargeBinary, nullable=False),
-    sa.Column("sealed", sa.LargeBinary, nullable=False),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +53,7 @@ class Transaction:
     def node(self, level: int, position: int) -> bytes:
         """A stored tree node: the `Nodes` reader of attestation.ledger.tree."""
         found = self._connection.execute(
-            sa.select(_NODES.c.hash).where(_NODES.c.level == level, _NODES.c.position == position)
+            sa.select(NODES.c.hash).where(NODES.c.level == level, NODES.c.position == position)
         ).scalar_one()
         return bytes(found)
 
@@ -119,27 +75,25 @@ class Transaction:
         for digest, content in (blobs or {}).items():
             self._put_blob(digest, content)
         self._connection.execute(
-            sa.insert(_ENTRIES).values(
+            sa.insert(ENTRIES).values(
                 number=number, kind=entry.kind, resource=resource, guest=guest, boot=boot, raw=raw
             )
         )
         for level, position, value in appended_nodes(number, leaf_hash(raw), self.node):
-            self._connection.execute(sa.insert(_NODES).values(level=level, position=position, hash=value))
+            self._connection.execute(sa.insert(NODES).values(level=level, position=position, hash=value))
         self._set_meta("size", str(number + 1))
         self.appended.append(number)
         return number
 
     def entry(self, number: int) -> bytes | None:
         """The bytes of an entry, or None."""
-        raw = self._connection.execute(sa.select(_ENTRIES.c.raw).where(_ENTRIES.c.number == number)).scalar()
+        raw = self._connection.execute(sa.select(ENTRIES.c.raw).where(ENTRIES.c.number == number)).scalar()
         return None if raw is None else bytes(raw)
 
     def entries(self, start: int, end: int) -> list[bytes]:
         """The bytes of the entries [start, end)."""
         rows = self._connection.execute(
-            sa.select(_ENTRIES.c.raw)
-            .where(_ENTRIES.c.number >= start, _ENTRIES.c.number < end)
-            .order_by(_ENTRIES.c.number)
+            sa.select(ENTRIES.c.raw).where(ENTRIES.c.number >= start, ENTRIES.c.number < end).order_by(ENTRIES.c.number)
         )
         return [bytes(raw) for (raw,) in rows]
 
@@ -147,30 +101,30 @@ class Transaction:
         """How many entries of a kind the ledger has about a resource (to one guest, in one boot)."""
         query = (
             sa.select(sa.func.count())
-            .select_from(_ENTRIES)
-            .where(_ENTRIES.c.kind == kind, _ENTRIES.c.resource == resource)
+            .select_from(ENTRIES)
+            .where(ENTRIES.c.kind == kind, ENTRIES.c.resource == resource)
         )
         if guest is not None:
-            query = query.where(_ENTRIES.c.guest == guest)
+            query = query.where(ENTRIES.c.guest == guest)
         if boot is not None:
-            query = query.where(_ENTRIES.c.boot == boot)
+            query = query.where(ENTRIES.c.boot == boot)
         return int(self._connection.execute(query).scalar_one())
 
     def last_entry(self, kind: str) -> bytes | None:
         """The bytes of the newest entry of a kind, or None."""
         raw = self._connection.execute(
-            sa.select(_ENTRIES.c.raw).where(_ENTRIES.c.kind == kind).order_by(_ENTRIES.c.number.desc()).limit(1)
+            sa.select(ENTRIES.c.raw).where(ENTRIES.c.kind == kind).order_by(ENTRIES.c.number.desc()).limit(1)
         ).scalar()
         return None if raw is None else bytes(raw)
 
     def blob(self, digest: str) -> bytes | None:
         """A blob by its SHA-256, or None."""
-        found = self._connection.execute(sa.select(_BLOBS.c.content).where(_BLOBS.c.sha256 == digest)).scalar()
+        found = self._connection.execute(sa.select(BLOBS.c.content).where(BLOBS.c.sha256 == digest)).scalar()
         return None if found is None else bytes(found)
 
     def blob_digests(self) -> list[str]:
         """The SHA-256 of every blob."""
-        return list(self._connection.execute(sa.select(_BLOBS.c.sha256).order_by(_BLOBS.c.sha256)).scalars())
+        return list(self._connection.execute(sa.select(BLOBS.c.sha256).order_by(BLOBS.c.sha256)).scalars())
 
     def head(self) -> Head:
         """The head of the last commit."""
@@ -193,40 +147,40 @@ class Transaction:
 
     def session(self, identifier: str) -> Session | None:
         """A session, or None."""
-        state = self._connection.execute(sa.select(_SESSIONS.c.state).where(_SESSIONS.c.id == identifier)).scalar()
+        state = self._connection.execute(sa.select(SESSIONS.c.state).where(SESSIONS.c.id == identifier)).scalar()
         return None if state is None else Session.model_validate_json(state)
 
     def new_session(self, session: Session) -> None:
         """Keep a new session."""
         self._connection.execute(
-            sa.insert(_SESSIONS).values(id=session.id, expires=session.expires, state=session.model_dump_json())
+            sa.insert(SESSIONS).values(id=session.id, expires=session.expires, state=session.model_dump_json())
         )
 
     def update_session(self, session: Session) -> None:
         """Keep a session's next form."""
         self._connection.execute(
-            sa.update(_SESSIONS)
-            .where(_SESSIONS.c.id == session.id)
+            sa.update(SESSIONS)
+            .where(SESSIONS.c.id == session.id)
             .values(expires=session.expires, state=session.model_dump_json())
         )
 
     def prune_sessions(self, at: datetime) -> int:
         """Forget the sessions that have ended; return how many are left."""
-        self._connection.execute(sa.delete(_SESSIONS).where(_SESSIONS.c.expires <= int(at.timestamp())))
-        return int(self._connection.execute(sa.select(sa.func.count()).select_from(_SESSIONS)).scalar_one())
+        self._connection.execute(sa.delete(SESSIONS).where(SESSIONS.c.expires <= int(at.timestamp())))
+        return int(self._connection.execute(sa.select(sa.func.count()).select_from(SESSIONS)).scalar_one())
 
     # --- resources --------------------------------------------------------------------------------------------------
 
     def resource(self, name: str) -> StoredResource | None:
         """A resource, or None."""
-        row = self._connection.execute(sa.select(_RESOURCES).where(_RESOURCES.c.name == name)).first()
+        row = self._connection.execute(sa.select(RESOURCES).where(RESOURCES.c.name == name)).first()
         if row is None:
             return None
         return StoredResource(row.name, row.serial, row.key_id, bytes(row.wrapped_key), bytes(row.sealed))
 
     def resources(self) -> list[tuple[str, int]]:
         """Name and serial of every resource."""
-        rows = self._connection.execute(sa.select(_RESOURCES.c.name, _RESOURCES.c.serial).order_by(_RESOURCES.c.name))
+        rows = self._connection.execute(sa.select(RESOURCES.c.name, RESOURCES.c.serial).order_by(RESOURCES.c.name))
         return [(name, serial) for name, serial in rows]
 
     def put_resource(self, resource: StoredResource) -> None:
@@ -238,20 +192,20 @@ class Transaction:
             "sealed": resource.sealed,
         }
         changed = self._connection.execute(
-            sa.update(_RESOURCES).where(_RESOURCES.c.name == resource.name).values(**values)
+            sa.update(RESOURCES).where(RESOURCES.c.name == resource.name).values(**values)
         )
         if changed.rowcount == 0:
-            self._connection.execute(sa.insert(_RESOURCES).values(name=resource.name, **values))
+            self._connection.execute(sa.insert(RESOURCES).values(name=resource.name, **values))
 
     def drop_resource(self, name: str) -> None:
         """Forget a resource, if it is there."""
-        self._connection.execute(sa.delete(_RESOURCES).where(_RESOURCES.c.name == name))
+        self._connection.execute(sa.delete(RESOURCES).where(RESOURCES.c.name == name))
 
     def generations(self, resource: str) -> list[int]:
         """Of which generations a share of this resource is here (attestation.split.kept_as)."""
         prefix = f"{resource}#"
-        start = sa.func.substr(_RESOURCES.c.name, 1, len(prefix))
-        names = self._connection.execute(sa.select(_RESOURCES.c.name).where(start == prefix)).scalars()
+        start = sa.func.substr(RESOURCES.c.name, 1, len(prefix))
+        names = self._connection.execute(sa.select(RESOURCES.c.name).where(start == prefix)).scalars()
         return sorted(int(name.removeprefix(prefix)) for name in names)
 
     # --- within -----------------------------------------------------------------------------------------------------
@@ -264,7 +218,7 @@ class Transaction:
     def publish(self, head: Head | None) -> None:
         """Keep a cosigned head, unless there is a newer one; None: heads are not cosigned any more."""
         if head is None:
-            self._connection.execute(sa.delete(_META).where(_META.c.key.in_(("cosigned_size", "cosigned"))))
+            self._connection.execute(sa.delete(META).where(META.c.key.in_(("cosigned_size", "cosigned"))))
         elif head.size >= int(self._meta("cosigned_size") or 0):
             self._set_meta("cosigned_size", str(head.size))
             self._set_meta("cosigned", head.checkpoint)
@@ -272,8 +226,8 @@ class Transaction:
     def _put_blob(self, digest: str, content: bytes) -> None:
         if sha256(content).hexdigest() != digest:
             raise Unusable("a blob is not what its digest says", where=digest, do="Name blobs by their SHA-256.")
-        if self._connection.execute(sa.select(_BLOBS.c.sha256).where(_BLOBS.c.sha256 == digest)).first() is None:
-            self._connection.execute(sa.insert(_BLOBS).values(sha256=digest, content=content))
+        if self._connection.execute(sa.select(BLOBS.c.sha256).where(BLOBS.c.sha256 == digest)).first() is None:
+            self._connection.execute(sa.insert(BLOBS).values(sha256=digest, content=content))
 
     def followed(self) -> str | None:
         """The charter that the ledger named last, as `follow` was told."""
@@ -283,19 +237,26 @@ class Transaction:
         """Remember which charter the entry just appended names."""
         self._set_meta("followed", charter)
 
-    def schema(self) -> tuple[str | None, str | None]:
-        """The schema's version and the ledger's origin; None in a new database."""
-        return self._meta("schema"), self._meta("origin")
+    def origin(self) -> str | None:
+        """Whose ledger this is."""
+        return self._meta("origin")
 
-    def set_schema(self, version: str, origin: str) -> None:
-        """Mark a new database."""
-        self._set_meta("schema", version)
+    def set_origin(self, origin: str) -> None:
+        """Begin a ledger."""
         self._set_meta("origin", origin)
 
+    def signing_key(self) -> str | None:
+        """Which key signs the ledger's head (attestation.broker.storage.key_name); None: the broker's first."""
+        return self._meta("signing_key")
+
+    def set_signing_key(self, name: str) -> None:
+        """Have another key sign the ledger's head, from this commit on."""
+        self._set_meta("signing_key", name)
+
     def _meta(self, key: str) -> str | None:
-        return self._connection.execute(sa.select(_META.c.value).where(_META.c.key == key)).scalar()
+        return self._connection.execute(sa.select(META.c.value).where(META.c.key == key)).scalar()
 
     def _set_meta(self, key: str, value: str) -> None:
-        changed = self._connection.execute(sa.update(_META).where(_META.c.key == key).values(value=value))
+        changed = self._connection.execute(sa.update(META).where(META.c.key == key).values(value=value))
         if changed.rowcount == 0:
-            self._connection.execute(sa.insert(_META).values(key=key, value=value))
+            self._connection.execute(sa.insert(META).values(key=key, value=value))

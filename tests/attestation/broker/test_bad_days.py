@@ -38,8 +38,8 @@ def test_a_full_disk_refuses_and_recovers_when_there_is_room(storage: Storage) -
     def limit(connection: Any, *_: Any) -> None:
         connection.execute(f"PRAGMA max_page_count = {pages[0]}")
 
-    pages = [30]
-    sa.event.listen(storage._engine, "checkout", limit)
+    pages = [40]
+    sa.event.listen(storage.database.engine, "checkout", limit)
     append(storage)
     with pytest.raises(BrokerUnavailable, match="full"):
         storage.transact_now(lambda step: [step.append(Entry("job", AT, {"x": "y" * 20_000})) for _ in range(20)])

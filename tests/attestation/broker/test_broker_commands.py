@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from appliance.cli import main
+from attestation.errors import BrokerRefused
 from policies.keys import private_pem, write_secret
 
 
@@ -101,6 +102,9 @@ def test_a_backup_comes_back_and_a_shorter_ledger_does_not(
     status, again = seal(capsys, "broker", "restore", broker.folder, late, "--json")
     assert (status, json.loads(again)["entries"]) == (0, json.loads(out)["entries"])
     running_again = tools.start_broker(broker.folder, broker.entry)
+    with pytest.raises(BrokerRefused, match="no such session"):
+        guest.release("borealis-hospital/key/data")
+    guest.attest()
     assert guest.release("borealis-hospital/key/data") == b"north's data key"
     guest.close()
     running_again.stop()

@@ -115,7 +115,7 @@ def test_another_ledger_key_or_a_changed_database_is_not_opened(url: str, tmp_pa
     with pytest.raises(LedgerRefused):
         open_storage(url, ORIGIN, KEY)
     with pytest.raises(Unusable):
-        open_storage("postgresql://localhost/x", ORIGIN, KEY)
+        open_storage("mysql://localhost/x", ORIGIN, KEY)
 
 
 def test_the_database_is_its_owners_alone(storage: Storage, tmp_path: Path) -> None:
