@@ -101,6 +101,7 @@ def question(
     Tells the answer of each set of rules, now and after a proposal.
     """
     from policies.charter import current_charter, read_store
+    from policies.inputs import INPUTS, input_complaints
     from policies.questions import SUBJECTS, ask, completed
 
     chosen = next((item for item in SUBJECTS if item == subject), None)
@@ -114,7 +115,10 @@ def question(
         charters["after the proposal"], _, _ = judged(load_proposal(proposal), moment, trust)
     body: dict[str, Any] = {}
     for when, charter in charters.items():
-        answers = ask(charter, chosen, completed(charter, chosen, request, place, moment), resource)
+        asked = completed(charter, chosen, request, place, moment)
+        for complaint in input_complaints(chosen, asked) if chosen in INPUTS else ():
+            sys.stderr.write(f"mind: {when}, the rules would see something else in earnest: {complaint}\n")
+        answers = ask(charter, chosen, asked, resource)
         body[when] = {
             "allowed": all(answer.decision.allow for answer in answers),
             "rules": [

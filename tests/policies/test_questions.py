@@ -11,10 +11,12 @@ from charter_world import NOW, World, enrolment
 
 from policies.charter import Changes, Charter, files_of, load_charter
 from policies.errors import MalformedDocument
+from policies.inputs import INPUTS, SCHEMAS, input_complaints, schema
 from policies.questions import (
     Place,
     admission_document,
     admission_reasons,
+    appraisal_document,
     appraisal_reasons,
     ask,
     completed,
@@ -23,7 +25,7 @@ from policies.questions import (
     peer_document,
     peer_reasons,
 )
-from policies.ready_made import ready_made, shared_policies
+from policies.ready_made import READY_MADE, ready_made, shared_policies
 
 JOB: dict[str, Any] = {
     "job": "job-1",
@@ -275,3 +277,39 @@ def test_a_command_is_answered_by_the_rights_of_who_gives_it(charter: Charter) -
     assert "no user of charter" in answer.decision.reasons[0]
     for strange in ({}, {"user": "acme-pharma/ada", "command": "delete"}, {"user": "acme-pharma/ada", "command": None}):
         assert not ask(charter, "command", strange)[0].decision.allow
+
+
+# --- schemas ----------------------------------------------------------------------------------------------------------
+
+
+RECORD = {**JOB, "version": 1, "charter": "00" * 32, "model_sha256": "00" * 32, "model_size": 9}
+
+
+def test_the_schemas_are_those_of_the_models() -> None:
+    """`python -m policies.inputs` makes them."""
+    assert {path.stem for path in SCHEMAS.glob("*.json")} == set(INPUTS) == set(READY_MADE)
+    for package in INPUTS:
+        assert (SCHEMAS / f"{package}.json").read_text("utf-8") == schema(package)
+
+
+def test_what_is_asked_fits_the_schemas() -> None:
+    charter = with_jurisdictions(World())
+    place = charter.enrolment("site", "borealis")
+    server: Place = ("server", "server")
+    ada = ("user", "acme-pharma/ada")
+    appraisal = {**APPRAISAL, "trustworthiness-vector": {"hardware": 2}}
+    asked = {
+        "admission": admission_document(charter, RECORD, "site", "borealis", NOW),
+        "appraisal": appraisal_document(charter, appraisal, place, NOW),
+        "peers": peer_document(charter, SITE, PEER, NOW),
+        "export": export_document(charter, RECORD, "update", 10, here=SITE, to=server, at=NOW),
+    }
+    for package, document in asked.items():
+        assert input_complaints(package, document) == []
+        for member in document:
+            assert input_complaints(package, {key: value for key, value in document.items() if key != member})
+        assert input_complaints(package, {**document, "more": 1})
+    result = export_document(charter, RECORD, "result", 10, here=server, to=ada, at=NOW, sealed=True)
+    assert input_complaints("export", result) == []
+    strange = {**RECORD, "bundle": "34" * 32, "submitter": "x/y"}
+    assert input_complaints("admission", admission_document(charter, strange, "server", "server", NOW)) == []

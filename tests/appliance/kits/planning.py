@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from appliance.demo.setting import OWNER, SERVER, Setting, now
-from appliance.kits.plan import Plan, PlannedUser, read_plan
+from appliance.demo.setting import IMAGE, OWNER, SERVER, Setting, now
+from appliance.kits.plan import Plan, PlannedGuest, PlannedUser, read_plan
 from policies.charter import Changes, amend, read_store, write_store
 from policies.keys import load_private_key
+from policies.kits import HostEntry
 
 
 def plan_of(setting: Setting) -> Plan:
-    """What consortium.toml says of hosts, its user replaced."""
+    """What consortium.toml says of hosts, its user replaced, with a gateway and a name that no DNS knows."""
     user = PlannedUser(name="reader", member=OWNER, server=SERVER, request="reader/request.json", rights="member")
-    return read_plan(setting.plan.read_bytes(), "plan").model_copy(update={"users": (user,)})
+    plan = read_plan(setting.plan.read_bytes(), "plan")
+    gateway = PlannedGuest(
+        role="gateway",
+        name="edge",
+        member=OWNER,
+        image=IMAGE,
+        vcpu_model="EPYC-Genoa",
+        listen="0.0.0.0:7443",
+        address="edge.acme-pharma.example:7443",
+        server=SERVER,
+    )
+    images = tuple(image.model_copy(update={"roles": ("server", "site", "gateway")}) for image in plan.images)
+    hosts = (HostEntry(address="192.0.2.7", names=("localhost",)),)
+    guests = (*plan.guests, gateway)
+    return plan.model_copy(update={"users": (user,), "guests": guests, "images": images, "hosts": hosts})
 
 
 def member_key(setting: Setting, member: str = OWNER) -> Ed25519PrivateKey:

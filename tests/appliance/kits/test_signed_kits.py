@@ -70,6 +70,7 @@ def test_every_place_of_the_plan_gets_its_kit(planned: Planned) -> None:
         *(f"broker-{broker}" for broker in BROKERS),
         f"server-{SERVER}",
         *(f"site-{site}" for site in SITES),
+        "gateway-edge",
         f"user-{OWNER}-reader",
     }
     for name in planned.kits:
@@ -79,6 +80,28 @@ def test_every_place_of_the_plan_gets_its_kit(planned: Planned) -> None:
         readme = kit.files["README.md"].decode()
         assert "seal doctor" in readme
         assert "virtual" in readme
+
+
+def test_a_kit_says_all_that_its_operator_needs_on_one_page(planned: Planned) -> None:
+    """Image digest and where to get it, init-data, addresses, ports, the launch command; in the README as well."""
+    for guest in planned.plan.guests:
+        name = f"{guest.role}-{guest.name}"
+        kit = open_signed_kit(planned.folder / name)
+        manifest, readme = kit.manifest, kit.files["README.md"].decode()
+        image = planned.setting.charter().image(guest.image)
+        assert manifest.image is not None
+        assert image is not None
+        assert manifest.image.manifest_sha256 == image.manifest_sha256
+        place = planned.setting.charter().enrolment(guest.role, guest.name)
+        assert place is not None
+        assert hashlib.sha256(kit.files["init-data.toml"]).hexdigest() == place.init_data_sha256
+        assert [port.listen for port in manifest.ports] == ([guest.listen] if guest.listen else [])
+        needed = [manifest.charter, image.manifest_sha256, manifest.image.source, f"seal vm launch {name}"]
+        needed += [broker.url for broker in manifest.brokers] + [port.listen for port in manifest.ports]
+        assert all(words in readme for words in needed), name
+        assert len(readme.splitlines()) <= 60
+    broker = open_signed_kit(planned.folder / f"broker-{next(iter(BROKERS))}").files["README.md"].decode()
+    assert f"seal broker run broker-{next(iter(BROKERS))}" in broker
 
 
 def test_no_kit_holds_a_secret(planned: Planned) -> None:

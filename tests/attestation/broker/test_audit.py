@@ -137,3 +137,30 @@ def test_a_story_that_ends_earlier_needs_its_own_head(bundle: Path, world: Any, 
 def test_no_bundle_is_unusable(tmp_path: Path, world: Any) -> None:
     with pytest.raises(Unusable):
         verify_audit(tmp_path / "nothing", world.root)
+
+
+def test_what_rules_are_asked_in_earnest_fits_the_schemas(
+    bundle: Path, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The auditor asks again what the broker asked: appraisals, and releases by floor and owner."""
+    from policies import questions
+    from policies.decisions import Decision, Rules
+    from policies.inputs import input_complaints
+
+    asked: list[tuple[str, Any]] = []
+    ask, decide = questions.ask, Rules.decide
+
+    def asks(charter: Any, subject: Any, document: Any) -> Any:
+        asked.append((subject, document))
+        return ask(charter, subject, document)
+
+    def decides(rules: Rules, package: str, document: Any) -> Decision:
+        asked.append((package.removeprefix("sealwright."), document))
+        return decide(rules, package, document)
+
+    monkeypatch.setattr(questions, "ask", asks)
+    monkeypatch.setattr(Rules, "decide", decides)
+    assert verify_audit(bundle, world.root).ok
+    assert {"appraisal", "floor", "release"} <= {package for package, _ in asked}
+    for package, document in asked:
+        assert input_complaints(package, document) == []
