@@ -5,6 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 APT := bubblewrap libseccomp2 erofs-utils cryptsetup-bin
+APT_TESTS := postgresql softhsm2
 JOBS ?= 2
 
 TORCH := 2.13.0
@@ -38,10 +39,11 @@ demo-vm: image ## The federated job of `make demo` with its guests booted as mac
 	@$(VENV)/bin/seal demo --vm build/image --out build/demo-vm
 
 test: setup ## Run the tests in parallel.
+	-@appliance/setup.sh $(APT_TESTS)
 	$(PY) -m pytest -n $(JOBS) -m 'not long' --cov --cov-report=term:skip-covered
 
 test-long: setup ## Run the tests that take more than seconds (SLICE=1/3: the second third of them).
-	-@appliance/setup.sh mmdebstrap
+	-@appliance/setup.sh mmdebstrap $(APT_TESTS)
 	$(PY) -m pytest -n $(JOBS) -m long --slice $(SLICE)
 
 vectors: setup ## Make the virtual platform's evidence anew, a report for each outcome, in tests/vectors/virtual.

@@ -22,6 +22,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from postgres_server import PostgresServer, find_binaries, running_postgres
 
 from attestation.binding import report_data
 from attestation.broker.config import create_broker
@@ -441,8 +442,23 @@ def raw_guests(world: World, broker: BrokerProcess) -> Iterator[Callable[..., Ra
 def tools() -> SimpleNamespace:
     """The makers of this file, for tests that need a second world."""
     return SimpleNamespace(
-        found_world=found_world, start_broker=start_broker, RawGuest=RawGuest, deposit_all=deposit_all
+        found_world=found_world,
+        start_broker=start_broker,
+        RawGuest=RawGuest,
+        deposit_all=deposit_all,
+        release_rules=release_rules,
+        free_port=free_port,
     )
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server of this run's own."""
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip("there is no PostgreSQL server here (apt install postgresql)")
+    with running_postgres(binaries) as server:
+        yield server
 
 
 @pytest.fixture
