@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from attestation.broker.transaction import Head, Transaction
-from attestation.errors import BrokerUnavailable
+from attestation.errors import BrokerUnavailable, LedgerRefused
 from attestation.ledger.checkpoint import Checkpoint, NoteSignature, open_checkpoint
 from attestation.ledger.cosignature import Ledger, ledger_of, open_cosigned
 from attestation.ledger.witness import AddCheckpoint
@@ -32,6 +32,8 @@ from policies.errors import SealwrightError
 
 ROUND_SECONDS: Final = 4.0
 """How long a round may take; an answer waits for two of them at most, which is less than its guest waits for it."""
+GATHER_SECONDS: Final = 0.02
+"""From the start of one round to that of the next, at least: what comes meanwhile shares it."""
 LINGER_SECONDS: Final = 0.5
 """How long a round that has failed waits for what the other witnesses say."""
 RETRY_SECONDS: Final = 2.0
@@ -213,14 +215,16 @@ class Cosigner:
     # --- the rounds ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        begun = 0.0
         while True:
             with self._changed:
                 patience = RETRY_SECONDS if self._demand is not None and self._problem is not None else None
                 self._changed.wait_for(lambda: self._stirred or self._closed, timeout=patience)
+                self._changed.wait_for(lambda: self._closed, timeout=begun + GATHER_SECONDS - time.monotonic())
                 if self._closed:
                     return
                 self._stirred = False
-                demand = self._demand
+                demand, begun = self._demand, time.monotonic()
             try:
                 head, published = self._read(lambda step: (step.head(), step.published()))
                 if demand is None or head.size == 0:
@@ -236,7 +240,11 @@ class Cosigner:
 
     def _cosign(self, demand: _Demand, head: Head) -> None:
         """One round."""
-        opened = open_checkpoint(head.checkpoint, demand.ledger.origin, demand.ledger.key)
+        try:
+            opened = open_checkpoint(head.checkpoint, demand.ledger.origin, demand.ledger.key)
+        except LedgerRefused as error:  # the commit that goes over to the charter's new key is still to come
+            self._postpone(error.what)
+            return
         round_, needed = _Round(head, opened), demand.ledger.threshold
         others = len(demand.askers) - needed
 
@@ -266,8 +274,7 @@ class Cosigner:
             self._publish(done)
             self._settle(done)
         elif superseded:
-            self.stir()
-            self._fail_old()
+            self._postpone(None)
         else:
             silent = f"did not answer in {ROUND_SECONDS if not timely else LINGER_SECONDS:g} s"
             reasons = tuple(
@@ -307,14 +314,16 @@ class Cosigner:
         for one in failed:
             one.settle(error)
 
-    def _fail_old(self) -> None:
-        """Other processes' heads may overtake ours time and again, but nobody waits for ever."""
+    def _postpone(self, why: str | None) -> None:
+        """Begin anew for those who wait, of whom nobody waits for ever: other processes' heads may overtake ours."""
         with self._changed:
+            self._problem = why or self._problem
             now = time.monotonic()
             failed = [one for one in self._waiting if now - one.since > 2 * ROUND_SECONDS]
             self._waiting = [one for one in self._waiting if one not in failed]
+            self._stirred = self._stirred or bool(self._waiting)
         for one in failed:
-            one.settle(BrokerUnavailable("the ledger grows faster than it is cosigned", where="witnesses"))
+            one.settle(BrokerUnavailable(why or "the ledger grows faster than it is cosigned", where="witnesses"))
 
     def _ask(self, asker: _Asker, demand: _Demand) -> None:
         """One witness's thread: the newest round, again and again."""

@@ -29,6 +29,7 @@ from attestation.broker.upkeep import head_keys, sole_broker
 from attestation.endorsements.kds import KdsClient, https_fetch
 from attestation.endorsements.kds_cache import KdsCache
 from attestation.ledger.checkpoint import ledger_origin
+from attestation.witness.http import WATCH, CharterWatch
 from attestation.witness.service import Witness
 from attestation.witness.store import open_store
 from policies.charter import read_store
@@ -123,6 +124,7 @@ async def serving(broker: Broker, config: BrokerConfig) -> AsyncIterator[str]:
     broker.rotated = rotated
     await broker.charter(broker.clock())
     app = make_app(broker, client_rate=config.limits.client_rate, client_burst=config.limits.client_burst)
+    app[WATCH] = CharterWatch(lambda: look_at_charter(broker))
     async with listening(app, tls, config.listen) as address:
         upkeep = asyncio.create_task(_upkeep(broker, tls))
         try:

@@ -27,7 +27,7 @@ from attestation.broker.listening import ServerTls, listening
 from attestation.connection import Connection, read_charter_store
 from attestation.ledger.witness import known_logs
 from attestation.witness.config import WitnessConfig, load_config, read_witness_entry
-from attestation.witness.http import WITNESS, routes
+from attestation.witness.http import WATCH, WITNESS, CharterWatch, routes
 from attestation.witness.service import Witness
 from attestation.witness.store import open_store
 from policies.charter import Charter, load_charter, read_store, write_store
@@ -107,6 +107,12 @@ async def _run(folder: Path, config: WitnessConfig) -> None:
     app[WITNESS] = witness
     app.add_routes(routes)
 
+    async def look() -> None:
+        for problem in await asyncio.to_thread(followed.refresh, now()):
+            log("charter", problem=problem)
+
+    app[WATCH] = CharterWatch(look)
+
     async def healthz(_request: web.Request) -> web.Response:
         named = known_logs(followed.consortium, entry.public_key)
         problems = [] if named else ["the charter does not name this witness"]
@@ -125,7 +131,7 @@ async def _run(folder: Path, config: WitnessConfig) -> None:
         loop.add_signal_handler(number, ended.set)
     try:
         async with listening(app, tls, config.listen) as address:
-            upkeep = asyncio.create_task(_upkeep(followed, tls))
+            upkeep = asyncio.create_task(_upkeep(look, tls))
             log("ready", witness=config.name, address=address, ledgers=len(followed.consortium.brokers))
             try:
                 await ended.wait()
@@ -138,11 +144,10 @@ async def _run(folder: Path, config: WitnessConfig) -> None:
         witness.close()
 
 
-async def _upkeep(followed: FollowedCharter, tls: ServerTls) -> None:
+async def _upkeep(look: Callable[[], Awaitable[None]], tls: ServerTls) -> None:
     while True:
         tls.renew(now())
-        for problem in await asyncio.to_thread(followed.refresh, now()):
-            log("charter", problem=problem)
+        await look()
         await asyncio.sleep(REFRESH_SECONDS)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from hashlib import sha256
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -63,13 +62,12 @@ class Witness:
         new = authentic(request, logs.keys)
         if isinstance(new, Denied):
             return _denied(new)
-        key = sha256(logs.keys[new.origin].public_bytes_raw()).hexdigest()
         try:
             for _ in range(TRIES):
-                seen = self._store.seen(new.origin, key)
+                seen = self._store.seen(new.origin)
                 if isinstance(denied := extends(request, new, seen), Denied):
                     return _denied(denied)
-                if seen == new or self._store.advance(key, seen, new):
+                if seen == new or self._store.advance(seen, new):
                     return Answer(200, cosign(new, logs.name, self._key, self._clock()).line())
         except BrokerUnavailable as error:
             return Answer(503, f"{error.what}\n", problem=error.what)

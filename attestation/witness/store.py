@@ -1,6 +1,6 @@
 """What a witness remembers: for each ledger the newest checkpoint that it has cosigned. SQLAlchemy Core over SQLite.
 
-A ledger is an origin and a key: a broker to which the charter gives another key begins another ledger.
+A ledger is its origin, whatever key signs it: a broker to which the charter gives another key goes on with its ledger.
 
 A step forward is one UPDATE that names the state it was judged against, committed and synced (WAL, synchronous=FULL)
 before its cosignature is made: of two requests from the same state one wins, in whatever threads or processes they are,
@@ -27,7 +27,6 @@ _WITNESSED = sa.Table(
     "witnessed",
     _METADATA,
     sa.Column("origin", sa.String(255), primary_key=True),
-    sa.Column("key", sa.String(64), primary_key=True),
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("root", sa.LargeBinary, nullable=False),
 )
@@ -39,10 +38,9 @@ class WitnessStore:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
 
-    def seen(self, origin: str, key: str) -> Checkpoint | None:
-        """The checkpoint of a ledger that was cosigned last. `key`: its key's digest. Raises BrokerUnavailable."""
-        this = (_WITNESSED.c.origin == origin, _WITNESSED.c.key == key)
-        query = sa.select(_WITNESSED.c.size, _WITNESSED.c.root).where(*this)
+    def seen(self, origin: str) -> Checkpoint | None:
+        """The checkpoint of this ledger that was cosigned last. Raises BrokerUnavailable."""
+        query = sa.select(_WITNESSED.c.size, _WITNESSED.c.root).where(_WITNESSED.c.origin == origin)
         try:
             with self._engine.connect() as connection:
                 row = connection.execute(query).first()
@@ -50,18 +48,17 @@ class WitnessStore:
             raise _unavailable(error) from error
         return None if row is None else Checkpoint(origin, row.size, bytes(row.root))
 
-    def advance(self, key: str, seen: Checkpoint | None, new: Checkpoint) -> bool:
+    def advance(self, seen: Checkpoint | None, new: Checkpoint) -> bool:
         """Put `new` in place of `seen`, durably; False, and nothing done, if that is not the state any more.
 
         Raises BrokerUnavailable; then it is not known which of the two it is.
         """
         values = {"size": new.size, "root": new.root}
         if seen is None:
-            statement: Any = sa.insert(_WITNESSED).values(origin=new.origin, key=key, **values)
+            statement: Any = sa.insert(_WITNESSED).values(origin=new.origin, **values)
         else:
-            this = (_WITNESSED.c.origin == new.origin, _WITNESSED.c.key == key)
-            same = (_WITNESSED.c.size == seen.size, _WITNESSED.c.root == seen.root)
-            statement = sa.update(_WITNESSED).where(*this, *same).values(**values)
+            same = (_WITNESSED.c.origin == new.origin, _WITNESSED.c.size == seen.size, _WITNESSED.c.root == seen.root)
+            statement = sa.update(_WITNESSED).where(*same).values(**values)
         try:
             with self._engine.begin() as connection:
                 return bool(connection.execute(statement).rowcount == 1)
@@ -102,7 +99,7 @@ def open_store(path: Path) -> WitnessStore:
         raise Unusable("the state of this witness is gone", where=str(path), do=do)
     store = WitnessStore(_engine(path))
     try:
-        store.seen("", "")
+        store.seen("")
     except BrokerUnavailable as error:
         store.close()
         raise Unusable(f"this is no witness's state: {error.what}", where=str(path), do=do) from error

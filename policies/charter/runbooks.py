@@ -85,15 +85,26 @@ def replace_broker(
     issuer_certificate: str | None = None,
     url: str | None = None,
 ) -> Changes:
-    """A broker is replaced: new keys (PEM) and, if it moved, a new URL. What its old keys sign counts no more."""
-    if charter.broker(broker) is None:
+    """A broker is replaced: new keys (PEM) and, if it moved, a new URL. What its old keys sign counts no more.
+
+    A witness that runs in it keeps its own key, and gets the broker's new TLS certificate and place.
+    """
+    old = charter.broker(broker)
+    if old is None:
         raise refusal(f"there is no broker {broker}", [", ".join(item.name for item in charter.consortium.brokers)])
     new = {"signing_key": signing_key, "issuer_certificate": issuer_certificate, "url": url}
     given = {field: value for field, value in new.items() if value is not None}
     brokers = tuple(
         {**item.model_dump(), **(given if item.name == broker else {})} for item in charter.consortium.brokers
     )
-    return Changes(consortium=_with(charter.consortium, brokers=brokers))
+    witnesses = []
+    for witness in charter.consortium.witnesses:
+        fields = witness.model_dump()
+        if witness.issuer_certificate == old.issuer_certificate:
+            fields["issuer_certificate"] = issuer_certificate or old.issuer_certificate
+            fields["url"] = witness.url.replace(old.url.rstrip("/"), (url or old.url).rstrip("/"), 1)
+        witnesses.append(fields)
+    return Changes(consortium=_with(charter.consortium, brokers=brokers, witnesses=tuple(witnesses)))
 
 
 def withdraw_image(charter: Charter, image: str) -> Changes:

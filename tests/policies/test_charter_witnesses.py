@@ -9,6 +9,7 @@ from charter_world import MEMBERS, NOW, World, issuer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from policies.charter import Changes, load_charter
+from policies.charter.runbooks import replace_broker
 from policies.charter.words import differences
 from policies.documents import Consortium, Witness, parse_document
 from policies.errors import MalformedDocument
@@ -79,3 +80,20 @@ def test_a_signer_reads_it() -> None:
     assert any("1 of 3 witnesses can cosign one ledger of broker-1" in sentence for sentence in sentences)
     founded = [change.sentence for change in differences(None, after)]
     assert any(sentence.startswith("1 witnesses must cosign") for sentence in founded)
+
+
+def test_a_witness_in_a_broker_moves_with_it() -> None:
+    world = World()
+    broker = world.consortium.brokers[0]
+    inside = witness("broker-1", broker.member, issuer_certificate=broker.issuer_certificate).model_copy(
+        update={"url": f"{broker.url}/v1/witness"}
+    )
+    alone = witness("w1", MEMBERS[1], issuer_certificate=issuer("w1"))
+    world.consortium = demanding(world.consortium, 1, inside, alone)
+    charter = load_charter(world.found().store, world.root, NOW)
+    fresh = issuer("next")
+    changed = replace_broker(charter, "broker-1", issuer_certificate=fresh, url="https://elsewhere.example:9443")
+    assert changed.consortium is not None
+    moved, same = changed.consortium.witnesses
+    assert (moved.issuer_certificate, moved.url) == (fresh, "https://elsewhere.example:9443/v1/witness")
+    assert (moved.public_key, same) == (inside.public_key, alone)

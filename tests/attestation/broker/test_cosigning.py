@@ -22,7 +22,7 @@ from attestation.broker.clock import now
 from attestation.broker.config import create_broker
 from attestation.broker.keys import load_issuer
 from attestation.broker.listening import ServerTls, listening
-from attestation.broker.storage import Storage, Transaction, open_storage
+from attestation.broker.storage import Storage, Transaction, key_name, open_storage
 from attestation.errors import BrokerUnavailable
 from attestation.ledger.checkpoint import Checkpoint, ledger_origin, sign_checkpoint
 from attestation.ledger.cosignature import ledger_of
@@ -263,21 +263,27 @@ def test_a_restored_database_is_noticed(stage: Stage, storage: Storage) -> None:
         older.close()
 
 
-def test_a_broker_with_a_new_key_begins_a_new_ledger(stage: Stage, storage: Storage) -> None:
-    """What the charter's members decided together; the old key is worth nothing then."""
+def test_a_broker_with_a_new_key_goes_on_with_its_ledger_or_not_at_all(stage: Stage, storage: Storage) -> None:
+    """Another key by the members' decision is no occasion to forget: a fresh database under the old name is refused."""
     for number in range(3):
         stage.append(storage, number)
-    storage.close()
     stage.key = Ed25519PrivateKey.generate()
     stage.broker = stage.broker.model_copy(update={"signing_key": public_pem(stage.key)})
     stage.consortium = Consortium(**{**dict(stage.consortium), "brokers": (stage.broker,)})
+    storage.add_key(stage.key)
+    storage.cosigner.follow(stage.consortium, stage.broker)
+    time.sleep(0.1)  # a round in between finds a head that the old key signed
+    storage.transact_now(lambda step: step.set_signing_key(key_name(stage.key.public_key())))
+    with pytest.raises(BrokerUnavailable, match="does not know the key"):
+        stage.append(storage, 3)
+    for one in stage.witnesses:
+        one.consortium = stage.consortium
+    assert stage.append(storage, 4).index == 4
+    storage.close()
     fresh = stage.open("fresh")
     try:
-        with pytest.raises(BrokerUnavailable, match="does not know the key"):
+        with pytest.raises(BrokerUnavailable, match="cosigned 5 entries of this ledger, which has 1"):
             stage.append(fresh, 0)
-        for one in stage.witnesses:
-            one.consortium = stage.consortium
-        assert stage.append(fresh, 1).index == 1
     finally:
         fresh.close()
 
@@ -372,16 +378,16 @@ def test_of_two_requests_from_one_state_one_wins(stage: Stage) -> None:
 
 def test_a_state_goes_one_step_from_what_it_was(store: WitnessStore, tmp_path: Path) -> None:
     first, second, fork = (Checkpoint("log", size, bytes([mark]) * 32) for size, mark in ((1, 1), (2, 2), (2, 3)))
-    assert store.seen("log", "k") is None
-    assert store.advance("k", None, first)
-    assert not store.advance("k", None, fork)
-    assert store.advance("k", first, second)
-    assert not store.advance("k", first, fork)
-    assert not store.advance("k", Checkpoint("log", 2, bytes(32)), fork)
-    assert store.seen("log", "other") is None
+    assert store.seen("log") is None
+    assert store.advance(None, first)
+    assert not store.advance(None, fork)
+    assert store.advance(first, second)
+    assert not store.advance(first, fork)
+    assert not store.advance(Checkpoint("log", 2, bytes(32)), fork)
+    assert store.seen("another log") is None
     other = open_store(tmp_path / "state/witness.sqlite")
     try:
-        assert other.seen("log", "k") == second
+        assert other.seen("log") == second
     finally:
         other.close()
 
