@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from attestation.broker.upkeep import Copied
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a broker: appraisal, key release, ledger.")
+
+
+class Rotated(StrEnum):
+    """What is replaced."""
+
+    KEYS = "keys"
+    KEK = "kek"
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -154,6 +163,51 @@ def migrate(folder: BrokerFolder, as_json: AsJson = False) -> None:
         print_json({"from": old, "to": new})
     else:
         typer.echo(f"It has schema {new} already." if old == new else f"The database went from schema {old} to {new}.")
+
+
+@app.command(
+    epilog="Examples: seal broker rotate keys /var/lib/seal-broker; seal broker rotate kek /var/lib/seal-broker"
+)
+def rotate(
+    what: Annotated[Rotated, typer.Argument(metavar="keys|kek", help="Signing and issuer keys, or the KEK file.")],
+    folder: BrokerFolder,
+    as_json: AsJson = False,
+) -> None:
+    """Replace a broker's keys while it serves: make the next ones for the charter, or a new key-encryption key."""
+    from attestation.broker.rotation import rotate_kek, rotate_keys
+
+    if what == Rotated.KEK:
+        old, new = rotate_kek(folder)
+        if as_json:
+            print_json({"from": old, "to": new})
+            return
+        typer.echo(f"The key-encryption key is {new} now; {old} is kept in {folder} until no resource is under it.")
+        typer.echo("Have the broker reload (SIGHUP). `seal broker keys` says how many resources are under which.")
+        return
+    entry = rotate_keys(folder, datetime.now(UTC).replace(microsecond=0))
+    if as_json:
+        print_json({"entry": entry.model_dump(mode="json")})
+        return
+    typer.echo(f"Made the next keys of {entry.name}; {folder}/next-entry.json has their public halves.")
+    typer.echo("Next: have them put into the charter (`seal charter rotate --broker`) and publish it to the broker,")
+    typer.echo("which uses them from then on. Until then it uses those that it has.")
+
+
+@app.command(epilog="Example: seal broker keys /var/lib/seal-broker")
+def keys(folder: BrokerFolder, as_json: AsJson = False) -> None:
+    """Say which keys a broker has, and how many resources are under which key-encryption key."""
+    from attestation.broker.rotation import key_state
+
+    state = key_state(folder)
+    if as_json:
+        print_json(state.to_json())
+        return
+    typer.echo(f"Signing key {state.signing[:16]}…" + (" (the next is made)" if state.next_signing else ""))
+    typer.echo(f"Key-encryption key in use: {state.kek}")
+    for key_id, count in state.resources.items():
+        typer.echo(f"  {count} resources under {key_id}")
+    for key_id in state.unused:
+        typer.echo(f"  nothing is under {key_id} any more: once no backup needs it, remove it")
 
 
 def _said(copied: Copied, where: Path, *, as_json: bool) -> None:

@@ -76,7 +76,7 @@ async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def healthz(request: web.Request) -> web.Response:
-    """Alive if it answers; ready (200) if there is a charter that holds and the database answers, else 503."""
+    """Alive if it answers; ready (200) if there is a charter that holds and database and KEK answer, else 503."""
     broker = request.app[BROKER]
     problems = []
     try:
@@ -87,6 +87,9 @@ async def healthz(request: web.Request) -> web.Response:
         await broker.storage.look(lambda step: step.head())
     except SealwrightError as error:
         problems.append(error.what)
+    kek = await asyncio.to_thread(broker.keks.probe)
+    if kek is not None:
+        problems.append(kek)
     if broker.storage.cosigner.problem:
         problems.append(broker.storage.cosigner.problem)
     warnings = [broker.charters.problem] if broker.charters.problem and not problems else []
@@ -96,9 +99,16 @@ async def healthz(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus's text format."""
-    storage = request.app[BROKER].storage
-    head, published = await storage.look(lambda step: (step.head(), step.published()))
-    gauges = {"ledger_entries": float(head.size), "ledger_published_entries": float(published.size)}
+    broker = request.app[BROKER]
+    head, published, under = await broker.storage.look(
+        lambda step: (step.head(), step.published(), step.count_by_kek())
+    )
+    gauges = {
+        "ledger_entries": float(head.size),
+        "ledger_published_entries": float(published.size),
+        "resources": float(sum(under.values())),
+        "resources_under_old_keks": float(sum(under.values()) - under.get(broker.keks.key_id, 0)),
+    }
     return web.Response(text=request.app[METRICS].text(gauges), content_type="text/plain")
 
 

@@ -14,7 +14,9 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from attestation.broker.database import Database, open_database
-from attestation.broker.keys import create_issuer, create_kek
+from attestation.broker.kek_settings import KekSettings, open_kek, other_keks
+from attestation.broker.keks import KeyEncryption, create_kek
+from attestation.broker.keys import create_issuer
 from policies.documents import BrokerEntry, Name
 from policies.errors import Unusable
 from policies.keys import generate_ed25519, public_pem, read_secret, write_secret
@@ -45,7 +47,8 @@ class BrokerConfig(_Section):
     charter: str = "charter"
     signing_key: str = "keys/signing.pem"
     issuer_key: str = "keys/issuer.pem"
-    kek: str = "keys/kek"
+    kek: KekSettings = "keys/kek"
+    old_keks: tuple[KekSettings, ...] = ()
     database: str = "state/broker.sqlite"
     """A path, or the URL of a PostgreSQL database without a password."""
     database_password: str | None = None
@@ -73,6 +76,10 @@ class BrokerConfig(_Section):
         if not make and not path.is_file():
             raise Unusable("there is no broker's database", where=str(path), do="Name the broker's folder.")
         return open_database(f"sqlite:///{path.absolute()}")
+
+    def open_keks(self, folder: Path) -> tuple[KeyEncryption, list[KeyEncryption]]:
+        """The KEK in use, and those from which resources are to be taken. Raises UnusableKey."""
+        return open_kek(folder, self.kek), other_keks(folder, self.kek, self.old_keks)
 
     def password(self, folder: Path) -> str | None:
         """The database's password. Raises UnusableKey."""

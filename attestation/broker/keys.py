@@ -1,125 +1,26 @@
-"""The broker's own keys: the key-encryption key over resources, the issuer's key, its TLS certificate.
-
-A resource lies under a key of its own (AES-256-GCM, bound to its name and serial); that key lies under the
-key-encryption key (KEK). With a file for the KEK, who can read the file and the database can read the resources: the
-broker is trusted for its owner's own resources and no more (docs/how-to/run-a-broker.md).
-"""
+"""The issuer's key: credentials of guests, and the broker's own TLS certificate."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from hashlib import sha256
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from attestation.broker.storage import StoredResource
-from attestation.canonical import canonical_bytes
 from attestation.ears import pack_ears
-from attestation.errors import BrokerUnavailable
 from attestation.identity import EAR_EXTENSION, dns_name, spiffe_id
 from policies.errors import UnusableKey
 from policies.keys import read_secret, write_secret
 
-KEK_SIZE: Final = 32
-NONCE_SIZE: Final = 12
 ISSUER_YEARS: Final = 10
 SERVER_DAYS: Final = 7
 _BACKDATED: Final = timedelta(minutes=1)
-
-
-class KeyEncryption(Protocol):
-    """Where the key-encryption key lives."""
-
-    @property
-    def key_id(self) -> str:
-        """Which key it is, without saying anything of it."""
-
-    def wrap(self, key: bytes, bound: bytes) -> bytes:
-        """Encrypt a resource's key, bound to `bound`."""
-
-    def unwrap(self, wrapped: bytes, bound: bytes) -> bytes:
-        """Decrypt it. Raises BrokerUnavailable if it is not this key's, or was changed or moved."""
-
-
-class KekFile:
-    """A key-encryption key in a file of 32 bytes, mode 0600."""
-
-    def __init__(self, key: bytes) -> None:
-        self._cipher = AESGCM(key)
-        self._id = "file:" + sha256(b"sealwright-kek-id\0" + key).hexdigest()[:16]
-
-    @property
-    def key_id(self) -> str:
-        """`file:` and a digest."""
-        return self._id
-
-    def wrap(self, key: bytes, bound: bytes) -> bytes:
-        """AES-256-GCM: nonce, ciphertext, tag."""
-        return _encrypt(self._cipher, key, bound)
-
-    def unwrap(self, wrapped: bytes, bound: bytes) -> bytes:
-        """Undo `wrap`."""
-        return _decrypt(self._cipher, wrapped, bound, "the key-encryption key")
-
-
-def load_kek(path: Path) -> KekFile:
-    """Read a KEK file. Raises UnusableKey if it is missing, open to others, or no 32 bytes."""
-    raw = read_secret(path)
-    if len(raw) != KEK_SIZE:
-        raise UnusableKey(
-            f"a key-encryption key has {KEK_SIZE} bytes", where=str(path), do="Make it with `seal broker init`."
-        )
-    return KekFile(raw)
-
-
-def create_kek(path: Path) -> None:
-    """Make a new KEK file."""
-    write_secret(path, os.urandom(KEK_SIZE))
-
-
-def seal_resource(name: str, serial: int, value: bytes, kek: KeyEncryption) -> StoredResource:
-    """A resource as it is stored."""
-    key, bound = AESGCM.generate_key(256), _bound(name, serial)
-    return StoredResource(name, serial, kek.key_id, kek.wrap(key, bound), _encrypt(AESGCM(key), value, bound))
-
-
-def open_resource(stored: StoredResource, kek: KeyEncryption) -> bytes:
-    """The value of a stored resource. Raises BrokerUnavailable if its key is another's, or its bytes were changed."""
-    if stored.key_id != kek.key_id:
-        raise BrokerUnavailable(f"{stored.name} is under another key-encryption key", where="database")
-    bound = _bound(stored.name, stored.serial)
-    return _decrypt(AESGCM(kek.unwrap(stored.wrapped_key, bound)), stored.sealed, bound, f"the key of {stored.name}")
-
-
-def _bound(name: str, serial: int) -> bytes:
-    return b"sealwright-resource-v1\0" + canonical_bytes({"resource": name, "serial": serial})
-
-
-def _encrypt(cipher: AESGCM, value: bytes, bound: bytes) -> bytes:
-    nonce = os.urandom(NONCE_SIZE)
-    return nonce + cipher.encrypt(nonce, value, bound)
-
-
-def _decrypt(cipher: AESGCM, sealed: bytes, bound: bytes, what: str) -> bytes:
-    try:
-        return cipher.decrypt(sealed[:NONCE_SIZE], sealed[NONCE_SIZE:], bound)
-    except (InvalidTag, ValueError) as error:
-        raise BrokerUnavailable(
-            f"stored bytes do not open under {what}: they were changed", where="database"
-        ) from error
-
-
-# --- the issuer -------------------------------------------------------------------------------------------------------
 
 
 def create_issuer(path: Path, broker: str, at: datetime) -> str:

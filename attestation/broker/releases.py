@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from attestation.broker import journal
 from attestation.broker.database import TURNS
-from attestation.broker.keys import KeyEncryption, open_resource
+from attestation.broker.keks import KeyEncryption, open_resource
 from attestation.broker.release import Counters, decide_release
 from attestation.broker.release import Question as ReleaseQuestion
 from attestation.broker.rules import floor_rules, owner_rules

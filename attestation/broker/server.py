@@ -17,12 +17,12 @@ import uvloop
 from attestation.broker.app import make_app
 from attestation.broker.charters import CharterFolder, charter_from_ledger
 from attestation.broker.clock import now
-from attestation.broker.config import BrokerConfig, load_config
+from attestation.broker.config import CONFIG_NAME, BrokerConfig, load_config
 from attestation.broker.exchange import log
 from attestation.broker.gpu_folder import GpuFolder
-from attestation.broker.keys import load_kek
 from attestation.broker.listening import ServerTls, listening
 from attestation.broker.own_keys import KeyFolder
+from attestation.broker.rewrapping import KekKeeper, rewrap_all
 from attestation.broker.service import Broker
 from attestation.broker.storage import open_storage
 from attestation.broker.upkeep import head_keys, sole_broker
@@ -44,8 +44,9 @@ KDS_SECONDS: Final = 20.0
 """How long a guest may wait for AMD's service, which is asked once for each chip and patch level."""
 
 
-def open_broker(folder: Path, config: BrokerConfig) -> Broker:
+def open_broker(folder: Path, config: BrokerConfig, keeper: KekKeeper | None = None) -> Broker:
     """Open everything that the settings name. Raises Unusable or Refused, naming what does not fit."""
+    keeper = keeper or KekKeeper(folder / CONFIG_NAME)
     root = _read(folder / config.root)
     files = KeyFolder(folder, config)
     store = read_store(folder / config.charter)
@@ -55,7 +56,6 @@ def open_broker(folder: Path, config: BrokerConfig) -> Broker:
         do = "Put this broker's entry.json into the charter."
         raise Unusable(f"the charter has no broker {config.name}", where=str(folder / config.charter), do=do)
     own = files.find(entry)
-    kek = load_kek(folder / config.kek)
     origin = ledger_origin(consortium.trust_domain, config.name)
     storage = open_storage(
         config.database_url(folder),
@@ -80,7 +80,7 @@ def open_broker(folder: Path, config: BrokerConfig) -> Broker:
         signing_key=own.signing,
         issuer=own.issuer,
         find_keys=files.find,
-        kek=kek,
+        kek=keeper.ring,
         complete=kds.complete_evidence,
         gpu_endorsements=GpuFolder(folder / config.gpu_endorsements).read,
         session_seconds=config.limits.session_seconds,
@@ -110,7 +110,7 @@ def _open_witness(folder: Path, config: BrokerConfig, broker: Broker) -> Witness
 
 
 @asynccontextmanager
-async def serving(broker: Broker, config: BrokerConfig) -> AsyncIterator[str]:
+async def serving(broker: Broker, config: BrokerConfig, keeper: KekKeeper | None = None) -> AsyncIterator[str]:
     """Serve `broker` until the block ends; gives `host:port` as it is bound."""
     tls = ServerTls(broker.issuer, broker.name, ["broker"] if broker.witness is None else ["broker", "witness"])
     tls.renew(now())
@@ -126,7 +126,7 @@ async def serving(broker: Broker, config: BrokerConfig) -> AsyncIterator[str]:
     app = make_app(broker, client_rate=config.limits.client_rate, client_burst=config.limits.client_burst)
     app[WATCH] = CharterWatch(lambda: look_at_charter(broker))
     async with listening(app, tls, config.listen) as address:
-        upkeep = asyncio.create_task(_upkeep(broker, tls))
+        upkeep = asyncio.create_task(_upkeep(broker, tls, keeper))
         try:
             yield address
         finally:
@@ -135,18 +135,35 @@ async def serving(broker: Broker, config: BrokerConfig) -> AsyncIterator[str]:
                 await upkeep
 
 
-async def _upkeep(broker: Broker, tls: ServerTls) -> None:
-    """Keep the timestamp and the certificate fresh while nobody asks."""
+async def _upkeep(broker: Broker, tls: ServerTls, keeper: KekKeeper | None) -> None:
+    """Keep the timestamp, the certificate and the resources' keys fresh while nobody asks."""
+    await look_at_keks(broker, keeper)
     while True:
         await asyncio.sleep(UPKEEP_SECONDS)
         tls.renew(now())
         await look_at_charter(broker)
+        await look_at_keks(broker, keeper)
         try:
             await broker.forget_sessions()
         except SealwrightError as error:
             log("sessions", problem=error.what)
         if broker.storage.cosigner.problem:
             log("witnesses", problem=broker.storage.cosigner.problem)
+
+
+async def look_at_keks(broker: Broker, keeper: KekKeeper | None) -> None:
+    """Use the key-encryption key that the settings name now, put resources under it, and say what happened."""
+    try:
+        if keeper is not None and await asyncio.to_thread(keeper.look):
+            log("key-encryption", in_use=broker.keks.key_id)
+        found = await rewrap_all(broker.storage, broker.keks)
+    except SealwrightError as error:
+        log("key-encryption", problem=error.what)
+        return
+    if found.done:
+        log("rewrapped", resources=found.done, under=found.key_id)
+    if found.problems:
+        log("key-encryption", problem="; ".join(found.problems[:5]))
 
 
 async def look_at_charter(broker: Broker) -> None:
@@ -161,20 +178,22 @@ async def look_at_charter(broker: Broker) -> None:
         log("charter", problem=broker.charters.problem)
 
 
-async def _run(folder: Path, config: BrokerConfig) -> None:
+async def _run(path: Path, config: BrokerConfig) -> None:
     loop = asyncio.get_running_loop()
-    broker = open_broker(folder, config)
+    keeper = KekKeeper(path)
+    broker = open_broker(path.parent, config, keeper)
     try:
-        async with serving(broker, config) as address:
+        async with serving(broker, config, keeper) as address:
             ended = asyncio.Event()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, ended.set)
             tasks: set[asyncio.Task[None]] = set()
 
             def look() -> None:
-                task = asyncio.ensure_future(look_at_charter(broker))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                for work in (look_at_charter(broker), look_at_keks(broker, keeper)):
+                    task = asyncio.ensure_future(work)
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
 
             loop.add_signal_handler(signal.SIGHUP, look)
             charter = (await broker.charter(broker.clock())).charter
@@ -190,6 +209,7 @@ async def _run(folder: Path, config: BrokerConfig) -> None:
             log("ending", broker=broker.name)
     finally:
         broker.storage.close()
+        broker.keks.close()
         if broker.witness is not None:
             broker.witness.close()
 
@@ -203,7 +223,7 @@ def run_broker(path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     os.umask(0o077)
     with sole_broker(config.state(path.parent)):
-        uvloop.run(_run(path.parent, config))
+        uvloop.run(_run(path, config))
 
 
 def _read(path: Path) -> bytes:

@@ -24,7 +24,8 @@ from attestation.broker.charters import CharterFolder, LoadedCharter, charter_fi
 from attestation.broker.checks import check_csr, check_deposit, check_ears
 from attestation.broker.clock import CheckedClock
 from attestation.broker.journal import Note
-from attestation.broker.keys import Issuer, KeyEncryption, seal_resource
+from attestation.broker.keks import KeyEncryption, KeyRing, seal_resource
+from attestation.broker.keys import Issuer
 from attestation.broker.own_keys import OwnKeys
 from attestation.broker.releases import Authorise, Released, Releases, Request, Seal
 from attestation.broker.sessions import (
@@ -128,14 +129,15 @@ class Broker:
         self.rotated: Callable[[BrokerEntry], object] = lambda _: None
         """Told when the charter has given the broker other keys, which it has taken."""
         self._find_keys = find_keys
-        self._kek = kek
+        self.keks = kek if isinstance(kek, KeyRing) else KeyRing(kek)
+        """Under which resources are put."""
         self._complete = complete
         self._gpu_endorsements = gpu_endorsements
         self._session_seconds = session_seconds
         self._max_sessions = max_sessions
         self._randomness = randomness
         self._sessions = max_sessions  # unknown until the first pruning: forces one
-        self._releases = Releases(storage, kek, self._still_followed)
+        self._releases = Releases(storage, self.keks, self._still_followed)
         self._charter_lock = asyncio.Lock()
         self._followed: LoadedCharter | None = None
         self._behind = False
@@ -435,7 +437,9 @@ class Broker:
         charter = (await self.charter(at)).charter
         content, reasons = check_deposit(token, resource, salt, value, self.name, charter, at)
         name = resource if content is None else kept_as(resource, content.generation)
-        stored = None if content is None or reasons else seal_resource(name, content.serial, value, self._kek)
+        stored = None
+        if content is not None and not reasons:
+            stored = await asyncio.to_thread(seal_resource, name, content.serial, value, self.keks)
 
         def work(step: Transaction) -> tuple[str, ...]:
             self._demand_followed(step, charter)

@@ -174,9 +174,7 @@ class Transaction:
     def resource(self, name: str) -> StoredResource | None:
         """A resource, or None."""
         row = self._connection.execute(sa.select(RESOURCES).where(RESOURCES.c.name == name)).first()
-        if row is None:
-            return None
-        return StoredResource(row.name, row.serial, row.key_id, bytes(row.wrapped_key), bytes(row.sealed))
+        return None if row is None else _stored(row)
 
     def resources(self) -> list[tuple[str, int]]:
         """Name and serial of every resource."""
@@ -196,6 +194,37 @@ class Transaction:
         )
         if changed.rowcount == 0:
             self._connection.execute(sa.insert(RESOURCES).values(name=resource.name, **values))
+
+    def resources_under_others(self, key_id: str, after: str, limit: int) -> list[StoredResource]:
+        """The next resources by name, after one, whose keys are under another KEK than this."""
+        rows = self._connection.execute(
+            sa.select(RESOURCES)
+            .where(RESOURCES.c.key_id != key_id, RESOURCES.c.name > after)
+            .order_by(RESOURCES.c.name)
+            .limit(limit)
+        )
+        return [_stored(row) for row in rows]
+
+    def count_by_kek(self) -> dict[str, int]:
+        """How many resources are under each KEK."""
+        rows = self._connection.execute(
+            sa.select(RESOURCES.c.key_id, sa.func.count()).group_by(RESOURCES.c.key_id).order_by(RESOURCES.c.key_id)
+        )
+        return {key_id: int(count) for key_id, count in rows}
+
+    def replace_resource(self, old: StoredResource, new: StoredResource) -> int:
+        """Keep `new` in place of exactly `old`; return 1, or 0 if that is not what there is any more."""
+        changed = self._connection.execute(
+            sa.update(RESOURCES)
+            .where(
+                RESOURCES.c.name == old.name,
+                RESOURCES.c.serial == old.serial,
+                RESOURCES.c.key_id == old.key_id,
+                RESOURCES.c.wrapped_key == old.wrapped_key,
+            )
+            .values(key_id=new.key_id, wrapped_key=new.wrapped_key)
+        )
+        return int(changed.rowcount)
 
     def drop_resource(self, name: str) -> None:
         """Forget a resource, if it is there."""
@@ -260,3 +289,7 @@ class Transaction:
         changed = self._connection.execute(sa.update(META).where(META.c.key == key).values(value=value))
         if changed.rowcount == 0:
             self._connection.execute(sa.insert(META).values(key=key, value=value))
+
+
+def _stored(row: sa.Row[tuple[str, int, str, bytes, bytes]]) -> StoredResource:
+    return StoredResource(row.name, row.serial, row.key_id, bytes(row.wrapped_key), bytes(row.sealed))

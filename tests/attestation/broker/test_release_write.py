@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from attestation.broker.keys import KekFile, seal_resource
+from attestation.broker.keks import KekFile, seal_resource
 from attestation.broker.releases import Released, Releases, Request
 from attestation.broker.sessions import Session, open_session
 from attestation.broker.storage import Storage, open_storage
