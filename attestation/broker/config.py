@@ -48,7 +48,7 @@ class BrokerConfig(_Section):
     signing_key: str = "keys/signing.pem"
     issuer_key: str = "keys/issuer.pem"
     kek: KekSettings = "keys/kek"
-    old_keks: tuple[KekSettings, ...] = ()
+    old_keks: Annotated[tuple[KekSettings, ...], Field(strict=False)] = ()
     database: str = "state/broker.sqlite"
     """A path, or the URL of a PostgreSQL database without a password."""
     database_password: str | None = None
