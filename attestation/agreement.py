@@ -3,7 +3,8 @@
 A broker signs its time between the moment at which it was asked and the one at which its answer came, by the guest's
 own running clock; so its clock, carried on to now, lies between two bounds. Brokers agree if their clocks, with these
 bounds, are at most SPREAD apart. What the most brokers agree on is believed, if they are as many as the charter asks
-for (`Consortium.broker_threshold`), and no other group is as large.
+for (`Consortium.broker_threshold`). Of groups of one size that share a broker the one whose clocks are closest is
+taken, so that one liar beside honest clocks cannot leave nothing to believe; of groups that share none, none.
 """
 
 from __future__ import annotations
@@ -82,9 +83,11 @@ def _one_time(words: Sequence[Said], needed: int, at: float) -> list[Said]:
         few = f"{len(words)} brokers told the time, {needed} are needed"
         raise BrokersDisagree((few,) if len(words) < needed else _times_told(words, at))
     best = [group for group in groups if len(group) == largest]
-    if len(best) > 1:
+    apart = [max(clocks) - min(clocks) for clocks in ([word.earliest(at) for word in group] for group in best)]
+    shared = set.intersection(*({word.broker for word in group} for group in best))
+    if len(best) > 1 and (not shared or apart.count(min(apart)) > 1):
         raise BrokersDisagree(_times_told(words, at))
-    return best[0]
+    return best[apart.index(min(apart))]
 
 
 def _times_told(words: Sequence[Said], at: float) -> tuple[str, ...]:

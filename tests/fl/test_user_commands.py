@@ -98,7 +98,7 @@ def test_each_set_of_rights_gives_its_commands_and_no_other(
 ) -> None:
     """Done, or stopped by something else than rights, where the set has the right; denied where it has not."""
     who = f"cygnus-bio/{rights}"
-    bundle, model = make_job(tmp_path, STALL, name="watched")
+    bundle, model = make_job(tmp_path, STALL, name=f"watched-by-{rights}")
     world.approve(bundle)
     with world.site(server, SITES[0]), world.site(server, SITES[1]), world.client(server) as owner, model:
         job = owner.submit(bundle, model, roster=None, recipients=[ADA])
