@@ -94,6 +94,7 @@ class Served:
             async with listening(app, tls, self.listen):
                 up.set()
                 await self._ended.wait()
+            await asyncio.sleep(0.25)  # connections over TLS end in later turns of the loop
 
         key = load_private_key(self.folder / "keys/witness.pem")
         self.witness = Watched(key, open_store(self.folder / "state/witness.sqlite"), lambda: self.consortium, now)
