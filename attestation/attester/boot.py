@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from attestation.attester.gpu import SdkDevices
 from attestation.attester.world import Attester, World, open_attester, read_world
 from attestation.errors import AttesterUnavailable
+
+if TYPE_CHECKING:
+    from attestation.attester.gpu import SdkDevices
 
 BOOT_FILE = "run/boot.json"
 GPU_PYTHON = "usr/lib/sealwright/gpu-sdk/bin/python"
@@ -56,7 +58,11 @@ class Boot:
     def devices(self) -> SdkDevices | None:
         """The collector of GPU evidence, if this image has one: its guest then attests with its GPUs or not at all."""
         python = self.guest / GPU_PYTHON
-        return SdkDevices(python) if python.exists() else None
+        if not python.exists():
+            return None
+        from attestation.attester.gpu import SdkDevices  # an image without GPUs need not hold what this reads them by
+
+        return SdkDevices(python)
 
 
 def read_boot(guest: Path) -> Boot:
