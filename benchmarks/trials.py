@@ -14,6 +14,8 @@ def load_trial(path: str, name: str) -> ModuleType:
     """The module at `path` in the tests' folder, under `name`."""
     if name in sys.modules:
         return sys.modules[name]
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.append(str(ROOT / "tests"))  # where the tests' shared modules are
     spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / path)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"tests/{path} is not there")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from postgres_server import PASSWORD
 from witness_world import free_port
 
 from attestation.broker.clock import now
@@ -121,9 +122,11 @@ class Stage:
     witnesses: list[Served]
     consortium: Consortium
 
-    def open(self, name: str = "broker") -> Storage:
+    def open(self, name: str = "broker", *, postgres: str | None = None) -> Storage:
+        """The database of this name here, or the one at a PostgreSQL URL."""
         origin = ledger_origin(self.consortium.trust_domain, self.broker.name)
-        storage = open_storage(f"sqlite:///{self.folder}/{name}.sqlite", origin, self.key)
+        url, password = (postgres, PASSWORD) if postgres else (f"sqlite:///{self.folder}/{name}.sqlite", None)
+        storage = open_storage(url, origin, self.key, password=password)
         storage.cosigner.follow(self.consortium, self.broker)
         return storage
 
@@ -289,9 +292,11 @@ def test_a_broker_with_a_new_key_goes_on_with_its_ledger_or_not_at_all(stage: St
         fresh.close()
 
 
-def test_two_processes_on_one_database(stage: Stage) -> None:
+@pytest.mark.parametrize("kind", ["SQLite", "PostgreSQL"])
+def test_two_processes_on_one_database(stage: Stage, kind: str, request: pytest.FixtureRequest) -> None:
     """Each gets the newest head cosigned, whoever committed it, and takes what the other got."""
-    both = [stage.open(), stage.open()]
+    url = None if kind == "SQLite" else request.getfixturevalue("postgres").create("cosigned")
+    both = [stage.open(postgres=url), stage.open(postgres=url)]
     try:
         with ThreadPoolExecutor(8) as pool:
             numbers = range(40)
