@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
+from fl.errors import CommandRefused
 from fl.guard.approval import MAX_AGE
 from fl.guard.command import Nonces, SignedCommand, check_command, read_command
 from fl.guard.command_log import CommandLog
+from fl.jobs.command import UserCommand
 from fl.party import Party
 from fl.transport.frames import Told
 from policies.errors import SealwrightError
@@ -28,7 +30,7 @@ class Orders:
         self._site = site
         self._server = server
         self._nonces = Nonces(MAX_AGE)
-        self._rejected: OrderedDict[str, str] = OrderedDict()
+        self._rejected: OrderedDict[str, UserCommand] = OrderedDict()
         self.log = CommandLog(party.record, party.tell, {"site": site})
 
     def heed(self, told: Told, submitter: str | None) -> SignedCommand | None:
@@ -52,6 +54,7 @@ class Orders:
                 submitter=submitter,
                 own_member="" if place is None else place.member,
             )
+            self._must_not_be_overtaken(signed.command, told.job)
             self._nonces.take(signed.command, at)
         except SealwrightError as error:
             self._party.tell(f"job {told.job}: the server shows a command that is refused here: {error.what}")
@@ -61,7 +64,16 @@ class Orders:
 
     def why_rejected(self, job: str) -> str | None:
         """The sentence that names who has rejected a job for this site, if somebody has."""
-        return self._rejected.get(job)
+        rejection = self._rejected.get(job)
+        return None if rejection is None else f"{rejection.user} has rejected the job"
+
+    def _must_not_be_overtaken(self, command: UserCommand, job: str) -> None:
+        """A server may hold a command back: an approval that is older than the rejection does not take it back."""
+        rejection = self._rejected.get(job)
+        if command.command == "approve" and rejection is not None and command.created_at < rejection.created_at:
+            raise CommandRefused(
+                command.command, command.user, (f"{rejection.user} has rejected the job after this was signed",)
+            )
 
     def _written(self, signed: SignedCommand, job: str) -> bool:
         """Write it down, and remember a rejection. What only stops something is done even if no ledger is there."""
@@ -73,7 +85,7 @@ class Orders:
             if command.command == "approve":
                 return False
         if command.command == "reject":
-            self._rejected[job] = f"{command.user} has rejected the job"
+            self._rejected[job] = command
             while len(self._rejected) > MAX_REJECTED:
                 self._rejected.popitem(last=False)
         elif command.command == "approve":

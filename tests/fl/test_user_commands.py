@@ -31,9 +31,11 @@ from fl.guard.command import read_command
 from fl.jobs.command import UserCommand, sign_command
 from fl.jobs.record import record_digest
 from fl.jobs.results import rfc3339
+from fl.party import Party
 from fl.server.federation import Task
 from fl.server.job import RemoteSite
 from fl.server.jobs import Jobs
+from fl.site.orders import Orders
 from fl.transport.frames import Told
 from policies.charter import Changes
 from policies.charter.proposal import files_of
@@ -286,6 +288,30 @@ def test_a_command_counts_once_at_a_site(
         assert last_status(client, jobs[2]) == "finished"
     outcomes = [(entry["command"], entry["outcome"]) for entry in commands(world, job=jobs[2], site=SITES[0])]
     assert outcomes == [("reject", "accepted"), ("approve", "accepted"), ("reject", "refused")]
+
+
+def test_an_approval_that_a_server_held_back_takes_no_later_rejection_back(world: FederationWorld) -> None:
+    written: list[Mapping[str, Any]] = []
+
+    def record(_: str, document: Mapping[str, Any]) -> str:
+        written.append(document)
+        return ""
+
+    def never() -> Any:
+        raise AssertionError("a site's orders need no identity")
+
+    orders = Orders(Party(never, world.charter, now, record, world.told.append), SITES[0], SERVER)
+    early, late = (rfc3339(now() - timedelta(minutes=age)) for age in (10, 5))
+    member, job = "borealis-hospital/ida", "job-1"
+    held = signed(world, job, member, command="approve", created=early, nonce="11" * 16)
+    rejection = signed(world, job, member, command="reject", created=late, nonce="22" * 16)
+    again = signed(world, job, member, command="approve", nonce="33" * 16)
+    heeded = [orders.heed(Told(job=job, command=one), None) is not None for one in (rejection, held)]
+    assert heeded == [True, False]
+    assert orders.why_rejected(job) == f"{member} has rejected the job"
+    assert "after this was signed" in " ".join(written[-1]["reasons"])
+    assert orders.heed(Told(job=job, command=again), None) is not None
+    assert orders.why_rejected(job) is None
 
 
 # --- what a hostile user tries ----------------------------------------------------------------------------------------
