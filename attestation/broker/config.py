@@ -6,22 +6,21 @@ keys/witness.pem  state/witness.sqlite   if the broker witnesses the other membe
 
 from __future__ import annotations
 
-import tomllib
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from attestation.broker.database import Database, open_database
 from attestation.broker.kek_settings import KekSettings, open_kek, other_keks
 from attestation.broker.keks import KeyEncryption, create_kek
 from attestation.broker.keys import create_issuer
+from attestation.settings import read_settings
 from policies.documents import BrokerEntry, Name
 from policies.errors import Unusable
 from policies.keys import generate_ed25519, public_pem, read_secret, write_secret
 
-CONFIG_LIMIT: Final = 64 * 1024
 CONFIG_NAME: Final = "broker.toml"
 
 
@@ -98,20 +97,7 @@ class BrokerConfig(_Section):
 
 def load_config(path: Path) -> BrokerConfig:
     """Read a broker's settings. Raises Unusable, naming what is wrong."""
-    do = "See docs/how-to/run-a-broker.md."
-    try:
-        with path.open("rb") as file:
-            raw = file.read(CONFIG_LIMIT + 1)
-        if len(raw) > CONFIG_LIMIT:
-            raise Unusable("this is too large for a broker's settings", where=str(path), do=do)
-        return BrokerConfig.model_validate(tomllib.loads(raw.decode("utf-8")))
-    except OSError as error:
-        raise Unusable(f"the settings cannot be read: {error.strerror}", where=str(path), do=do) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Unusable(f"the settings are no TOML: {error}", where=str(path), do=do) from error
-    except ValidationError as error:
-        words = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:10])
-        raise Unusable(f"the settings are not valid: {words}", where=str(path), do=do) from error
+    return read_settings(BrokerConfig, path, do="See docs/how-to/run-a-broker.md.")
 
 
 def create_broker(folder: Path, *, name: str, member: str, url: str, listen: str, at: datetime) -> BrokerEntry:

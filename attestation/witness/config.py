@@ -5,16 +5,15 @@ witness.toml  entry.json  root.json  charter/  keys/{witness.pem,issuer.pem}  st
 
 from __future__ import annotations
 
-import tomllib
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints
 
-from attestation.broker.config import CONFIG_LIMIT
 from attestation.broker.config import load_config as load_broker_config
 from attestation.broker.keys import create_issuer
+from attestation.settings import read_settings
 from attestation.witness.service import PREFIX
 from attestation.witness.store import create_store
 from policies.documents import BrokerEntry, Name, Witness, parse_document
@@ -42,20 +41,7 @@ class WitnessConfig(BaseModel):
 
 def load_config(path: Path) -> WitnessConfig:
     """Read a witness's settings. Raises Unusable, naming what is wrong."""
-    do = "See docs/how-to/run-a-witness.md."
-    try:
-        with path.open("rb") as file:
-            raw = file.read(CONFIG_LIMIT + 1)
-        if len(raw) > CONFIG_LIMIT:
-            raise Unusable("this is too large for a witness's settings", where=str(path), do=do)
-        return WitnessConfig.model_validate(tomllib.loads(raw.decode("utf-8")))
-    except OSError as error:
-        raise Unusable(f"the settings cannot be read: {error.strerror}", where=str(path), do=do) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Unusable(f"the settings are no TOML: {error}", where=str(path), do=do) from error
-    except ValidationError as error:
-        words = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:10])
-        raise Unusable(f"the settings are not valid: {words}", where=str(path), do=do) from error
+    return read_settings(WitnessConfig, path, do="See docs/how-to/run-a-witness.md.")
 
 
 def create_witness(folder: Path, *, name: str, member: str, url: str, listen: str, at: datetime) -> Witness:
