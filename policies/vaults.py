@@ -1,8 +1,8 @@
 """The vaults of a charter's places: how their keys are named, and the document by which members let one be recovered.
 
-Each enrolled guest may have one vault, a sealed volume. Its key is a resource of the guest's member, `MEMBER/vault-ROLE/
-NAME`, so that the owner's release policy decides over it as over any other; but no owner deposits it: the guest makes
-it (attestation.vaults).
+Each enrolled guest may have one vault, a sealed volume. Its key is a resource of the guest's member,
+`MEMBER/vault-ROLE/NAME`, over which the owner's release policy decides as over any other. No owner deposits it:
+the guest makes it (attestation.vaults).
 """
 
 from __future__ import annotations

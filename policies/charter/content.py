@@ -24,6 +24,7 @@ from policies.documents import (
     user_complaints,
 )
 from policies.errors import MalformedDocument
+from policies.vaults import VaultRecovery, vault_place
 
 POLICY_LIMIT: Final = 256 * 1024
 """Bytes of one Rego module or appraisal profile."""
@@ -106,6 +107,12 @@ class Charter:
         """Return all split resources, by member, type and tag."""
         return tuple(document for document in self.documents.values() if isinstance(document, Split))
 
+    def recovery(self, vault: Resource) -> VaultRecovery | None:
+        """Return the members' last word on recovering `vault`, or None."""
+        place = vault_place(vault)
+        document = None if place is None else self.documents.get(f"enrolments/vault-{place[0]}/{place[1]}.json")
+        return document if isinstance(document, VaultRecovery) and document.vault == vault else None
+
     def policy(self, name: str) -> str | None:
         """Return the text of `policies/NAME` ("floor.rego", "admission.rego", "appraisal.toml"), or None."""
         raw = self.files.get(f"policies/{name}")
@@ -179,7 +186,7 @@ def _toml_complaints(path: str, raw: bytes) -> list[str]:
 def _against_consortium(path: str, document: Document, consortium: Consortium) -> list[str]:
     if isinstance(document, ImageReference) and document.platform != consortium.platform:
         return [f"{path}: an image for {document.platform} in a {consortium.platform} charter"]
-    if isinstance(document, Enrolment) and consortium.member(document.member) is None:
+    if isinstance(document, Enrolment | VaultRecovery) and consortium.member(document.member) is None:
         return [f"{path}: {document.member} is not a member"]
     if isinstance(document, User):
         return user_complaints(document, consortium.trust_domain)
@@ -190,6 +197,8 @@ def _against_consortium(path: str, document: Document, consortium: Consortium) -
 
 def split_complaints(document: Split, consortium: Consortium) -> list[str]:
     """Why a split is none: a member that runs as many of the brokers as join has the whole resource."""
+    if vault_place(document.resource) is not None:
+        return [f"{document.resource} is a vault's key, which its guest deals out and no owner"]
     runs = [broker.member for broker in consortium.brokers if broker.name in document.brokers]
     return [
         f"{member} runs {runs.count(member)} of its brokers, and {document.k} shares are the whole"
@@ -229,6 +238,9 @@ def loose_ends(
                 for site in document.sites
                 if f"enrolments/site/{site}.json" not in documents
             )
+        if isinstance(document, VaultRecovery):
+            place = f"enrolments/{document.to_role}/{document.to_name}.json"
+            ends += [] if place in documents else [f"{path}: {document.to_role} {document.to_name} is not enrolled"]
         if isinstance(document, Split) and consortium is not None:
             ends.extend(
                 f"{path}: its broker {broker} is no broker of the charter; share it anew"

@@ -22,6 +22,7 @@ from tuf.api.metadata import DelegatedRole, Delegations, Role, Root, Snapshot, T
 
 from policies.documents import BundleApproval, Consortium, Document, Enrolment, ImageReference, Split, User
 from policies.keys import load_public_pem
+from policies.vaults import VaultRecovery
 
 CONSORTIUM_FIELD: Final = "sealwright"
 """The field of the TUF root that holds the `Consortium`."""
@@ -54,6 +55,7 @@ _TYPE: Final = r"[a-z0-9][a-z0-9_-]{0,62}"
 _JSON_TARGETS: Final[tuple[tuple[str, type[Document]], ...]] = (
     (rf"images/(?P<name>{_NAME})\.json", ImageReference),
     (rf"enrolments/(?P<role>broker|server|site|inner|gateway)/(?P<name>{_NAME})\.json", Enrolment),
+    (rf"enrolments/vault-(?P<role>broker|server|site|inner|gateway)/(?P<name>{_NAME})\.json", VaultRecovery),
     (r"code/(?P<bundle>[0-9a-f]{64})\.json", BundleApproval),
     (rf"members/(?P<member>{_NAME})/users/(?P<name>{_NAME})\.json", User),
     (rf"members/(?P<member>{_NAME})/split/(?P<type>{_TYPE})\.(?P<tag>{_NAME})\.json", Split),

@@ -20,6 +20,7 @@ from policies.charter.store import STORE_LIMIT
 from policies.charter.trust import parse_metadata
 from policies.documents import BundleApproval, Document, Enrolment, ImageReference, Text, User
 from policies.errors import MalformedDocument
+from policies.vaults import VaultRecovery
 
 PROPOSAL_LIMIT: Final = 4 * STORE_LIMIT
 """Bytes of a proposal's file."""
@@ -109,6 +110,8 @@ def path_of(document: Document) -> str:
             return f"images/{document.name}.json"
         case Enrolment():
             return f"enrolments/{document.role}/{document.name}.json"
+        case VaultRecovery():
+            return f"enrolments/vault-{document.role}/{document.name}.json"
         case BundleApproval():
             return f"code/{document.bundle}.json"
         case User():

@@ -25,6 +25,7 @@ from policies.documents import (
     load_certificate,
 )
 from policies.keys import fingerprint
+from policies.vaults import VaultRecovery
 
 _NUMBERS: Final = {
     "threshold": "members who must sign",
@@ -242,6 +243,16 @@ def _describe(document: Document) -> str:
             return (
                 f"how {document.resource} is split: any {document.k} of {listed(document.brokers)} join it "
                 f"(generation {document.generation})"
+            )
+        case VaultRecovery():
+            what = (
+                f"its store of generation {document.generation}, whatever was committed after it"
+                if document.generation
+                else "nothing: it begins anew, and what it holds now is lost"
+            )
+            return (
+                f"recovery {document.number} of the vault {document.vault}: {document.to_role} {document.to_name} goes "
+                f"on from {what}"
             )
         case _:
             return type(document).__name__
