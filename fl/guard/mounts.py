@@ -6,9 +6,10 @@ Nothing is decided here by looking at a script; the view is the same for every j
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,9 @@ _MASKED: Final = """
 """
 MASKED: Final = tuple(Path("/proc") / name for name in _MASKED.split())
 """Files of /proc that tell of the whole machine, and that no training needs."""
+
+ALTERNATIVES: Final = Path("/etc/alternatives")
+"""Where Debian keeps which of several interchangeable files is used (update-alternatives(1))."""
 
 DEVICES: Final = tuple(Path("/dev") / name for name in ("null", "zero", "full", "random", "urandom"))
 
@@ -71,6 +75,7 @@ def view(packages: Sequence[Path] | None) -> View:
     for path in (Path("/usr/local/lib"), Path("/usr/share/zoneinfo"), Path("/etc/ld.so.cache")):
         if path.exists():
             binds[path] = str(path)
+    links += _chosen_libraries(binds)
     for prefix in {Path(sys.base_prefix).resolve(), Path(sys.base_exec_prefix).resolve()} - set(SYSTEM_PREFIXES):
         if prefix.parts[1:2] and prefix.parts[1] in OURS:
             raise SandboxUnusable(
@@ -92,6 +97,17 @@ def view(packages: Sequence[Path] | None) -> View:
         site_paths.append(inside)
     package_paths = _add_packages(own_packages() if packages is None else packages, binds)
     return View(interpreter, tuple(binds.items()), tuple(links), tuple(package_paths), tuple(site_paths))
+
+
+def _chosen_libraries(binds: Mapping[Path, str]) -> Iterator[tuple[str, str]]:
+    """Debian's choices among interchangeable libraries, as links: its NumPy and torch load BLAS and LAPACK by them.
+
+    Choices of anything but a shared library that is visible anyway are left out.
+    """
+    for link in sorted(ALTERNATIVES.iterdir()) if ALTERNATIVES.is_dir() else ():
+        target = Path(os.path.normpath(link.parent / link.readlink())) if link.is_symlink() else link
+        if target != link and ".so" in target.suffixes and _covered(target, binds):
+            yield str(target), str(link)
 
 
 def own_packages() -> list[Path]:
@@ -140,6 +156,6 @@ def _add_packages(packages: Sequence[Path], binds: dict[Path, str]) -> list[str]
     return list(paths)
 
 
-def _covered(path: Path, binds: dict[Path, str]) -> bool:
+def _covered(path: Path, binds: Mapping[Path, str]) -> bool:
     """Whether the path is already visible inside, under its own name."""
     return any(path.is_relative_to(bound) and str(bound) == inside for bound, inside in binds.items())

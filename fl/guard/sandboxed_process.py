@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import select
@@ -19,6 +18,7 @@ from typing import Final, Literal, Self
 
 from fl.errors import SandboxFailed
 from fl.guard.control_groups import ControlGroup
+from fl.guard.kept_output import KeptOutput
 from fl.guard.limits import Limits
 
 Kind = Literal["finished", "failed", "signal", "memory", "time", "killed"]
@@ -26,7 +26,6 @@ Kind = Literal["finished", "failed", "signal", "memory", "time", "killed"]
 DEATH_SECONDS: Final = 20.0
 """How long the kernel may take to clear a killed sandbox away."""
 MAX_REPORT: Final = 4096
-SPLICE_NONBLOCK: Final = 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Outcome:
     seconds: float
     """From the script's start to its end."""
     log: bytes
-    """The head of standard output and error, as they came; at most `Limits.log_bytes`. For the site alone."""
+    """Head and end of standard output and error, as they came; at most `Limits.log_bytes`. For the site alone."""
     log_truncated: bool
 
     @property
@@ -78,8 +77,7 @@ class SandboxedProcess:
     def __init__(self, start: Start) -> None:
         self._start = start
         self._lock = threading.Lock()
-        self._log = bytearray()
-        self._truncated = False
+        self._log = KeptOutput(start.limits.log_bytes)
         self._report = bytearray()
         self._info = bytearray()
         self._inner: int | None = None
@@ -104,7 +102,7 @@ class SandboxedProcess:
         self._thread.join(DEATH_SECONDS)
         if self._cause == "start":
             raise SandboxFailed(f"the sandbox did not come up within {seconds:g} s")
-        words = self._log.decode(errors="replace").strip().splitlines()
+        words = bytes(self._log).decode(errors="replace").strip().splitlines()
         raise SandboxFailed(f"the sandbox did not come up: {words[-1] if words else self._error or 'no reason given'}")
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
@@ -123,9 +121,9 @@ class SandboxedProcess:
         return self._outcome
 
     def log(self) -> tuple[bytes, bool]:
-        """What it has written so far (its head), and whether more was thrown away."""
+        """Head and end of what it has written so far, and whether something between them was thrown away."""
         with self._lock:
-            return bytes(self._log), self._truncated
+            return bytes(self._log), self._log.truncated
 
     def __enter__(self) -> Self:
         return self
@@ -225,21 +223,16 @@ class SandboxedProcess:
         return time.monotonic() + DEATH_SECONDS
 
     def _take_log(self, descriptor: int) -> bool | None:
-        """Keep the head of what it writes and throw the rest away, so that it never waits for a reader.
+        """Keep head and end of what it writes and throw the rest away, so that it never waits for a reader.
 
         Whether more may come; None if there is nothing now.
         """
-        room = self._start.limits.log_bytes - len(self._log)
         try:
-            if room <= 0:
-                thrown = os.splice(descriptor, _null(), 1 << 20, flags=SPLICE_NONBLOCK)
-                self._truncated = self._truncated or thrown > 0
-                return thrown > 0
-            piece = os.read(descriptor, min(room, 1 << 16))
+            piece = os.read(descriptor, 1 << 16)
         except BlockingIOError:
             return None
         with self._lock:
-            self._log += piece
+            self._log.take(piece)
         return bool(piece)
 
     def _take_report(self, descriptor: int) -> bool | None:
@@ -280,7 +273,7 @@ class SandboxedProcess:
             self._error = error
         finally:
             kind, status = self._judge(128 - status if status < 0 else status, starved)
-            self._outcome = Outcome(kind, status, now - (self._begun_at or now), bytes(self._log), self._truncated)
+            self._outcome = Outcome(kind, status, now - (self._begun_at or now), bytes(self._log), self._log.truncated)
             self._ended.set()
             self._settled.set()
 
@@ -312,11 +305,6 @@ def _await_end(pidfd: int) -> None:
     poll.register(pidfd, select.POLLIN)
     if not poll.poll(DEATH_SECONDS * 1000):
         raise OSError(f"a killed sandbox was still there after {DEATH_SECONDS:g} s")
-
-
-@functools.cache
-def _null() -> int:
-    return os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
 
 
 def _signal_name(number: int) -> str:

@@ -12,6 +12,7 @@ from fl.errors import ApprovalRefused, MalformedMessage, ScriptFailed, UpdateRef
 from fl.guard.approval import SignedRecord, approve, read_record
 from fl.guard.command_log import CommandLog
 from fl.guard.export import ExportGate, size_of_numbers
+from fl.guard.failure_place import failure_place
 from fl.guard.gate import admit_update, max_update_size
 from fl.guard.limits import Limits
 from fl.guard.sandbox import Sandbox
@@ -174,7 +175,7 @@ class SiteJob:
             process = sandbox.start(theirs)
         self._process = process
         with process:
-            session = ScriptSession(ours, site=self._site, how_it_ended=lambda: _how_it_ended(process))
+            session = ScriptSession(ours, site=self._site, how_it_ended=lambda: _how_it_ended(process, bundle.files))
             try:
                 limit = max_update_size(settings.schema_of_model)
                 session.greet(self.id, settings, data=DATA_FOLDER if self._data else None, max_update=limit)
@@ -238,6 +239,9 @@ class SiteJob:
         )
 
 
-def _how_it_ended(process: SandboxedProcess) -> str:
+def _how_it_ended(process: SandboxedProcess, files: Mapping[str, bytes]) -> str:
     outcome = process.wait(REPORT_SECONDS)
-    return "closed its connection to the job before the job was over" if outcome is None else outcome.sentence
+    if outcome is None:
+        return "closed its connection to the job before the job was over"
+    place = failure_place(outcome.log, files) if outcome.kind == "failed" else None
+    return outcome.sentence if place is None else f"{outcome.sentence}: {place}"

@@ -174,14 +174,16 @@ def test_tracking_comes_back_with_the_result(world: FederationWorld, server: str
 
 
 def test_a_failing_script_is_told_without_its_output(world: FederationWorld, server: str, tmp_path: Path) -> None:
-    script = TRAIN.replace("flare.init()", "flare.init()\nprint('patient 7')\nraise SystemExit('patient 8')", 1)
+    script = TRAIN.replace("flare.init()", "flare.init()\nprint('patient 7')\nraise ValueError('patient 8')", 1)
     bundle, model = make_job(tmp_path, script, name="failing")
     world.approve(bundle)
     with world.site(server, SITES[0]), world.site(server, SITES[1]), world.client(server) as client, model:
         job = client.submit(bundle, model, roster=None, recipients=[ADA])
         assert statuses(client, job) == ["running", "failed"]
         report = client.report(job)
-    assert re.search("the training script of [a-z-]+ ended with status 1", " ".join(report.reasons)), report
+    line = 1 + script[: script.index("raise ValueError")].count("\n")
+    told = rf"the training script of [a-z-]+ ended with status 1: ValueError at client\.py, line {line}\b"
+    assert re.search(told, " ".join(report.reasons)), report
     assert "patient" not in report.model_dump_json()
     assert not any("patient" in line for line in world.told)
 

@@ -22,6 +22,7 @@ tell(
     bundle=sorted(os.listdir("/bundle")), data=open("/data/train.csv").read(), cwd=os.getcwd(), argv=sys.argv,
     processes=sorted(name for name in os.listdir("/proc") if name.isdigit()), host=os.uname().nodename,
     user=[os.getuid(), os.geteuid(), os.getgid(), os.getgroups()],
+    choices=os.listdir("/etc/alternatives") if os.path.isdir("/etc/alternatives") else [],
 )
 """,
         data={"train.csv": b"1,2,3"},
@@ -30,7 +31,8 @@ tell(
     said = ran.said
     assert said["data"] == "1,2,3"
     assert said["dev"] == ["fd", "full", "null", "random", "shm", "urandom", "zero"]
-    assert said["etc"] == ["group", "ld.so.cache", "nsswitch.conf", "passwd"]
+    assert set(said["etc"]) - {"alternatives"} == {"group", "ld.so.cache", "nsswitch.conf", "passwd"}
+    assert all(".so" in name for name in said["choices"])
     assert said["bundle"] == ["attack.py", "client.py", "numbers.json"]
     assert said["cwd"] == "/scratch"
     assert said["argv"] == ["/bundle/client.py"]
