@@ -39,6 +39,7 @@ from attestation.ledger.cosignature import ledger_of
 from attestation.ledger.receipt import Receipt
 from attestation.messages import not_deposited
 from attestation.split import gather_shares
+from policies.budgets import EXPORT_KIND, keeper
 from policies.charter import Charter, load_charter
 from policies.documents import BrokerAddress, InitData, Split, parse_init_data
 from policies.errors import Refused, SealwrightError, Unusable
@@ -198,8 +199,13 @@ class GuestSession:
         return self.recorded(kind, document)[1]
 
     def recorded(self, kind: str, document: Mapping[str, Any]) -> tuple[str, Receipt]:
-        """As `record`; returns the entry as it stands in the ledger too, for those who show it to others."""
+        """As `record`; returns the entry as it stands in the ledger too, for those who show it to others.
+
+        An export is debited by the one broker that keeps the balance of this guest's member, and by no other.
+        """
         self._demand_lease()
+        if kind == EXPORT_KIND:
+            return self._kept(keeper(self.charter.consortium, self.ears[0].subject.member), kind, document)
         failures: dict[str, SealwrightError] = {}
         for name in self.brokers:
             try:
@@ -207,6 +213,13 @@ class GuestSession:
             except Refused as error:
                 failures[name] = error
         raise _all_failed(failures)
+
+    def _kept(self, broker: str, kind: str, document: Mapping[str, Any]) -> tuple[str, Receipt]:
+        if broker not in self.brokers:
+            raise BrokerUnavailable(
+                f"broker {broker}, which keeps the budget, has not affirmed this guest", where="brokers"
+            )
+        return self._sessions[broker].recorded(kind, document)
 
     # --- charter and time -------------------------------------------------------------------------------------------
 

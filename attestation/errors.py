@@ -60,6 +60,18 @@ class PeerLapsed(PeerRefused):
     """A peer against whom there is nothing but that its lease has ended: it may renew it and come back."""
 
 
+class DebitRefused(Refused):
+    """An export that is not debited, with every reason: there is no budget for it, or it is kept elsewhere."""
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__(
+            reasons[0],
+            where="export budget",
+            do="Have the budget raised in the charter, or let nothing more out.",
+            reasons=reasons,
+        )
+
+
 class LeaseEnded(Refused):
     """A guest's own lease that has ended, since too few brokers could be reached to renew it."""
 
@@ -155,6 +167,22 @@ class DepositRefused(Refused):
             do="Sign the deposit with the owner's member key, for this broker, now.",
             reasons=reasons,
         )
+
+
+class StoreRefused(Refused):
+    """A vault whose store is not what its brokers have committed: older, another, or gone."""
+
+    def __init__(self, reasons: tuple[str, ...], *, vault: str) -> None:
+        do = "Bring the newest disk back; if it is lost, the members recover the vault (docs/how-to/recover-a-vault.md)."
+        super().__init__(f"the vault {vault} is refused: {reasons[0]}", where=vault, do=do, reasons=reasons)
+
+
+class VaultFenced(Refused):
+    """A vault that a newer boot of the same guest holds: the older one must stop."""
+
+    def __init__(self, reasons: tuple[str, ...], *, vault: str) -> None:
+        do = "Let the newer one run. If none does, start this guest once more: it takes the vault over."
+        super().__init__(reasons[0], where=vault, do=do, reasons=reasons)
 
 
 class BrokerRefused(Refused):

@@ -84,6 +84,7 @@ __all__ = [
     "RIGHTS_SETS",
     "ROLES",
     "Address",
+    "Allowance",
     "BrokerAddress",
     "BrokerEntry",
     "BundleApproval",
@@ -93,6 +94,7 @@ __all__ = [
     "Digest",
     "Document",
     "Enrolment",
+    "ExportBudget",
     "ImageReference",
     "InitData",
     "Instant",
@@ -331,14 +333,35 @@ class Enrolment(Document):
     jurisdiction: Jurisdiction | None = None
 
 
+class Allowance(Document):
+    """How much may leave, in all: `bits` of declared outputs; `epsilon` and `delta` of differential privacy.
+
+    None bounds nothing. Sums are kept in millionths of epsilon and 10**-12 of delta (`policies.budgets`).
+    """
+
+    bits: int | None = Field(default=None, ge=0, lt=2**53)
+    epsilon: float | None = Field(default=None, ge=0, le=1e6, allow_inf_nan=False)
+    delta: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
+
+
+class ExportBudget(Allowance):
+    """What a member's sites may let out over all jobs: target `members/MEMBER/budget/exports.json`."""
+
+    member: Name
+
+
 class BundleApproval(Document):
-    """A bundle that may run, where and until when: target `code/DIGEST.json`. `sites` are enrolled sites' names."""
+    """A bundle that may run, where and until when: target `code/DIGEST.json`. `sites` are enrolled sites' names.
+
+    `budget` is what its jobs together may let out of the sites of any one member.
+    """
 
     bundle: Digest
     job: Name
     sites: tuple[Name, ...] = Field(min_length=1, max_length=4096)
     note: Text = ""
     expires: Instant
+    budget: Allowance | None = None
 
     @model_validator(mode="after")
     def _distinct(self) -> BundleApproval:

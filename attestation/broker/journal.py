@@ -20,6 +20,7 @@ from attestation.broker.storage import Transaction
 from attestation.ear import Ear, Subject
 from attestation.ledger.entry import Entry
 from attestation.messages import Deposit
+from policies.budgets import EXPORT_KIND, Balance, Export
 from policies.charter import Charter
 
 
@@ -142,6 +143,40 @@ def record(ear: Ear, session: Session, kind: str, document: Mapping[str, Any], c
     """What a guest had written down."""
     body = {**_of_guest(ear, session, charter), "document": dict(document)}
     return Note(Entry(kind, at, body), {}, guest=place(ear.subject))
+
+
+def export(ear: Ear, session: Session, content: Export, spent: Balance, charter: Charter, at: datetime) -> Note:
+    """What a site lets out, debited: `spent` is its owner's balance after it."""
+    body = {
+        **_of_guest(ear, session, charter),
+        "document": content.model_dump(mode="json"),
+        "spent": spent.to_json(),
+    }
+    return Note(
+        Entry(EXPORT_KIND, at, body),
+        {},
+        resource=balance_of(ear.subject.member),
+        guest=place(ear.subject),
+        boot=content.bundle,
+    )
+
+
+def balance_of(owner: str) -> str:
+    """What the entries of an owner's exports are counted under; a bundle's among them by its digest."""
+    return f"{owner}/{EXPORT_KIND}"
+
+
+def export_denial(
+    ear: Ear, session: Session, content: Export, reasons: Sequence[str], charter: Charter, at: datetime
+) -> Note:
+    """An export for which there is no budget left."""
+    body = {
+        **_of_guest(ear, session, charter),
+        "document": content.model_dump(mode="json"),
+        "reasons": list(reasons),
+        "what": EXPORT_KIND,
+    }
+    return Note(Entry("denial", at, body), {}, guest=place(ear.subject))
 
 
 def deposit(content: Deposit, token: str, charter: Charter, at: datetime) -> Note:

@@ -23,6 +23,7 @@ from attestation.broker.appraisal import Question as AppraisalQuestion
 from attestation.broker.charters import CharterFolder, LoadedCharter, charter_files
 from attestation.broker.checks import check_csr, check_deposit, check_ears
 from attestation.broker.clock import CheckedClock
+from attestation.broker.exports import balance, decide_export, export_reasons
 from attestation.broker.journal import Note
 from attestation.broker.keks import KeyEncryption, KeyRing, seal_resource
 from attestation.broker.keys import Issuer
@@ -42,16 +43,18 @@ from attestation.ear import Ear, sign_ear, verify_ear
 from attestation.errors import (
     AppraisalRefused,
     BrokerUnavailable,
+    DebitRefused,
     DepositRefused,
     SessionRefused,
 )
 from attestation.evidence.composite import SnpEvidence
 from attestation.identity import enrolment_reasons
-from attestation.ledger.entry import BROKER_KINDS, parse_entry
+from attestation.ledger.entry import BROKER_KINDS, Entry, parse_entry
 from attestation.ledger.receipt import Receipt
 from attestation.messages import Deposit
 from attestation.split import kept_as
 from attestation.witness.service import Witness
+from policies.budgets import EXPORT_KIND, Export, keeper, parse_export
 from policies.charter import Charter
 from policies.documents import BrokerEntry
 from policies.errors import Refused, SealwrightError, Unusable
@@ -426,8 +429,42 @@ class Broker:
         if kind in BROKER_KINDS:
             raise Refused(f"entries of kind {kind} are the broker's own", where="record", do="Use a kind of your own.")
         ear = await self._standing(session, "record", charter, at)
+        if kind == EXPORT_KIND:
+            return await self._export(identifier, parse_export(dict(document)), authorise, ear, session, charter, at)
         note = journal.record(ear, session, kind, document, charter, at)
         return Issued(b"", await self._note(identifier, authorise, note, charter), note.entry.to_bytes())
+
+    async def _export(
+        self,
+        identifier: str,
+        content: Export,
+        authorise: Authorise,
+        ear: Ear,
+        session: Session,
+        charter: Charter,
+        at: datetime,
+    ) -> Issued:
+        """Debit what a site is about to let out. Raises DebitRefused if there is no budget for it, or not here."""
+        owner = ear.subject.member
+        kept_by = keeper(charter.consortium, owner)
+
+        def work(step: Transaction) -> tuple[tuple[str, ...], Entry]:
+            self._demand_followed(step, charter)
+            step.update_session(authorise(step.session(identifier)))
+            reasons = export_reasons(ear, kept_by, self.name)
+            after, against = decide_export(charter, owner, content, balance(step, owner, content.bundle))
+            reasons = (*reasons, *against)
+            if reasons:
+                note = journal.export_denial(ear, session, content, reasons, charter, at)
+            else:
+                note = journal.export(ear, session, content, after, charter, at)
+            journal.append(step, note)
+            return reasons, note.entry
+
+        (reasons, entry), receipts = await self.storage.transact(work)
+        if reasons:
+            raise DebitRefused(reasons)
+        return Issued(b"", receipts[0], entry.to_bytes())
 
     # --- deposits ---------------------------------------------------------------------------------------------------
 

@@ -117,6 +117,14 @@ class Transaction:
         ).scalar()
         return None if raw is None else bytes(raw)
 
+    def last_about(self, kind: str, *, resource: str, boot: str | None = None) -> bytes | None:
+        """The bytes of the newest entry of a kind about a resource (with this `boot`), or None."""
+        query = sa.select(ENTRIES.c.raw).where(ENTRIES.c.kind == kind, ENTRIES.c.resource == resource)
+        if boot is not None:
+            query = query.where(ENTRIES.c.boot == boot)
+        raw = self._connection.execute(query.order_by(ENTRIES.c.number.desc()).limit(1)).scalar()
+        return None if raw is None else bytes(raw)
+
     def blob(self, digest: str) -> bytes | None:
         """A blob by its SHA-256, or None."""
         found = self._connection.execute(sa.select(BLOBS.c.content).where(BLOBS.c.sha256 == digest)).scalar()

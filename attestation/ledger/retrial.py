@@ -20,6 +20,7 @@ from attestation.binding import bound_report_data, device_nonce, kbs_device_nonc
 from attestation.broker.appraisal import Additional, Verdict, appraise_guest, brief_ear, build_ear
 from attestation.broker.appraisal import Question as AppraisalQuestion
 from attestation.broker.checks import check_deposit_token
+from attestation.broker.exports import decide_export, export_reasons
 from attestation.broker.journal import place
 from attestation.broker.release import Counters, decide_release
 from attestation.broker.release import Question as ReleaseQuestion
@@ -31,6 +32,7 @@ from attestation.evidence.composite import SnpEvidence
 from attestation.identity import appraise_peer, enrolment_reasons
 from attestation.ledger.entry import Entry
 from attestation.split import kept_as
+from policies.budgets import EXPORT_KIND, Amount, Balance, keeper, parse_export
 from policies.charter import Charter
 from policies.documents import BrokerEntry
 from policies.errors import Refused, SealwrightError
@@ -84,6 +86,7 @@ class Retrial:
         self._spent: set[str] = set()
         self._serials: dict[str, int] = {}
         self._releases: Counter[tuple[str, str]] = Counter()
+        self._exports: dict[tuple[str, str], Amount] = {}
 
     def judge(self, number: int, entry: Entry) -> list[str]:
         """Every reason why this entry does not follow from what stands behind it."""
@@ -118,6 +121,8 @@ class Retrial:
         reasons += against
         if entry.kind == "release":
             return reasons + self._release(number, entry, charter, broker, ear, age)
+        if entry.kind == EXPORT_KIND:
+            return reasons + self._export(number, entry, charter, broker, ear)
         if entry.kind == "credential":
             reasons += self._credential(entry, charter, broker, ear)
         self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, entry.kind, "recorded")
@@ -179,6 +184,11 @@ class Retrial:
             found = self._decide(entry, charter, ear, age)
             self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, body["resource"], outcome)
             return against + [f"it does not name a rule that is against it: {r}" for r in found if r not in said]
+        if what == EXPORT_KIND:
+            ear, _, against = self._ear(entry, charter)
+            _, found = self._debited(entry, charter, broker, ear)
+            self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, EXPORT_KIND, outcome)
+            return against + [f"it does not name what is against it: {r}" for r in found if r not in said]
         who, asked = (
             (body["resource"].partition("/")[0], body["resource"]) if what == "deposit" else ("session", "call")
         )
@@ -224,6 +234,24 @@ class Retrial:
             None if floor is None else floor_rules(floor),
             None if owner is None else owner_rules(owner),
         )
+
+    def _export(self, number: int, entry: Entry, charter: Charter, broker: BrokerEntry, ear: Ear) -> list[str]:
+        after, reasons = self._debited(entry, charter, broker, ear)
+        owner, bundle = ear.subject.member, parse_export(entry.body["document"]).bundle
+        if not reasons and entry.body["spent"] != after.to_json():
+            reasons = ("its balance is not that of the ledger",)
+        self._exports[owner, ""], self._exports[owner, bundle] = after.owner, after.bundle
+        self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, EXPORT_KIND, "debited")
+        return [f"it should not have been debited: {reason}" for reason in reasons]
+
+    def _debited(
+        self, entry: Entry, charter: Charter, broker: BrokerEntry, ear: Ear
+    ) -> tuple[Balance, tuple[str, ...]]:
+        """The balance after an export, counted anew, and what is against it."""
+        content, owner = parse_export(entry.body["document"]), ear.subject.member
+        spent = Balance(self._exports.get((owner, ""), Amount()), self._exports.get((owner, content.bundle), Amount()))
+        after, against = decide_export(charter, owner, content, spent)
+        return after, (*export_reasons(ear, keeper(charter.consortium, owner), broker.name), *against)
 
     def _deposit(self, number: int, entry: Entry, charter: Charter, broker: BrokerEntry) -> list[str]:
         body = entry.body

@@ -16,6 +16,7 @@ from policies.documents import (
     Consortium,
     Document,
     Enrolment,
+    ExportBudget,
     ImageReference,
     Resource,
     Split,
@@ -81,6 +82,11 @@ class Charter:
     def bundles(self) -> tuple[BundleApproval, ...]:
         """Return all approvals of bundles, by digest."""
         return tuple(document for document in self.documents.values() if isinstance(document, BundleApproval))
+
+    def export_budget(self, member: str) -> ExportBudget | None:
+        """Return what the sites of `member` may let out over all jobs, or None if it has set no bound."""
+        document = self.documents.get(f"members/{member}/budget/exports.json")
+        return document if isinstance(document, ExportBudget) else None
 
     def users(self) -> tuple[User, ...]:
         """Return all members' users, by member and name."""

@@ -20,7 +20,16 @@ from typing import Final
 from securesystemslib.signer import Key, SSlibKey
 from tuf.api.metadata import DelegatedRole, Delegations, Role, Root, Snapshot, Targets, Timestamp
 
-from policies.documents import BundleApproval, Consortium, Document, Enrolment, ImageReference, Split, User
+from policies.documents import (
+    BundleApproval,
+    Consortium,
+    Document,
+    Enrolment,
+    ExportBudget,
+    ImageReference,
+    Split,
+    User,
+)
 from policies.keys import load_public_pem
 from policies.vaults import VaultRecovery
 
@@ -58,6 +67,7 @@ _JSON_TARGETS: Final[tuple[tuple[str, type[Document]], ...]] = (
     (rf"enrolments/vault-(?P<role>broker|server|site|inner|gateway)/(?P<name>{_NAME})\.json", VaultRecovery),
     (r"code/(?P<bundle>[0-9a-f]{64})\.json", BundleApproval),
     (rf"members/(?P<member>{_NAME})/users/(?P<name>{_NAME})\.json", User),
+    (rf"members/(?P<member>{_NAME})/budget/exports\.json", ExportBudget),
     (rf"members/(?P<member>{_NAME})/split/(?P<type>{_TYPE})\.(?P<tag>{_NAME})\.json", Split),
 )
 _RELEASE_TARGET: Final = re.compile(rf"members/(?P<member>{_NAME})/release/(?P<type>{_TYPE})\.(?P<tag>{_NAME})\.rego")

@@ -18,7 +18,7 @@ from tuf.api.metadata import Root, Snapshot, T, Targets, Timestamp
 from policies.charter.layout import metadata_file, target_file
 from policies.charter.store import STORE_LIMIT
 from policies.charter.trust import parse_metadata
-from policies.documents import BundleApproval, Document, Enrolment, ImageReference, Text, User
+from policies.documents import BundleApproval, Document, Enrolment, ExportBudget, ImageReference, Text, User
 from policies.errors import MalformedDocument
 from policies.vaults import VaultRecovery
 
@@ -116,6 +116,8 @@ def path_of(document: Document) -> str:
             return f"code/{document.bundle}.json"
         case User():
             return f"members/{document.member}/users/{document.name}.json"
+        case ExportBudget():
+            return f"members/{document.member}/budget/exports.json"
         case _:
             raise ValueError(f"a {type(document).__name__} is not a file of the charter")
 

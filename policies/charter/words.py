@@ -14,10 +14,12 @@ from policies.charter.content import Charter
 from policies.charter.layout import json_target, listed, resource_of
 from policies.charter.trust import Shortfall
 from policies.documents import (
+    Allowance,
     BundleApproval,
     Consortium,
     Document,
     Enrolment,
+    ExportBudget,
     ImageReference,
     Split,
     User,
@@ -233,8 +235,16 @@ def _describe(document: Document) -> str:
         case BundleApproval():
             return (
                 f"the approval of a bundle for job {document.job} at {listed(document.sites)} "
-                f"until {format_time(document.expires)}" + (f" ({document.note})" if document.note else "")
+                f"until {format_time(document.expires)}"
+                + (
+                    ""
+                    if document.budget is None
+                    else f", letting out {_allowed(document.budget)} of each member's sites"
+                )
+                + (f" ({document.note})" if document.note else "")
             )
+        case ExportBudget():
+            return f"the export budget of {document.member}: {_allowed(document)} over all jobs"
         case User():
             return f"user {document.name} of {document.member}, who may {listed(document.rights)}".replace(
                 "may nobody", "do nothing yet"
@@ -256,6 +266,16 @@ def _describe(document: Document) -> str:
             )
         case _:
             return type(document).__name__
+
+
+def _allowed(allowance: Allowance) -> str:
+    bounds = allowance.model_dump(include={"bits", "epsilon", "delta"})
+    said = [
+        f"{value} of {name}" if name != "bits" else f"{value} bits"
+        for name, value in bounds.items()
+        if value is not None
+    ]
+    return f"at most {listed(said)}" if said else "any amount"
 
 
 def _full(document: Document) -> list[str]:
