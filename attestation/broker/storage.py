@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from attestation.broker.cosigning import Cosigner
 from attestation.broker.database import BUSY_SECONDS, Database, open_database, reading, words, writing
 from attestation.broker.schema import check_schema, make_schema
-from attestation.broker.transaction import Head
+from attestation.broker.transaction import Head, NodeCache
 from attestation.broker.transaction import StoredResource as StoredResource
 from attestation.broker.transaction import Transaction as Transaction
 from attestation.errors import BrokerUnavailable, LedgerRefused
@@ -73,6 +73,7 @@ class Storage:
         self._keys = {key_name(key.public_key()): key for key in keys}
         self._first = next(iter(self._keys))
         self._seen = size
+        self._nodes = NodeCache()
         self._connection: sa.Connection | None = None
         self._steps: queue.Queue[_Step[Any] | None] = queue.Queue(QUEUE)
         self.cosigner = Cosigner(self.read, self._publish)
@@ -103,7 +104,7 @@ class Storage:
     def read(self, work: Callable[[Transaction], T]) -> T:
         """Run `work`, which only reads, on the calling thread. Raises BrokerUnavailable."""
         with reading(self.database) as connection:
-            return work(Transaction(connection))
+            return work(Transaction(connection, self._nodes))
 
     async def look(self, work: Callable[[Transaction], T]) -> T:
         """Like `read`, for the event loop: a database on a network must not hold it up."""
@@ -159,10 +160,10 @@ class Storage:
         try:
             self.database.check()
             connection = self._writing()
-            transaction = Transaction(connection)
+            transaction = Transaction(connection, self._nodes)
             if transaction.size() < self._seen:
                 raise FileNotFoundError(f"an older one was put in its place, without entry {self._seen - 1}")
-            outcomes.extend(self._run(connection, transaction, step) for step in batch)
+            outcomes.extend(self._run(transaction, step) for step in batch)
             head = transaction.head()
             grown = any(one.appended for one in outcomes)
             if grown:
@@ -173,7 +174,9 @@ class Storage:
             later = [one for one in outcomes if one.appended and one.step.cosigned and self.cosigner.demanded]
             now = [one for one in outcomes if one not in later]
             receipts = [_receipts(transaction, one, head) for one in now]
+            nodes = transaction.flush()
             connection.exec_driver_sql("COMMIT")
+            self._nodes.keep(nodes)
         except Exception as error:  # whatever it is, each waiting caller must hear that nothing was kept
             self._hang_up()
             failure = BrokerUnavailable(f"the database cannot be written: {words(error)}", where="database")
@@ -232,22 +235,19 @@ class Storage:
             self._submit(lambda step: step.publish(head), cosigned=False)
 
     @staticmethod
-    def _run(connection: sa.Connection, transaction: Transaction, step: _Step[Any]) -> _Outcome:
-        transaction.appended = []
-        connection.exec_driver_sql("SAVEPOINT step")
+    def _run(transaction: Transaction, step: _Step[Any]) -> _Outcome:
+        transaction.begin_step()
         try:
             result = step.work(transaction)
         except (sa.exc.DataError, sa.exc.IntegrityError) as error:  # what this step wanted to write
-            connection.exec_driver_sql("ROLLBACK TO step")
-            connection.exec_driver_sql("RELEASE step")
+            transaction.undo()
             return _Outcome(step, None, [], BrokerUnavailable(f"it cannot be kept: {words(error)}", where="database"))
         except sa.exc.SQLAlchemyError:
             raise  # the database itself: the whole batch fails
         except Exception as problem:  # goes to the caller that asked, by its future
-            connection.exec_driver_sql("ROLLBACK TO step")
-            connection.exec_driver_sql("RELEASE step")
+            transaction.undo()
             return _Outcome(step, None, [], problem)
-        connection.exec_driver_sql("RELEASE step")
+        transaction.keep()
         return _Outcome(step, result, transaction.appended, None)
 
 
@@ -286,10 +286,11 @@ def open_storage(
     database = open_database(url, password=password, busy_seconds=busy_seconds)
     try:
         with writing(database) as connection:
-            if make_schema(connection):
-                Transaction(connection).set_origin(origin)
-            check_schema(connection)
             transaction = Transaction(connection)
+            if make_schema(connection):
+                transaction.set_origin(origin)
+            check_schema(connection)
+            transaction.flush()
             check_head(transaction, origin, trusted(transaction) if trusted else (key.public_key(),))
             size = transaction.size()
     except BaseException:

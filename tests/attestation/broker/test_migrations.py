@@ -55,6 +55,7 @@ def fill_first_schema(database: Database) -> None:
         step.put_resource(RESOURCE)
         size = step.size()
         step.set_head(Head(size, sign_checkpoint(Checkpoint(ORIGIN, size, root_hash(size, step.node)), KEY)))
+        step.flush()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
