@@ -161,9 +161,9 @@ class BrokerClient:
         nonce = b64(os.urandom(NONCE_SIZE))
         return self.answer("GET", f"/v1/time?nonce={quote(nonce, safe='')}", None, nonce=nonce)
 
-    def charter_store(self) -> dict[str, bytes]:
-        """The charter's files: verify them with `load_charter`."""
-        return read_charter_store(self._connection)
+    def charter_store(self, *, newest: bool = False) -> dict[str, bytes]:
+        """The charter's files: verify them with `load_charter`. `newest`: its timestamp may lack signatures."""
+        return read_charter_store(self._connection, "/v1/charter/newest" if newest else "/v1/charter")
 
     def checkpoint(self) -> str:
         """The ledger's head, a signed note, checked."""
@@ -236,9 +236,9 @@ class BrokerClient:
         return BrokerUnavailable(f"broker {self.name}: {what}", where=path)
 
 
-def read_charter_store(connection: Connection) -> dict[str, bytes]:
+def read_charter_store(connection: Connection, path: str = "/v1/charter") -> dict[str, bytes]:
     """GET /v1/charter: the files of a charter, bounded, unverified."""
-    status, raw = connection.call("GET", "/v1/charter", limit=MAX_STORE_ANSWER)
+    status, raw = connection.call("GET", path, limit=MAX_STORE_ANSWER)
     where = f"charter from {connection.name}"
     if status != 200:
         raise BrokerUnavailable(f"broker {connection.name} gives no charter (HTTP {status})", where=connection.url)

@@ -21,6 +21,7 @@ from attestation.ears import MAX_EAR, MAX_EARS
 from attestation.errors import AnswerRefused
 from attestation.evidence.composite import MAX_ADDITIONAL
 from attestation.jws import read_jws, read_jws_header, sign_jws
+from policies.charter.timestamps import TIMESTAMP_LIMIT
 from policies.documents import Digest, Name, Resource
 from policies.errors import Refused, Unusable
 
@@ -111,6 +112,14 @@ class DepositRequest(Message):
     deposit: Annotated[str, StringConstraints(max_length=8192)]
     salt: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{43}=$")]
     value: Base64
+
+
+class TimestampRequest(Message):
+    """POST /v1/timestamp: a timestamp of the charter that another broker offers, base64."""
+
+    timestamp: Annotated[
+        str, StringConstraints(pattern=r"^[A-Za-z0-9+/]*={0,2}$", max_length=4 * TIMESTAMP_LIMIT // 3 + 4)
+    ]
 
 
 M = TypeVar("M", bound=Message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from aiohttp import web
@@ -12,6 +13,7 @@ from attestation.broker.clock import now
 from attestation.broker.exchange import BROKER, METRICS, count_client, json_response, log, read_body
 from attestation.broker.service import Broker
 from attestation.broker.sessions import Session, attested_session, use
+from attestation.broker.stamping import PATH as TIMESTAMP_PATH
 from attestation.canonical import b64, digests, unb64
 from attestation.ears import MAX_EARS_SIZE
 from attestation.errors import BrokerUnavailable, SessionRefused
@@ -28,6 +30,7 @@ from attestation.messages import (
     RecordRequest,
     ReleaseRequest,
     SessionRequest,
+    TimestampRequest,
     check_proof,
     parse_message,
     proof_session,
@@ -35,7 +38,9 @@ from attestation.messages import (
     request_digest,
     sign_answer,
 )
+from attestation.witness.http import WATCH
 from policies.charter import Charter
+from policies.charter.timestamps import TIMESTAMP_LIMIT
 from policies.errors import Refused, SealwrightError, Unusable
 
 routes = web.RouteTableDef()
@@ -286,6 +291,30 @@ async def charter_store(request: web.Request) -> web.Response:
     broker: Broker = request.app[BROKER]
     loaded = await broker.charter(broker.clock())
     return web.Response(body=loaded.message, content_type="application/json")
+
+
+@routes.get("/v1/charter/newest")
+async def newest_store(request: web.Request) -> web.Response:
+    """The files of the newest charter here, followed yet or not: its timestamp may lack other brokers' signatures."""
+    message = await asyncio.to_thread(request.app[BROKER].charters.newest)
+    return web.Response(body=message, content_type="application/json")
+
+
+@routes.post(TIMESTAMP_PATH)
+async def timestamp(request: web.Request) -> web.Response:
+    """Another broker's timestamp of the charter: signed here as well, taken, or answered with a newer one."""
+    call = Call(request, await read_body(request, 2 * TIMESTAMP_LIMIT))
+    message = parse_message(TimestampRequest, call.body, limit=2 * TIMESTAMP_LIMIT)
+    if not count_client(request):
+        return call.refused(BrokerUnavailable("this client offers timestamps too fast", where="timestamp"))
+    raw = unb64(message.timestamp, where="timestamp")
+    try:
+        reply = await asyncio.to_thread(call.broker.charters.reply, raw, call.broker.clock())
+    except Refused as error:
+        return call.refused(error)
+    if reply.timestamp is None and WATCH in request.app:
+        request.app[WATCH].hint()  # one of the two has an older charter
+    return call.done({"timestamp": None if reply.timestamp is None else b64(reply.timestamp), "version": reply.version})
 
 
 @routes.get("/v1/ledger/checkpoint")

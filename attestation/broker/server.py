@@ -24,15 +24,17 @@ from attestation.broker.listening import ServerTls, listening
 from attestation.broker.own_keys import KeyFolder
 from attestation.broker.rewrapping import KekKeeper, rewrap_all
 from attestation.broker.service import Broker
+from attestation.broker.stamping import stamping_round
 from attestation.broker.storage import open_storage
 from attestation.broker.upkeep import head_keys, sole_broker
 from attestation.endorsements.kds import KdsClient, https_fetch
 from attestation.endorsements.kds_cache import KdsCache
+from attestation.errors import BrokerUnavailable
 from attestation.ledger.checkpoint import ledger_origin
 from attestation.witness.http import WATCH, CharterWatch
 from attestation.witness.service import Witness
 from attestation.witness.store import open_store
-from policies.charter import read_store
+from policies.charter import Charter, read_store
 from policies.charter.signing import current_charter
 from policies.documents import BrokerEntry, Consortium
 from policies.errors import SealwrightError, Unusable
@@ -40,6 +42,8 @@ from policies.keys import load_private_key
 
 OPEN_FILES: Final = 65_536
 UPKEEP_SECONDS: Final = 30.0
+WAIT_SECONDS: Final = 1.0
+"""How often a broker that has no charter yet asks the others to sign its timestamp."""
 KDS_SECONDS: Final = 20.0
 """How long a guest may wait for AMD's service, which is asked once for each chip and patch level."""
 
@@ -122,7 +126,12 @@ async def serving(broker: Broker, config: BrokerConfig, keeper: KekKeeper | None
         log("rotated", broker=broker.name, what="signing and issuer keys, as the charter names them")
 
     broker.rotated = rotated
-    await broker.charter(broker.clock())
+    try:
+        await broker.charter(broker.clock())
+    except BrokerUnavailable as error:
+        if not broker.charters.lacking:
+            raise
+        log("waiting", what="other brokers have to sign the charter's timestamp", problem=error.what)
     app = make_app(broker, client_rate=config.limits.client_rate, client_burst=config.limits.client_burst)
     app[WATCH] = CharterWatch(lambda: look_at_charter(broker))
     async with listening(app, tls, config.listen) as address:
@@ -139,9 +148,9 @@ async def _upkeep(broker: Broker, tls: ServerTls, keeper: KekKeeper | None) -> N
     """Keep the timestamp, the certificate and the resources' keys fresh while nobody asks."""
     await look_at_keks(broker, keeper)
     while True:
+        await look_at_charter(broker)
         await asyncio.sleep(UPKEEP_SECONDS)
         tls.renew(now())
-        await look_at_charter(broker)
         await look_at_keks(broker, keeper)
         try:
             await broker.forget_sessions()
@@ -167,15 +176,38 @@ async def look_at_keks(broker: Broker, keeper: KekKeeper | None) -> None:
 
 
 async def look_at_charter(broker: Broker) -> None:
-    """Follow what lies in the charter's folder or what another process follows, and say what happened."""
+    """Follow the newest charter: of the folder, another process or another broker; say what stands in the way."""
+    problem = await _follow_charter(broker)
+    try:
+        problems = await asyncio.to_thread(stamping_round, broker.name, broker.charters, broker.clock())
+    except SealwrightError as error:
+        problems = {broker.name: error.what}
+    for name, words in sorted(problems.items()):
+        log("timestamp", broker=name, problem=words)
+    problem = await _follow_charter(broker)
+    if problem:
+        log("charter", problem=problem)
+
+
+async def _follow_charter(broker: Broker) -> str | None:
+    """Follow the newest charter that holds; return what stands in the way."""
     try:
         await broker.look_around()
         await broker.charter(broker.clock())
     except SealwrightError as error:
-        log("charter", problem=error.what)
-        return
-    if broker.charters.problem:
-        log("charter", problem=broker.charters.problem)
+        return error.what
+    return broker.charters.problem
+
+
+async def _first_charter(broker: Broker, ended: asyncio.Event) -> Charter | None:
+    """The charter that is followed first; None if the broker is to end before others have signed its timestamp."""
+    while not ended.is_set():
+        if broker.followed is not None and broker.followed.expires > broker.clock():
+            return broker.followed
+        await look_at_charter(broker)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), WAIT_SECONDS)
+    return None
 
 
 async def _run(path: Path, config: BrokerConfig) -> None:
@@ -196,15 +228,16 @@ async def _run(path: Path, config: BrokerConfig) -> None:
                     task.add_done_callback(tasks.discard)
 
             loop.add_signal_handler(signal.SIGHUP, look)
-            charter = (await broker.charter(broker.clock())).charter
-            log(
-                "ready",
-                broker=broker.name,
-                address=address,
-                charter=charter.id,
-                version=charter.version,
-                platform=charter.consortium.platform,
-            )
+            charter = await _first_charter(broker, ended)
+            if charter is not None:
+                log(
+                    "ready",
+                    broker=broker.name,
+                    address=address,
+                    charter=charter.id,
+                    version=charter.version,
+                    platform=charter.consortium.platform,
+                )
             await ended.wait()
             log("ending", broker=broker.name)
     finally:

@@ -3,8 +3,9 @@
 from policies.charter.content import Charter
 from policies.charter.making import Changes, Lifetimes, amend, found, propose, propose_founding
 from policies.charter.proposal import Proposal, files_of, parse_proposal, path_of, write_proposal
-from policies.charter.signing import SigningKey, current_charter, publish, review, sign, sign_timestamp
+from policies.charter.signing import SigningKey, current_charter, publish, review, sign
 from policies.charter.store import read_store, write_store
+from policies.charter.timestamps import sign_timestamp
 from policies.charter.trust import load_charter
 
 __all__ = [

@@ -119,6 +119,10 @@ class Charter:
         document = None if place is None else self.documents.get(f"enrolments/vault-{place[0]}/{place[1]}.json")
         return document if isinstance(document, VaultRecovery) and document.vault == vault else None
 
+    def recoveries(self) -> tuple[VaultRecovery, ...]:
+        """Return all recoveries of vaults, by role and name of the vault."""
+        return tuple(document for document in self.documents.values() if isinstance(document, VaultRecovery))
+
     def policy(self, name: str) -> str | None:
         """Return the text of `policies/NAME` ("floor.rego", "admission.rego", "appraisal.toml"), or None."""
         raw = self.files.get(f"policies/{name}")
@@ -196,6 +200,8 @@ def _against_consortium(path: str, document: Document, consortium: Consortium) -
         return [f"{path}: {document.member} is not a member"]
     if isinstance(document, User):
         return user_complaints(document, consortium.trust_domain)
+    if isinstance(document, Split) and vault_place(document.resource) is not None:
+        return [f"{path}: {document.resource} is a vault's key, which its guest deals out, and no owner"]
     if isinstance(document, Split):
         return [f"{path}: {complaint}" for complaint in split_complaints(document, consortium)]
     return []
@@ -203,8 +209,6 @@ def _against_consortium(path: str, document: Document, consortium: Consortium) -
 
 def split_complaints(document: Split, consortium: Consortium) -> list[str]:
     """Why a split is none: a member that runs as many of the brokers as join has the whole resource."""
-    if vault_place(document.resource) is not None:
-        return [f"{document.resource} is a vault's key, which its guest deals out and no owner"]
     runs = [broker.member for broker in consortium.brokers if broker.name in document.brokers]
     return [
         f"{member} runs {runs.count(member)} of its brokers, and {document.k} shares are the whole"

@@ -24,15 +24,14 @@ from policies.charter.layout import (
 )
 from policies.charter.proposal import Proposal
 from policies.charter.signing import (
-    TIMESTAMP_LIFETIME,
     AnyKey,
     current_charter,
     publish,
     refusal,
     review,
     sign,
-    sign_timestamp,
 )
+from policies.charter.timestamps import TIMESTAMP_LIFETIME, sign_timestamp
 from policies.charter.trust import metadata_bytes, parse_metadata, signed_digest
 from policies.documents import Consortium
 

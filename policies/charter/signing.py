@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import Signature
-from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, T, Targets, Timestamp
+from tuf.api.metadata import Metadata, Root, Snapshot, T, Targets
 
 from policies.charter.content import Charter
 from policies.charter.layout import (
@@ -18,7 +18,6 @@ from policies.charter.layout import (
     delegations,
     key_names,
     listed,
-    metadata_file,
     root_roles,
     tuf_key,
 )
@@ -27,7 +26,6 @@ from policies.charter.trust import Inspection, Shortfall, inspect, metadata_byte
 from policies.errors import ProposalRefused
 from policies.keys import public_pem
 
-TIMESTAMP_LIFETIME: Final = timedelta(days=1)
 _SIGNED_IN_TURN: Final = "Compare what it says with what you expect; ask its author for a new one if in doubt."
 
 
@@ -186,46 +184,3 @@ def publish(
     if TIMESTAMP_FILE in store:
         new[TIMESTAMP_FILE] = store[TIMESTAMP_FILE]
     return new
-
-
-def sign_timestamp(
-    store: Mapping[str, bytes], broker_key: AnyKey, at: datetime, lifetime: timedelta = TIMESTAMP_LIFETIME
-) -> dict[str, bytes]:
-    """Return the store with a timestamp by this broker over its newest snapshot, valid for `lifetime` from `at`.
-
-    If the charter wants several brokers and the timestamp there still lacks signatures, this one is added to it;
-    otherwise a new version begins. Raises ProposalRefused if the rest of the store does not hold at `at`, or if the
-    key is no broker's.
-    """
-    version = newest_snapshot(store)
-    charter, work = inspect(store, store.get(FIRST_ROOT, b""), at, snapshot=version)
-    if charter is None or work.shortfalls:
-        raise refusal(
-            "the charter to put the time on does not hold", all_reasons(work), "Publish a charter that holds."
-        )
-    keyid = tuf_key(signer_pem(broker_key)).keyid
-    role = root_roles(charter.consortium)[Timestamp.type]
-    if keyid not in role.keyids:
-        raise refusal("this key is no broker's of this charter", [f"key {keyid[:16]}… may not sign the timestamp"])
-    meta = MetaFile.from_data(version, store[metadata_file(Snapshot.type, version)], ["sha256"])
-    last, _ = parse_metadata(Timestamp, TIMESTAMP_FILE, store.get(TIMESTAMP_FILE, b""))
-    if last is not None and _joinable(last, meta, keyid, role.keyids, role.threshold, at):
-        stamp = last
-    else:
-        number = last.signed.version + 1 if last is not None else 1
-        stamp = Metadata(Timestamp(version=number, expires=(at + lifetime).replace(microsecond=0), snapshot_meta=meta))
-    add_signature(stamp, broker_key)
-    return {**store, TIMESTAMP_FILE: metadata_bytes(stamp)}
-
-
-def _joinable(
-    last: Metadata[Timestamp], meta: MetaFile, keyid: str, keyids: list[str], threshold: int, at: datetime
-) -> bool:
-    """Whether a further broker's signature completes the timestamp that is there."""
-    return (
-        last.signed.snapshot_meta == meta
-        and not last.signed.is_expired(at)
-        and keyid not in last.signatures
-        and set(last.signatures) <= set(keyids)
-        and len(last.signatures) < threshold
-    )
