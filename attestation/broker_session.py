@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -26,9 +26,12 @@ from attestation.ear import Ear, verify_ear
 from attestation.errors import AnswerRefused, BrokerUnavailable, LedgerRefused
 from attestation.evidence.composite import SnpEvidence
 from attestation.guest_keys import GuestKeys
+from attestation.hybrid import seal
 from attestation.ledger.cosignature import Ledger
 from attestation.ledger.receipt import Receipt, check_receipt, parse_receipt
 from attestation.messages import Answer, Call, release_info, request_digest, sign_proof
+from attestation.vault_messages import deposit_info
+from attestation.vaults import VAULT_KIND, Deal, Mark, VaultState, read_state
 from policies.charter import Charter
 from policies.documents import InitData
 from policies.errors import Unusable
@@ -175,14 +178,31 @@ class BrokerSession:
         body = json.dumps({"job": None if job is None else dict(job), "resource": resource}).encode()
         with self._turn():
             answer, request = self._prove(self._standing(), "POST", "/v1/release", body)
-            result = answer.result
-            serial, sealed = result.get("serial"), result.get("sealed")
-            if result.get("resource") != resource or type(serial) is not int or not isinstance(sealed, str):
-                raise AnswerRefused((f"the answer is not about {resource}",))
-            info = release_info(self.name, resource, serial, request)
-            value = self._guest.keys.kem.open(unb64(sealed, where="sealed resource"), info=info)
-            self._logged(answer, "release")
-        return value
+            return self._opened(answer, resource, request)
+
+    def look(self, vault: str) -> tuple[VaultState, bytes]:
+        """What this broker knows of a vault, and its key for what is deposited there (attestation.hybrid)."""
+        body = json.dumps({"vault": vault}).encode()
+        with self._turn():
+            answer, _ = self._prove(self._standing(), "POST", "/v1/vaults/look", body)
+        return _state(answer, vault), unb64(_text(answer, "kem"), where="kem")
+
+    def open_vault(self, vault: str, epoch: int) -> tuple[bytes, VaultState]:
+        """A vault's key, or this broker's share of it, and the vault's state, which this boot holds in this epoch."""
+        body = json.dumps({"epoch": epoch, "vault": vault}).encode()
+        with self._turn():
+            answer, request = self._prove(self._standing(), "POST", "/v1/vaults/open", body)
+            return self._opened(answer, vault, request), _state(answer, vault, "resource")
+
+    def deposit_share(self, vault: str, epoch: int, deal: Deal, share: bytes, kem: bytes) -> VaultState:
+        """Deposit this broker's share of a vault's key, sealed to the key that it has told (`look`)."""
+        sealed = seal(share, kem, info=deposit_info(self.name, vault, deal.number))
+        asked = {"deal": deal.model_dump(mode="json"), "epoch": epoch, "sealed": b64(sealed), "vault": vault}
+        return self._vault_step("deposit", vault, asked)
+
+    def mark(self, step: Literal["prepare", "commit"], vault: str, mark: Mark) -> VaultState:
+        """Prepare or commit a vault's store."""
+        return self._vault_step(step, vault, {"mark": mark.model_dump(mode="json"), "vault": vault})
 
     def recorded(self, kind: str, document: Mapping[str, Any]) -> tuple[str, Receipt]:
         """Have something written down; the entry as it stands in this broker's ledger, and its receipt."""
@@ -192,6 +212,23 @@ class BrokerSession:
             return str(answer.result.get("entry")), self._logged(answer, kind)
 
     # --- within -----------------------------------------------------------------------------------------------------
+
+    def _opened(self, answer: Answer, resource: str, request: str) -> bytes:
+        """The value in the answer to a request for a resource, once its entry is seen to be in the ledger."""
+        result = answer.result
+        serial, sealed = result.get("serial"), result.get("sealed")
+        if result.get("resource") != resource or type(serial) is not int or not isinstance(sealed, str):
+            raise AnswerRefused((f"the answer is not about {resource}",))
+        info = release_info(self.name, resource, serial, request)
+        value = self._guest.keys.kem.open(unb64(sealed, where="sealed resource"), info=info)
+        self._logged(answer, "release")
+        return value
+
+    def _vault_step(self, step: str, vault: str, asked: Mapping[str, Any]) -> VaultState:
+        with self._turn():
+            answer, _ = self._prove(self._standing(), "POST", f"/v1/vaults/{step}", json.dumps(asked).encode())
+            self._logged(answer, VAULT_KIND)
+        return _state(answer, vault)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -236,6 +273,13 @@ def charter_of(answer: Answer) -> tuple[str, int]:
     if not isinstance(identifier, str) or type(version) is not int:
         raise AnswerRefused(("the answer names no charter",))
     return identifier, version
+
+
+def _state(answer: Answer, vault: str, name: str = "vault") -> VaultState:
+    """A vault's state in an answer that names the vault."""
+    if answer.result.get(name) != vault:
+        raise AnswerRefused((f"the answer is not about {vault}",))
+    return read_state(answer.result.get("state"))
 
 
 def _text(answer: Answer, name: str) -> str:

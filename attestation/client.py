@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from cryptography import x509
 
@@ -44,6 +44,7 @@ from policies.charter import Charter, load_charter
 from policies.documents import BrokerAddress, InitData, Split, parse_init_data
 from policies.errors import Refused, SealwrightError, Unusable
 
+T = TypeVar("T")
 PAUSE_SECONDS: Final = 600.0
 """How long whatever needs a lease waits for one that ended because brokers are out of reach; then it gives up."""
 TRIES: Final = 3
@@ -193,6 +194,19 @@ class GuestSession:
         if broker not in self.brokers:
             raise BrokerUnavailable(f"broker {broker} has not affirmed this guest", where="brokers")
         return self._sessions[broker].release(resource, job)
+
+    def ask_each(
+        self, brokers: Sequence[str], question: Callable[[BrokerSession], T]
+    ) -> tuple[dict[str, T], dict[str, SealwrightError]]:
+        """Ask these brokers the same at once; what each answered, and why others did not. Raises LeaseEnded.
+
+        A broker that has not affirmed this guest counts as unavailable.
+        """
+        self._demand_lease()
+        there = {name: self._sessions[name] for name in brokers if name in self.brokers and name in self._sessions}
+        answers, failures = self._ask({name: partial(question, one) for name, one in there.items()}, enough=None)
+        absent = {name: _unavailable(name, "has not affirmed this guest") for name in brokers if name not in there}
+        return answers, {**failures, **absent}
 
     def record(self, kind: str, document: Mapping[str, Any]) -> Receipt:
         """Have something written down in the ledger of one broker. Raises BrokerRefused, BrokerUnavailable."""

@@ -173,7 +173,7 @@ class StoreRefused(Refused):
     """A vault whose store is not what its brokers have committed: older, another, or gone."""
 
     def __init__(self, reasons: tuple[str, ...], *, vault: str) -> None:
-        do = "Bring the newest disk back; if it is lost, the members recover the vault (docs/how-to/recover-a-vault.md)."
+        do = "Bring the newest disk back; if it is lost, see docs/how-to/recover-a-vault.md."
         super().__init__(f"the vault {vault} is refused: {reasons[0]}", where=vault, do=do, reasons=reasons)
 
 

@@ -48,6 +48,6 @@ def vault_name(member: str, role: str, name: str) -> str:
 
 def vault_place(resource: Resource) -> tuple[Role, str] | None:
     """Role and name of the place whose vault's key `resource` is, or None if it is no vault's."""
-    _, kind, tag = resource.split("/")
+    _, kind, tag = (*resource.split("/"), "", "")[:3]
     role = _ROLES.get(kind)
     return None if role is None else (role, tag)

@@ -20,6 +20,7 @@ from attestation.messages import DEPOSIT_TYPE, MAX_SECRET, Deposit, check_messag
 from attestation.split import OVERHEAD, parse_share, share_complaint
 from policies.charter import Charter
 from policies.errors import Refused, Unusable
+from policies.vaults import vault_place
 
 DEPOSIT_SKEW: Final = timedelta(minutes=5)
 
@@ -76,6 +77,8 @@ def check_deposit_token(
     if content.charter != charter.id:
         reasons.append("the deposit is under another charter")
     reasons += _split_reasons(content, charter)
+    if vault_place(resource) is not None:
+        reasons.append(f"{resource} is a vault's key, which its guest makes and deposits")
     if abs(parse_time(content.time, where="deposit") - at) > DEPOSIT_SKEW:
         reasons.append(f"the deposit was signed at {content.time}, not within {DEPOSIT_SKEW} of now")
     return content, tuple(reasons)

@@ -20,6 +20,7 @@ from attestation.broker.storage import Transaction
 from attestation.ear import Ear, Subject
 from attestation.ledger.entry import Entry
 from attestation.messages import Deposit
+from attestation.vaults import VAULT_KIND, VaultCall, VaultState
 from policies.budgets import EXPORT_KIND, Balance, Export
 from policies.charter import Charter
 
@@ -110,9 +111,11 @@ def release(
     serial: int,
     request: str,
     share: tuple[int, int] | None = None,
+    opening: Mapping[str, Any] | None = None,
 ) -> Note:
-    """A released resource; `share` is generation and index of what was released of a split one."""
-    body = {**_asked(question, session, charter), "request": request, "serial": serial}
+    """A released resource; `share` is generation and index of what was released of a split one, `opening` a vault's
+    epoch and its state afterwards."""
+    body = {**_asked(question, session, charter), "request": request, "serial": serial, **(opening or {})}
     if share is not None:
         body["generation"], body["share"] = share
     return Note(
@@ -124,9 +127,13 @@ def release(
     )
 
 
-def release_denial(question: ReleaseQuestion, session: Session, charter: Charter, reasons: Sequence[str]) -> Note:
-    """A resource that was not released, with every rule that was against it."""
+def release_denial(
+    question: ReleaseQuestion, session: Session, charter: Charter, reasons: Sequence[str], epoch: int | None = None
+) -> Note:
+    """A resource that was not released, with every rule that was against it; `epoch` is that of a vault's opening."""
     body = {**_asked(question, session, charter), "reasons": list(reasons), "what": "release"}
+    if epoch is not None:
+        body["epoch"] = epoch
     return Note(Entry("denial", question.at, body), {}, resource=question.resource, guest=place(question.ear.subject))
 
 
@@ -195,6 +202,27 @@ def deposit_denial(resource: str, reasons: Sequence[str], charter: Charter, at: 
     """A deposit that was refused."""
     body = {"charter": charter_of(charter), "reasons": list(reasons), "resource": resource, "what": "deposit"}
     return Note(Entry("denial", at, body), {}, resource=resource)
+
+
+def vault(asked: VaultCall, state: VaultState, ear: Ear, session: Session, charter: Charter, at: datetime) -> Note:
+    """What a guest did to its vault, and the vault's state after it."""
+    body = {**_of_guest(ear, session, charter), **asked.to_json(), "state": state.to_json()}
+    who, boot = place(ear.subject), _boot(ear.claims)
+    return Note(Entry(VAULT_KIND, at, body), {}, resource=asked.vault, guest=who, boot=boot)
+
+
+def vault_denial(
+    asked: VaultCall, reasons: Sequence[str], ear: Ear, session: Session, charter: Charter, at: datetime
+) -> Note:
+    """What a guest could not do to a vault."""
+    body = {
+        **_of_guest(ear, session, charter),
+        **asked.to_json(),
+        "boot": _boot(ear.claims),
+        "reasons": list(reasons),
+        "what": VAULT_KIND,
+    }
+    return Note(Entry("denial", at, body), {}, resource=asked.vault, guest=place(ear.subject))
 
 
 def place(subject: Subject) -> str:

@@ -26,13 +26,16 @@ from attestation.broker.release import Counters, decide_release
 from attestation.broker.release import Question as ReleaseQuestion
 from attestation.broker.rules import floor_rules, owner_rules
 from attestation.broker.sessions import Session, age_seconds
-from attestation.broker.storage import Storage, Transaction
+from attestation.broker.storage import Storage, StoredResource, Transaction
+from attestation.broker.vault_states import Sight, boot_of, sight
 from attestation.ear import Ear
 from attestation.errors import ReleaseRefused
 from attestation.ledger.receipt import Receipt
 from attestation.messages import not_deposited
 from attestation.split import kept_as, parse_share
+from attestation.vaults import Claim, VaultState, open_reasons, opened, place_reasons
 from policies.charter import Charter
+from policies.vaults import vault_place
 
 TURN_SECONDS: Final = 0.1
 """How long one process goes on deciding over a resource before it lets another."""
@@ -45,18 +48,19 @@ Seal = Callable[[Session, bytes, int], Any]
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """A resource, sealed to its guest."""
+    """A resource, sealed to its guest; `state` is a vault's, whose key was released."""
 
     sealed: Any
     serial: int
     session: Session
     receipt: Receipt
     entry: bytes
+    state: VaultState | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request for a resource, in a session that may make it."""
+    """One request for a resource, in a session that may make it; `epoch` is that in which a vault is opened."""
 
     session: Session
     ear: Ear
@@ -67,6 +71,7 @@ class Request:
     at: datetime
     authorise: Authorise
     seal: Seal
+    epoch: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -80,11 +85,14 @@ class _Flight:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What is released: under which name it is kept, the serial of its deposit, and generation and index of a share."""
+    """What is released: under which name it is kept, the serial of its deposit, and generation and index of a share;
+    of a vault's key what was known of the vault, and its state afterwards."""
 
     kept: str
     serial: int
     share: tuple[int, int] | None
+    seen: Sight | None = None
+    state: VaultState | None = None
 
 
 @dataclass(slots=True)
@@ -119,7 +127,7 @@ class Releases:
             async with gate.lock:
                 await self._turn(gate, request.resource)
                 question, reasons, sealed, found = await asyncio.to_thread(self._prepare, request, gate)
-                flight = _Flight(journal.place(request.ear.subject), _boot(request.ear))
+                flight = _Flight(journal.place(request.ear.subject), boot_of(request.ear))
                 pending = self._storage.submit(
                     lambda step: self._write(step, request, question, reasons, found, flight)
                 )
@@ -137,7 +145,7 @@ class Releases:
             return None
         if reasons:
             raise ReleaseRefused(reasons, resource=request.resource)
-        return Released(sealed, found.serial, request.session, receipts[0], entry)
+        return Released(sealed, found.serial, request.session, receipts[0], entry, found.state)
 
     @asynccontextmanager
     async def _gate(self, resource: str) -> AsyncIterator[_Gate]:
@@ -181,10 +189,16 @@ class Releases:
         """Decide, and seal the value if it is released. Runs beside the event loop, one at a time for a resource."""
         ear, charter, resource = request.ear, request.charter, request.resource
         split = charter.split(resource)
-        kept = kept_as(resource, 0 if split is None else split.generation)
-        counters, stored = self._storage.read(
-            lambda step: (_counters(step, resource, ear, gate.flights), step.resource(kept))
-        )
+
+
+        def read(step: Transaction) -> tuple[Counters, Sight | None, str, StoredResource | None]:
+            seen, part = _seen(step, request), 0 if split is None else split.generation
+            if seen is not None and seen.state.deal is not None:
+                part = seen.state.deal.number
+            kept = kept_as(resource, part)
+            return _counters(step, resource, ear, gate.flights), seen, kept, step.resource(kept)
+
+        counters, seen, kept, stored = self._storage.read(read)
         enrolment = charter.enrolment(ear.subject.role, ear.subject.name)
         if enrolment is None:
             raise ReleaseRefused(("the guest's place is no longer enrolled",), resource=resource)
@@ -196,15 +210,20 @@ class Releases:
             None if floor is None else floor_rules(floor),
             None if owner is None else owner_rules(owner),
         )
+        state = None
+        if seen is not None:
+            against, state = _opening(request, seen)
+            reasons += against
         if stored is None:
             reasons += (not_deposited(resource),)
         if split is not None and protocol == "kbs":
             reasons += (f"{resource} is split, and the KBS protocol joins no shares",)
         if reasons or stored is None:
-            return question, reasons, None, _Found(kept, 0, None)
+            return question, reasons, None, _Found(kept, 0, None, seen)
         value = open_resource(stored, self._kek)
         share = None if split is None else (split.generation, parse_share(value).index)
-        return question, (), request.seal(request.session, value, stored.serial), _Found(kept, stored.serial, share)
+        found = _Found(kept, stored.serial, share, seen, state)
+        return question, (), request.seal(request.session, value, stored.serial), found
 
     def _write(
         self,
@@ -219,30 +238,60 @@ class Releases:
         used = request.authorise(step.session(request.session.id))
         if not self._still_followed(step, request.charter):
             return None
-        if _counters(step, request.resource, request.ear, ()) != question.counters:
+        if (_counters(step, request.resource, request.ear, ()), _seen(step, request)) != (question.counters, found.seen):
             return None
         if not reasons:
             stored = step.resource(found.kept)
             if stored is None or stored.serial != found.serial:
                 return None
+            opening = None if found.state is None else {"epoch": request.epoch, "state": found.state.to_json()}
             note = journal.release(
-                question, used, request.charter, serial=found.serial, request=request.digest, share=found.share
+                question,
+                used,
+                request.charter,
+                serial=found.serial,
+                request=request.digest,
+                share=found.share,
+                opening=opening,
             )
         else:
-            note = journal.release_denial(question, used, request.charter, reasons)
+            note = journal.release_denial(question, used, request.charter, reasons, request.epoch)
         step.update_session(used)
         flight.number = journal.append(step, note)
         return note.entry.to_bytes()
 
 
-def _boot(ear: Ear) -> str:
-    boot = ear.claims.get("report_id")
-    return boot if isinstance(boot, str) else ""
+def _seen(step: Transaction, request: Request) -> Sight | None:
+    """What the ledger says of the vault whose key is asked for; None for any other resource."""
+    if vault_place(request.resource) is None:
+        return None
+    return sight(step, request.resource, boot_of(request.ear), request.charter)
+
+
+def _opening(request: Request, seen: Sight) -> tuple[tuple[str, ...], VaultState]:
+    """What is against opening a vault, and its state afterwards."""
+    if request.epoch is None:
+        return (not_opening(request.resource),), seen.state
+    return opening_outcome(request.resource, request.ear, request.epoch, seen.state, seen.held, request.charter)
+
+
+def not_opening(vault: str) -> str:
+    """What is against a release of a vault's key that does not open the vault."""
+    return f"{vault} is a vault's key: its guest opens the vault"
+
+
+def opening_outcome(
+    vault: str, ear: Ear, epoch: int, state: VaultState, held: bool, charter: Charter
+) -> tuple[tuple[str, ...], VaultState]:
+    """Every reason against giving a vault's key to a guest in this epoch, policies apart; and the state after it."""
+    subject, claim = ear.subject, Claim(boot_of(ear), epoch, held)
+    against = place_reasons(vault, subject.role, subject.name, subject.member, charter)
+    return (*against, *open_reasons(vault, state, claim)), opened(state, claim)
 
 
 def _counters(step: Transaction, resource: str, ear: Ear, flights: list[_Flight] | tuple[()]) -> Counters:
     """The ledger's counts, and of the releases on their way those that this snapshot of it does not have yet."""
-    guest, boot, size = journal.place(ear.subject), _boot(ear), step.size()
+    guest, boot, size = journal.place(ear.subject), boot_of(ear), step.size()
     coming = [flight for flight in list(flights) if flight.number is None or flight.number >= size]
     return Counters(
         releases=step.count("release", resource=resource) + len(coming),

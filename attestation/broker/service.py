@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -59,6 +59,7 @@ from policies.charter import Charter
 from policies.documents import BrokerEntry
 from policies.errors import Refused, SealwrightError, Unusable
 
+T = TypeVar("T")
 TRIES: Final = 8
 """How often a release is decided anew because its counters moved."""
 
@@ -98,6 +99,19 @@ class Issued:
     certificate: bytes
     receipt: Receipt
     entry: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling(Generic[T]):
+    """What came of a guest's call: what is written down of it (None: nothing), every reason against it, a result."""
+
+    note: Note | None
+    reasons: tuple[str, ...]
+    result: T
+
+
+Judge = Callable[[Transaction, Session, Ear, Charter, datetime], Ruling[T]]
+"""Decides over a guest's call where it is written; quick, and without I/O of its own."""
 
 
 class Broker:
@@ -374,9 +388,11 @@ class Broker:
         authorise: Authorise,
         seal: Seal,
         request: str,
+        epoch: int | None = None,
     ) -> Released:
         """Decide over a release, write it down, and return the value as `seal(session, value, serial)` made it.
 
+        `epoch`: that in which a boot opens a vault (attestation.vaults), whose key is released in no other way.
         Raises ReleaseRefused with every reason, or SessionRefused.
         """
         for _ in range(TRIES):
@@ -385,7 +401,7 @@ class Broker:
             session = await self._authorised(identifier, protocol, "release", authorise, charter, at)
             ear = await self._standing(session, "release", charter, at)
             released = await self._releases.decide(
-                Request(session, ear, resource, job, request, charter, at, authorise, seal)
+                Request(session, ear, resource, job, request, charter, at, authorise, seal, epoch)
             )
             if released is not None:
                 return released
@@ -465,6 +481,29 @@ class Broker:
         if reasons:
             raise DebitRefused(reasons)
         return Issued(b"", receipts[0], entry.to_bytes())
+
+    async def rule(
+        self, identifier: str, what: str, authorise: Authorise, judge: Judge[T]
+    ) -> tuple[Ruling[T], Receipt | None]:
+        """Let `judge` decide over an attested guest's call in the transaction that writes its outcome down.
+
+        Raises SessionRefused, AppraisalRefused or EarRefused if the guest may not call.
+        """
+        at = self.clock()
+        charter = (await self.charter(at)).charter
+        session = await self._authorised(identifier, "v1", what, authorise, charter, at)
+        ear = await self._standing(session, what, charter, at)
+
+        def work(step: Transaction) -> Ruling[T]:
+            self._demand_followed(step, charter)
+            step.update_session(authorise(step.session(identifier)))
+            ruling = judge(step, session, ear, charter, at)
+            if ruling.note is not None:
+                journal.append(step, ruling.note)
+            return ruling
+
+        ruling, receipts = await self.storage.transact(work)
+        return ruling, next(iter(receipts), None)
 
     # --- deposits ---------------------------------------------------------------------------------------------------
 

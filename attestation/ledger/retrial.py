@@ -31,11 +31,14 @@ from attestation.errors import PeerRefused
 from attestation.evidence.composite import SnpEvidence
 from attestation.identity import appraise_peer, enrolment_reasons
 from attestation.ledger.entry import Entry
+from attestation.ledger.vault_retrial import VaultRetrial
 from attestation.split import kept_as
+from attestation.vaults import VAULT_KIND
 from policies.budgets import EXPORT_KIND, Amount, Balance, keeper, parse_export
 from policies.charter import Charter
 from policies.documents import BrokerEntry
 from policies.errors import Refused, SealwrightError
+from policies.vaults import vault_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Retrial:
         self._spent: set[str] = set()
         self._serials: dict[str, int] = {}
         self._releases: Counter[tuple[str, str]] = Counter()
+        self._vaults = VaultRetrial()
         self._exports: dict[tuple[str, str], Amount] = {}
 
     def judge(self, number: int, entry: Entry) -> list[str]:
@@ -123,6 +127,10 @@ class Retrial:
             return reasons + self._release(number, entry, charter, broker, ear, age)
         if entry.kind == EXPORT_KIND:
             return reasons + self._export(number, entry, charter, broker, ear)
+        if entry.kind == VAULT_KIND:
+            what = f"{entry.body['step']} {entry.body['vault']}"
+            self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, what, "done")
+            return reasons + self._vaults.call(entry.body, ear, broker.name, charter)
         if entry.kind == "credential":
             reasons += self._credential(entry, charter, broker, ear)
         self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, entry.kind, "recorded")
@@ -181,13 +189,19 @@ class Retrial:
             return [f"it does not name a reason that the evidence gives: {reason}" for reason in lacking]
         if what == "release":
             ear, age, against = self._ear(entry, charter)
-            found = self._decide(entry, charter, ear, age)
+            found = (*self._decide(entry, charter, ear, age), *self._vaults.opening_denial(body, ear, charter))
             self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, body["resource"], outcome)
             return against + [f"it does not name a rule that is against it: {r}" for r in found if r not in said]
         if what == EXPORT_KIND:
             ear, _, against = self._ear(entry, charter)
             _, found = self._debited(entry, charter, broker, ear)
             self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, EXPORT_KIND, outcome)
+            return against + [f"it does not name what is against it: {r}" for r in found if r not in said]
+        if what == VAULT_KIND:
+            ear, _, against = self._ear(entry, charter)
+            found = self._vaults.call_denial(body, ear, broker.name, charter)
+            asked = f"{body['step']} {body['vault']}"
+            self._row(number, entry, place(ear.subject), ear.subject.image, ear.claims, asked, outcome)
             return against + [f"it does not name what is against it: {r}" for r in found if r not in said]
         who, asked = (
             (body["resource"].partition("/")[0], body["resource"]) if what == "deposit" else ("session", "call")
@@ -202,11 +216,14 @@ class Retrial:
         resource = body["resource"]
         reasons = [f"it should not have been released: {reason}" for reason in self._decide(entry, charter, ear, age)]
         split, generation = charter.split(resource), body.get("generation", 0)
-        if generation != (0 if split is None else split.generation):
+        is_vault = vault_place(resource) is not None
+        if is_vault:
+            reasons += self._vaults.opening(body, ear, charter)
+        elif generation != (0 if split is None else split.generation):
             reasons.append(f"it is of generation {generation} of {resource}, which is not the charter's")
         elif split is not None and (broker.name not in split.brokers or body["share"] != split.index(broker.name)):
             reasons.append("it is another broker's share")
-        if self._serials.get(kept_as(resource, generation)) != body["serial"]:
+        if not is_vault and self._serials.get(kept_as(resource, generation)) != body["serial"]:
             reasons.append(f"deposit {body['serial']} of {resource} is not the last one before it")
         for key in self._count_keys(resource, ear):
             self._releases[key] += 1
