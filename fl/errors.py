@@ -40,6 +40,33 @@ class UpdateRefused(Refused):
         )
 
 
+class OutputRefused(Refused):
+    """An answer of a script that may not leave its site.
+
+    `what` is one of our own sentences, which may leave; `reasons` can repeat what the script said, and stay here.
+    """
+
+    def __init__(self, site: str, why: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(
+            f"the update of {site} may not leave it: {why}",
+            where=site,
+            do="Run the recipe in SimEnv, which tells the reasons in full.",
+            reasons=reasons,
+        )
+
+
+class BudgetSpent(Refused):
+    """A job that stops at a site because what it would let out is not debited, with every reason."""
+
+    def __init__(self, job: str, site: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(
+            f"job {job} stops at {site}: {reasons[0]}",
+            where=site,
+            do="Have the budget raised in the charter (docs/how-to/set-a-privacy-budget.md), or let the job end.",
+            reasons=reasons,
+        )
+
+
 class ExportRefused(Refused):
     """Something that the consortium's rules do not let out, with every reason."""
 
@@ -96,10 +123,14 @@ class JobAborted(Refused):
 
 
 class ScriptFailed(Refused):
-    """A training script that ended, or was ended, before its job did."""
+    """A training script that ended, or was ended, before its job did.
 
-    def __init__(self, site: str, why: str) -> None:
+    `told` is what of it may leave the site: without what the script said.
+    """
+
+    def __init__(self, site: str, why: str, *, told: str | None = None) -> None:
         super().__init__(f"the training script of {site} {why}", where=site, do="Read the site's log.")
+        self.told = f"the training script of {site} {told or why}"
 
 
 class SandboxUnusable(Unusable):
@@ -121,6 +152,18 @@ class PeerLost(Refused):
 
     def __init__(self, what: str, *, where: str) -> None:
         super().__init__(what, where=where, do="Check that the peer runs and is reachable.")
+
+
+class CallFailed(Exception):
+    """A call that ended before its time: a status by gRPC's name, and details (a refusal's are JSON).
+
+    `fl.transport.channel.peer_error` says what it means.
+    """
+
+    def __init__(self, status: str, details: str) -> None:
+        super().__init__(f"{status}: {details[:200]}")
+        self.status = status
+        self.details = details
 
 
 class LeaseLapsed(PeerLost):

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Final
 
 from fl.environments.clients import ClientProcesses
 from fl.environments.display import Display
-from fl.errors import JobAborted, JobFailed, RecipeUnusable, ScriptFailed, UpdateRefused
+from fl.errors import JobAborted, JobFailed, OutputRefused, RecipeUnusable, ScriptFailed, UpdateRefused
+from fl.guard.disclosure import LoggedNumbers, disclose
 from fl.guard.gate import max_update_size
 from fl.jobs.progress import JobEvent, Status
 from fl.jobs.results import JOB_FILE, MODEL_FILE, JobHistory, write_file, write_json
-from fl.jobs.settings import NAME_PATTERN
+from fl.jobs.settings import NAME_PATTERN, JobSettings
 from fl.model import ParamsType
 from fl.run import Run
 from fl.server.federation import Federation, Task
@@ -170,7 +171,7 @@ class _Simulation:
         )
         session = ScriptSession(sock, site=name, how_it_ended=lambda: processes.how_it_ended(name))
         data = self._env.data[name]
-        client = _Client(name, session, federation)
+        client = _Client(name, session, federation, self._recipe.settings)
         session.greet(
             self.history.job_id,
             self._recipe.settings,
@@ -208,10 +209,12 @@ class _Simulation:
 class _Client:
     """A simulated client: a thread that carries tasks to its script and updates back."""
 
-    def __init__(self, name: str, session: ScriptSession, federation: Federation) -> None:
+    def __init__(self, name: str, session: ScriptSession, federation: Federation, settings: JobSettings) -> None:
         self.name = name
         self._session = session
         self._federation = federation
+        self._settings = settings
+        self._logged = LoggedNumbers(settings.outputs, name)
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._carry, name=f"client {name}", daemon=True)
 
@@ -231,28 +234,44 @@ class _Client:
         federation = self._federation
         try:
             while (task := self._tasks.get()) is not None:
+                self._logged.begin_round()
                 answer, memory = self._session.train(
                     task.round,
                     task.total_rounds,
                     task.model,
                     seconds=federation.round_seconds,
-                    value=lambda key, value, step: federation.value(self.name, key, value, step),
+                    value=self._log,
                 )
+                with memory:
+                    shown = disclose(
+                        memory,
+                        params_type=answer.params_type,
+                        weight=answer.weight,
+                        metrics=answer.metrics,
+                        model=task.model,
+                        settings=self._settings,
+                        site=self.name,
+                    )
                 federation.submit(
                     self.name,
                     answer.round,
-                    memory,
+                    shown.memory,
                     params_type=ParamsType(answer.params_type),
-                    weight=answer.weight,
-                    metrics=answer.metrics,
+                    weight=shown.weight,
+                    metrics=shown.metrics,
                 )
         except UpdateRefused:
             pass  # the federation has noted it and put the client out of the job
+        except OutputRefused as refusal:
+            federation.lose(self.name, "; ".join(refusal.reasons), kind="refused")
         except ScriptFailed as failure:
             federation.lose(self.name, failure.what)
         finally:
             self._session.end()
             self._session.close()
+
+    def _log(self, key: str, value: float, step: int) -> None:
+        self._federation.value(self.name, key, self._logged.disclosed(key, value), step)
 
 
 def _data_folder(data: str | Path | Mapping[str, str | Path] | None, name: str) -> Path | None:

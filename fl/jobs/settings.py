@@ -6,7 +6,8 @@ from typing import Annotated, Final, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from fl.tensors import ITEM_SIZE, MAX_NAME, MAX_RANK, Schema, TensorSpec
+from fl.jobs.outputs import Outputs
+from fl.tensors import FLOATS, ITEM_SIZE, MAX_NAME, MAX_RANK, Schema, TensorSpec
 
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 Name: TypeAlias = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
@@ -118,6 +119,7 @@ class JobSettings(BaseModel):
     model: dict[Annotated[str, Field(min_length=1, max_length=MAX_NAME)], TensorSettings] = Field(max_length=100_000)
     round_seconds: int = Field(default=3600, ge=1, le=7 * 86400)
     tracking: Literal["tensorboard"] | None = None
+    outputs: Outputs = Outputs()
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -129,6 +131,11 @@ class JobSettings(BaseModel):
             raise ValueError(f"options are not those of {self.recipe}")
         if sum(spec.size for spec in self.schema_of_model.values()) > MAX_MODEL:
             raise ValueError(f"the model has more than {MAX_MODEL} bytes")
+        whole = [name for name, entry in self.model.items() if entry.dtype not in FLOATS]
+        if self.outputs.transforms and whole:
+            raise ValueError(
+                f"tensor {whole[0]!r} is {self.model[whole[0]].dtype}: only floats can be clipped or rounded"
+            )
         return self
 
     @property
@@ -139,6 +146,11 @@ class JobSettings(BaseModel):
         if isinstance(self.options, FedStatsOptions):
             return {"fedstats_min_count": float(self.options.min_count)}
         return {}
+
+    @property
+    def fixed_weight(self) -> bool:
+        """Whether every update has the weight 1, whatever its script says."""
+        return self.recipe == "fedstats"
 
     @property
     def schema_of_model(self) -> Schema:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fl.model import FLModel
+from fl.tensors import TensorFile
 
 
 def statistics_update(model: FLModel, values: npt.NDArray[np.floating]) -> FLModel:
@@ -46,3 +47,27 @@ def with_floor(counts: npt.NDArray[np.integer], total: int, floor: int) -> npt.N
             break
         shown[smallest] = 0
     return shown
+
+
+def below_floor(update: TensorFile, floor: int) -> str | None:
+    """Why an update's tensors `count` and `histogram` tell of fewer than `floor` records, or of none; None if not.
+
+    What a histogram leaves out of a feature's count is a number of records too.
+    """
+    for name in ("count", "histogram"):
+        counts = update.array(name)
+        if (counts < 0).any() or (counts != np.rint(counts)).any():
+            return f"its {name} holds what is no count"
+        if ((counts > 0) & (counts < floor)).any():
+            return f"its {name} tells of fewer than {floor} records"
+    hidden = update.array("count") - update.array("histogram").sum(axis=1)
+    if (hidden < 0).any():
+        return "its histogram has more records than its count"
+    if ((hidden > 0) & (hidden < floor)).any():
+        return f"its histogram leaves out fewer than {floor} records"
+    if any(np.any(update.array(name)) for name in ("mean", "edges")):
+        return "it fills in what only the server tells"
+    silent = update.array("count") == 0
+    if any(np.any(update.array(name)[silent]) for name in ("sum", "squares")):
+        return "it sums up a feature of which it counts nothing"
+    return None

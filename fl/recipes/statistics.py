@@ -19,9 +19,10 @@ import numpy.typing as npt
 from fl.errors import JobFailed, RecipeUnusable
 from fl.jobs.progress import JobEvent
 from fl.jobs.settings import FedStatsOptions, JobSettings
+from fl.local.statistics import below_floor
 from fl.model import tensors_of
 from fl.recipes.recipe import TrainingRecipe
-from fl.server.federation import Federation, Task, Update
+from fl.server.federation import Federation, Task
 from fl.tensors import encode, parse
 from fl.transport.memory import SealedMemory
 
@@ -94,7 +95,7 @@ def statistics(sites: Federation, settings: JobSettings, model: SealedMemory) ->
         sums = {name: np.zeros(sites.schema[name].shape) for name in SUMS}
         counted = 0
         for update in sites.train(Task(round_, settings.num_rounds, model)):
-            reason = _below_floor(update, options.min_count)
+            reason = below_floor(update.tensors, options.min_count)
             if reason is None:
                 for name, total in sums.items():
                     total += update.tensors.array(name)
@@ -123,13 +124,3 @@ def statistics(sites: Federation, settings: JobSettings, model: SealedMemory) ->
             found[f"{feature}/mean"] = mean[at]
             found[f"{feature}/variance"] = np.maximum(variance[at], 0.0)
     return SealedMemory.of(encode(tensors_of(found)))
-
-
-def _below_floor(update: Update, floor: int) -> str | None:
-    for name in ("count", "histogram"):
-        counts = update.tensors.array(name)
-        if (counts < 0).any() or (counts != np.rint(counts)).any():
-            return f"its {name} holds what is no count"
-        if ((counts > 0) & (counts < floor)).any():
-            return f"its {name} tells of fewer than {floor} records"
-    return None

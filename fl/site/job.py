@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Final, Protocol
 from fl.errors import ApprovalRefused, MalformedMessage, ScriptFailed, UpdateRefused
 from fl.guard.approval import SignedRecord, approve, read_record
 from fl.guard.command_log import CommandLog
-from fl.guard.export import ExportGate, size_of_numbers
+from fl.guard.disclosure import Disclosure
 from fl.guard.failure_place import failure_place
-from fl.guard.gate import admit_update, max_update_size
+from fl.guard.gate import max_update_size
 from fl.guard.limits import Limits
 from fl.guard.sandbox import Sandbox
 from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
 from fl.jobs.record import record_digest
 from fl.jobs.settings import JobSettings
 from fl.party import Party
+from fl.site.exports import SiteExports, caused_by_script, words_that_leave
 from fl.site.script import END_SECONDS, ScriptSession
 from fl.transport.frames import Deliver, Fetch, Left, Logged, Prepare, Ready, Train, Verdict
-from fl.transport.local import Answer, ScriptSocket
+from fl.transport.local import ScriptSocket
 from fl.transport.memory import SealedMemory
-from policies.errors import Refused, SealwrightError
+from policies.errors import SealwrightError
 
 if TYPE_CHECKING:
     from fl.guard.sandbox import SandboxedProcess
@@ -76,6 +77,7 @@ class SiteJob:
         self._tasks: SimpleQueue[Train | None] = SimpleQueue()
         self._stopped = threading.Event()
         self._process: SandboxedProcess | None = None
+        self._exports: SiteExports | None = None
         self._training = False
         self._next_round = 0
         self._ready = False
@@ -100,6 +102,7 @@ class SiteJob:
     def finish(self) -> None:
         """The job is over for this site. A script that is in the middle of a round is ended."""
         self._tasks.put(None)
+        self._hold_nothing_back()
         process = self._process
         if self._training and process is not None:
             process.kill()
@@ -108,6 +111,7 @@ class SiteJob:
         """End the job at once, whatever its script does."""
         self._stopped.set()
         self._tasks.put(None)
+        self._hold_nothing_back()
         process = self._process
         if process is not None:
             process.kill()
@@ -117,12 +121,16 @@ class SiteJob:
         try:
             signed, bundle = self._taken()
             self._party.tell(f"job {self.id} is approved here: {signed.record.name} by {signed.record.submitter}")
-            gate = ExportGate(self._party, signed.record, ("site", self._site))
-            self._run_script(bundle, gate, lambda: self._approve(signed, bundle, received))
+            exports = SiteExports(self._party, signed.record, bundle, self._site, send_value=self._log)
+            self._exports = exports
+            exports.begin_job()
+            self._run_script(bundle, exports, lambda: self._approve(signed, bundle, received))
         except SealwrightError as error:
-            reasons = error.reasons if isinstance(error, Refused) else (error.what,)
+            if caused_by_script(error) and self._exports is not None:
+                self._exports.await_release()
+            reasons = words_that_leave(error)
             self._party.tell(f"job {self.id}: {reasons[0]}")
-            self._link.send(Left(job=self.id, reasons=tuple(reason[:2000] for reason in reasons[:64])))
+            self._link.send(Left(job=self.id, reasons=reasons))
         else:
             self._party.tell(f"job {self.id} is over here")
 
@@ -167,7 +175,11 @@ class SiteJob:
             received=received,
         )
 
-    def _run_script(self, bundle: Bundle, gate: ExportGate, check: Callable[[], None]) -> None:
+    def _hold_nothing_back(self) -> None:
+        if self._exports is not None:
+            self._exports.stop()
+
+    def _run_script(self, bundle: Bundle, exports: SiteExports, check: Callable[[], None]) -> None:
         settings = bundle.settings
         sandbox = Sandbox(bundle.files, settings.train_script, settings.train_args, self._data, limits=self._limits)
         ours, theirs = ScriptSocket.pair()
@@ -184,8 +196,7 @@ class SiteJob:
                 while (task := self._tasks.get()) is not None:
                     check()
                     self._training = True
-                    gate.begin_round()
-                    self._train(session, settings, task, limit, gate)
+                    self._train(session, settings, task, limit, exports)
                     self._training = False
                 if self._stopped.is_set():
                     raise ScriptFailed(self._site, "was stopped")
@@ -195,7 +206,9 @@ class SiteJob:
                 session.close()
                 self._process = None
 
-    def _train(self, session: ScriptSession, settings: JobSettings, task: Train, limit: int, gate: ExportGate) -> None:
+    def _train(
+        self, session: ScriptSession, settings: JobSettings, task: Train, limit: int, exports: SiteExports
+    ) -> None:
         if task.total_rounds != settings.num_rounds or not self._next_round <= task.round < settings.num_rounds:
             raise MalformedMessage(
                 f"the server asks for round {task.round} of {task.total_rounds}, out of turn: each is approved once",
@@ -207,35 +220,26 @@ class SiteJob:
         seconds = float(settings.round_seconds)
         request = Fetch(job=self.id, what="model", sha256=task.model_sha256, offset=0)
         with self._link.fetch(request, size=task.model_size, seconds=seconds) as model:
-            answer, memory = session.train(
-                task.round,
-                task.total_rounds,
-                model,
-                seconds=seconds,
-                value=lambda key, value, step: self._log(gate, key, value, step),
-            )
-        with memory:
-            admit_update(memory.view, settings.schema_of_model, site=self._site)
-            if answer.metrics:
-                gate.let_out("metric", size_of_numbers(answer.metrics), ("server", self._server))
-            gate.let_out("update", memory.size, ("server", self._server))
-            verdict = self._link.deliver(self._head(task, answer, memory), memory, seconds=seconds)
+            exports.begin_round(task.round)
+            answer, memory = session.train(task.round, task.total_rounds, model, seconds=seconds, value=exports.value)
+            with memory:
+                shown = exports.update(answer, memory, model)
+        with shown.memory:
+            verdict = self._link.deliver(self._head(task, settings, shown), shown.memory, seconds=seconds)
         if not verdict.accepted:
             raise UpdateRefused(self._site, verdict.reasons or ("the server gave no reason",))
 
-    def _log(self, gate: ExportGate, key: str, value: float, step: int) -> None:
-        """Send a number that the script logged, if it may leave."""
-        gate.let_out("log", size_of_numbers({key: value}), ("server", self._server))
+    def _log(self, key: str, value: float, step: int) -> None:
         self._link.send(Logged(job=self.id, key=key, value=value, step=step))
 
-    def _head(self, task: Train, answer: Answer, memory: SealedMemory) -> Deliver:
+    def _head(self, task: Train, settings: JobSettings, shown: Disclosure) -> Deliver:
         return Deliver(
             job=self.id,
             round=task.round,
-            params_type=answer.params_type,
-            weight=answer.weight,
-            metrics=answer.metrics,
-            size=memory.size,
+            params_type=settings.params_type,
+            weight=shown.weight,
+            metrics=dict(shown.metrics),
+            size=shown.memory.size,
         )
 
 

@@ -82,7 +82,9 @@ class ScriptSession:
         except OSError as error:
             raise ScriptFailed(self._site, self._how_it_ended()) from error
         except MalformedMessage as error:
-            raise ScriptFailed(self._site, f"broke the client API: {error.what}") from error
+            raise ScriptFailed(
+                self._site, f"broke the client API: {error.what}", told="broke the client API"
+            ) from error
 
     def _answer(self, answer: Answer, descriptor: int | None, round_: int) -> tuple[Answer, SealedMemory]:
         if descriptor is None:
@@ -90,7 +92,8 @@ class ScriptSession:
         memory = SealedMemory.adopt(descriptor, max_size=self._max_update, where=self._site)
         if answer.round != round_:
             memory.close()
-            raise ScriptFailed(self._site, f"answered round {answer.round} when asked for round {round_}")
+            why = f"answered round {answer.round} when asked for round {round_}"
+            raise ScriptFailed(self._site, why, told="answered another round than it was asked for")
         return answer, memory
 
     def end(self) -> None:

@@ -1,0 +1,206 @@
+"""What of a script's answer may leave its site: the pure part of the export gate.
+
+The answer was received whole, in memory that its script cannot change any more. Then, in this order: it is parsed and
+checked against the declared outputs; dequantised (half-precision floats widened); its difference from the round's model
+is clipped; noised; quantised; and what leaves is written anew, in one layout. Nothing of the script's own bytes leaves:
+not the header, its order, padding or metadata; NaNs and booleans other than 0 and 1 are refused with the rest
+(`fl.guard.gate`). What leaves has one size, whatever it says.
+
+Whatever is refused is told in one sentence that the script has no part in: its reasons, which may repeat the script's
+words, are for its author's simulation alone (`OutputRefused.reasons`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fl.errors import MalformedTensors, OutputRefused, UpdateRefused
+from fl.guard.gate import admit_update
+from fl.guard.keystream import KEY_SIZE, Keystream
+from fl.jobs.outputs import Outputs, rounded
+from fl.jobs.settings import FedStatsOptions, JobSettings
+from fl.local.statistics import below_floor
+from fl.model import ParamsType, check_metrics
+from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, TensorFile, layout, narrow_bf16, parse, widen_bf16
+from fl.transport.memory import DraftMemory, SealedMemory
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Disclosure:
+    """What leaves: `memory` is its holder's to close."""
+
+    memory: SealedMemory
+    weight: float
+    metrics: Mapping[str, float]
+
+
+def disclose(
+    raw: SealedMemory,
+    *,
+    params_type: str,
+    weight: float,
+    metrics: Mapping[str, Any],
+    model: SealedMemory,
+    settings: JobSettings,
+    site: str,
+    random: Callable[[int], bytes] = os.urandom,
+) -> Disclosure:
+    """What may leave of an answer to `model`. Raises OutputRefused."""
+    if params_type != settings.params_type:
+        raise OutputRefused(site, "its parameters are not of the job's kind", (f"they are {params_type}",))
+    numbers = disclosed_metrics(metrics, settings.outputs, site)
+    shown = disclosed_weight(weight, settings, site)
+    try:
+        update = admit_update(raw.view, settings.schema_of_model, site=site)
+    except UpdateRefused as error:
+        raise OutputRefused(site, "its tensors are not what the job declares", error.reasons) from error
+    try:
+        reasons = tuple(_below_floor(update, settings))
+        if reasons:
+            raise OutputRefused(site, "its statistics tell of too few records", reasons)
+        current = parse(model.view, max_size=model.size)
+        try:
+            memory = _written(update, current, settings, random)
+        finally:
+            current.raw.release()
+    finally:
+        update.raw.release()
+    return Disclosure(memory, shown, numbers)
+
+
+class LoggedNumbers:
+    """The numbers that a script logs in one round, as they may leave. For one thread."""
+
+    def __init__(self, outputs: Outputs, site: str) -> None:
+        self._outputs = outputs
+        self._site = site
+        self._count = 0
+
+    def begin_round(self) -> None:
+        """Count anew."""
+        self._count = 0
+
+    def disclosed(self, key: str, value: float) -> float:
+        """The number as it may leave. Raises OutputRefused, also when there are more than are declared."""
+        self._count += 1
+        if self._count > self._outputs.values:
+            raise OutputRefused(self._site, "it logs more numbers in a round than the job declares", (key,))
+        return disclosed_number(key, value, self._outputs, self._site)
+
+
+def disclosed_metrics(metrics: Mapping[str, Any], outputs: Outputs, site: str) -> dict[str, float]:
+    """Metrics as they may leave: declared names, rounded, in the order of their names. Raises OutputRefused."""
+    try:
+        checked = check_metrics(metrics)
+    except MalformedTensors as error:
+        raise OutputRefused(site, "its metrics are not what the job declares", (error.what,)) from error
+    return {name: disclosed_number(name, checked[name], outputs, site) for name in sorted(checked)}
+
+
+def disclosed_number(name: str, value: float, outputs: Outputs, site: str) -> float:
+    """A named number as it may leave. Raises OutputRefused."""
+    if outputs.metrics is not None and name not in outputs.metrics:
+        raise OutputRefused(site, "it names a metric that the job does not declare", (f"metric {name!r}",))
+    try:
+        return rounded(value, outputs.digits)
+    except ValueError as error:
+        raise OutputRefused(site, "a metric is out of bounds", (f"metric {name!r}: {error}",)) from error
+
+
+def disclosed_weight(weight: float, settings: JobSettings, site: str) -> float:
+    """An update's weight as it may leave. Raises OutputRefused."""
+    if settings.fixed_weight:
+        if weight != 1:
+            raise OutputRefused(site, "its weight is not 1, as this job's is", (f"weight {weight}",))
+        return 1.0
+    try:
+        found = rounded(weight, settings.outputs.digits)
+    except ValueError as error:
+        raise OutputRefused(site, "its weight is out of bounds", (f"weight: {error}",)) from error
+    if found <= 0:
+        raise OutputRefused(site, "its weight is out of bounds", (f"weight {weight}",))
+    return found
+
+
+def _below_floor(update: TensorFile, settings: JobSettings) -> Iterator[str]:
+    options = settings.options
+    if isinstance(options, FedStatsOptions):
+        reason = below_floor(update, options.min_count)
+        if reason is not None:
+            yield reason
+
+
+def _written(
+    update: TensorFile, model: TensorFile, settings: JobSettings, random: Callable[[int], bytes]
+) -> SealedMemory:
+    """The update in the one layout, its floats clipped, noised and quantised as declared."""
+    outputs, schema = settings.outputs, settings.schema_of_model
+    full = settings.params_type == ParamsType.FULL
+    scale = _scale(update, model, outputs, full)
+    noise = Keystream(random(KEY_SIZE)) if outputs.noise_multiplier else None
+    header, offsets, size = layout(schema)
+    with DraftMemory(size) as draft:
+        draft.view[: len(header)] = header
+        for name, spec in schema.items():
+            if not outputs.transforms:
+                draft.view[offsets[name] : offsets[name] + spec.size] = update.bytes_of(name)
+                continue
+            target = np.frombuffer(draft.view, NUMPY_DTYPE[spec.dtype], spec.elements, offsets[name])
+            for start, difference, current in _differences(update, model, name, full):
+                shown = _transformed(difference, scale, outputs, noise)
+                if current is not None:
+                    shown += current
+                target[start : start + shown.size] = (
+                    narrow_bf16(shown.astype(np.float32)) if spec.dtype == "BF16" else shown
+                )
+            del target
+        return SealedMemory(*draft.seal())
+
+
+def _scale(update: TensorFile, model: TensorFile, outputs: Outputs, full: bool) -> float:
+    """By what the difference is multiplied so that its L2 norm, over all tensors, is at most `clip_norm`."""
+    if outputs.clip_norm is None:
+        return 1.0
+    squares = 0.0
+    for name, spec in update.schema.items():
+        if spec.dtype in FLOATS:
+            for _, difference, _ in _differences(update, model, name, full):
+                squares += float(np.dot(difference, difference))
+    norm = float(np.sqrt(squares))
+    return min(1.0, outputs.clip_norm / norm) if norm > 0 else 1.0
+
+
+def _differences(
+    update: TensorFile, model: TensorFile, name: str, full: bool
+) -> Iterator[tuple[int, npt.NDArray[np.float64], npt.NDArray[np.float64] | None]]:
+    """A tensor's difference from the model in flat float64 blocks, each with its first index and, if the update is
+    `full`, the model's block, to be added again."""
+    flat = model.array(name).reshape(-1)
+    for start, block in update.blocks(name):
+        if not full:
+            yield start, block.astype(np.float64), None
+            continue
+        part = flat[start : start + min(BLOCK, block.size)]
+        current = (widen_bf16(part) if update.schema[name].dtype == "BF16" else part).astype(np.float64)
+        yield start, block.astype(np.float64) - current, current
+
+
+def _transformed(
+    difference: npt.NDArray[np.float64], scale: float, outputs: Outputs, noise: Keystream | None
+) -> npt.NDArray[np.float64]:
+    shown = difference * scale
+    if noise is not None and outputs.clip_norm is not None:
+        shown += noise.normal(shown.size) * (outputs.noise_multiplier * outputs.clip_norm)
+    if outputs.bits is not None and outputs.limit is not None:
+        steps = (1 << (outputs.bits - 1)) - 1
+        np.clip(shown, -outputs.limit, outputs.limit, out=shown)
+        shown = np.rint(shown * (steps / outputs.limit)) * (outputs.limit / steps)
+    return shown
