@@ -7,22 +7,16 @@ has one digest, by which a charter names it.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import rfc8785
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from securesystemslib.dsse import Envelope
-from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import CryptoSigner, SSlibKey
 
-from cvm_image.errors import ImageRefused, UnusableImage
+from cvm_image.statement import MAX_STATEMENT, BuilderKey, read_statement, sign_statement, unusable, verify_envelope
 
 MANIFEST = "manifest.dsse.json"
-MAX_MANIFEST = 4 << 20
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+MAX_MANIFEST = MAX_STATEMENT
+WHAT = "image manifest"
 PREDICATE_TYPE = "tag:sealwright,2026:image/v1"
 
 Vmm = Literal["qemu", "ec2", "gce"]
@@ -74,25 +68,20 @@ class ImageManifest(_Document):
         return frozenset(bytes.fromhex(value.measurement) for value in self.measurements)
 
 
-def sign_manifest(manifest: ImageManifest, builder: Ed25519PrivateKey) -> bytes:
+def sign_manifest(manifest: ImageManifest, builder: BuilderKey) -> bytes:
     """Return the bytes of `manifest.dsse.json`, signed by the builder."""
     predicate = manifest.model_dump(mode="json")
     files = predicate.pop("files")
-    statement: dict[str, Any] = {
-        "_type": STATEMENT_TYPE,
-        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(files.items())],
-        "predicateType": PREDICATE_TYPE,
-        "predicate": predicate,
-    }
-    envelope = Envelope(rfc8785.dumps(statement), PAYLOAD_TYPE, {})
-    envelope.sign(CryptoSigner(builder))
-    signed: bytes = rfc8785.dumps(envelope.to_dict())
-    return signed
+    return sign_statement(PREDICATE_TYPE, files, predicate, builder)
 
 
 def read_manifest(raw: bytes) -> ImageManifest:
     """Return what a manifest says, without asking who signed it. Raises UnusableImage for any other form."""
-    return _statement(_envelope(raw))
+    _, files, predicate = read_statement(raw, PREDICATE_TYPE, what=WHAT, where=MANIFEST)
+    try:
+        return ImageManifest.model_validate(predicate | {"files": files})
+    except ValidationError as error:
+        raise unusable(WHAT, MANIFEST, error) from error
 
 
 def verify_manifest(raw: bytes, builder: Ed25519PublicKey) -> ImageManifest:
@@ -100,62 +89,6 @@ def verify_manifest(raw: bytes, builder: Ed25519PublicKey) -> ImageManifest:
 
     Raises ImageRefused if not, and UnusableImage if it is no manifest.
     """
-    envelope = _envelope(raw)
-    try:
-        envelope.verify([SSlibKey.from_crypto(builder)], 1)
-    except VerificationError as error:
-        raise ImageRefused(
-            "the manifest is not signed by this builder",
-            where=MANIFEST,
-            do="Get the image, or the key, from its builder.",
-        ) from error
-    return _statement(envelope)
-
-
-def _envelope(raw: bytes) -> Envelope:
-    try:
-        if len(raw) > MAX_MANIFEST:
-            raise ValueError(f"larger than {MAX_MANIFEST} bytes")
-        document = _canonical(raw)
-        if set(document) != {"payload", "payloadType", "signatures"}:
-            raise ValueError("not a DSSE envelope")
-        if document["payloadType"] != PAYLOAD_TYPE:
-            raise ValueError("its payload is no in-toto statement")
-        envelope = Envelope.from_dict(document)
-        if rfc8785.dumps(envelope.to_dict()) != raw:
-            raise ValueError("not the one form of its envelope")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unusable(error) from error
-    return envelope
-
-
-def _statement(envelope: Envelope) -> ImageManifest:
-    try:
-        statement = _canonical(envelope.payload)
-        if set(statement) != {"_type", "subject", "predicateType", "predicate"}:
-            raise ValueError("not an in-toto statement")
-        if (statement["_type"], statement["predicateType"]) != (STATEMENT_TYPE, PREDICATE_TYPE):
-            raise ValueError("a statement about something else than an image")
-        subjects = statement["subject"]
-        files = {subject["name"]: subject["digest"]["sha256"] for subject in subjects}
-        if [{"name": name, "digest": {"sha256": files[name]}} for name in sorted(files)] != subjects:
-            raise ValueError("subjects that are out of order, there twice, or hold something else")
-        return ImageManifest.model_validate(statement["predicate"] | {"files": files})
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise _unusable(error) from error
-
-
-def _canonical(raw: bytes) -> dict[str, Any]:
-    document = json.loads(raw)
-    if not isinstance(document, dict) or rfc8785.dumps(document) != raw:
-        raise ValueError("not canonical JSON")
-    return document
-
-
-def _unusable(error: Exception) -> UnusableImage:
-    detail = (
-        "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3])
-        if isinstance(error, ValidationError)
-        else str(error)
-    )
-    return UnusableImage(f"this is no image manifest ({detail})", where=MANIFEST, do="Make the image again.")
+    envelope, _, _ = read_statement(raw, PREDICATE_TYPE, what=WHAT, where=MANIFEST)
+    verify_envelope(envelope, builder, what="manifest", where=MANIFEST)
+    return read_manifest(raw)

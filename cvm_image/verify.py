@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from attestation.evidence.id_block import ID_AUTH_SIZE, ID_BLOCK_SIZE, parse_id_block, verify_id_block
 from attestation.evidence.launch import measure_launch
+from cvm_image.build.provenance import PROVENANCE, read_provenance_file, verify_provenance
 from cvm_image.errors import ImageRefused, UnusableImage
 from cvm_image.guest.init import verity_tree
 from cvm_image.manifest import MANIFEST, MAX_MANIFEST, ImageManifest, read_manifest, verify_manifest
@@ -30,6 +31,7 @@ def verify_image(folder: Path, builder: Ed25519PublicKey) -> ImageManifest:
     reasons = changed_files(folder, manifest)
     if not reasons:
         reasons = [*_measurement_reasons(folder, manifest), *_root_reasons(folder, manifest)]
+        reasons += _provenance_reasons(folder, manifest, builder)
     if reasons:
         raise ImageRefused(
             "the image is not what its manifest says",
@@ -111,6 +113,18 @@ def _measurement_reasons(folder: Path, manifest: ImageManifest) -> list[str]:
         if (who.id_key_digest.hex(), author) != (manifest.id_key_digest, manifest.author_key_digest):
             reasons.append(f"the ID block for {settings} is signed by other keys than the manifest names")
     return reasons
+
+
+def _provenance_reasons(folder: Path, manifest: ImageManifest, builder: Ed25519PublicKey) -> list[str]:
+    """Compare what the provenance of a built image speaks of with the manifest; a generated image has none."""
+    if PROVENANCE not in manifest.files:
+        return []
+    others = {name: digest for name, digest in manifest.files.items() if name != PROVENANCE}
+    try:
+        verify_provenance(read_provenance_file(folder), others, builder)
+    except SealwrightError as error:
+        return [f"{PROVENANCE}: {error.what}"]
+    return []
 
 
 def _root_reasons(folder: Path, manifest: ImageManifest) -> list[str]:

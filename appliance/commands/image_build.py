@@ -29,18 +29,18 @@ def add_verbs(app: typer.Typer) -> None:
     """Add the verbs to `seal image`."""
     app.command(epilog="Example: seal image lock cvm_image/recipes/fl.toml")(lock)
     app.command(epilog="Example: seal image build cvm_image/recipes/fl.toml -o build/image --keys keys/")(build)
-    app.command(epilog="Example: seal image reproduce build/image --recipe cvm_image/recipes/fl.toml")(reproduce)
+    app.command(epilog="Example: seal image reproduce build/image --archive inputs/ --offline")(reproduce)
     app.command(epilog="Example: seal image inspect build/image --json")(inspect)
 
 
 def lock(recipe: RecipeFile, cache: Cache = None, archive: Archive = None, as_json: AsJson = False) -> None:
     """Pin every input of a recipe by version and digest, as the archives are today; --archive keeps a copy of each."""
     from cvm_image.build.lock import lock_path
-    from cvm_image.build.locking import lock_recipe
+    from cvm_image.build.locking import archive_inputs, lock_recipe
 
     store = _store(cache)
     locked = lock_recipe(recipe, store=store, say=_say)
-    kept = store.export_inputs(locked.digests(), archive) if archive is not None else None
+    kept = archive_inputs(recipe, locked, store=store, archive=archive) if archive is not None else None
     facts = {
         "lock": str(lock_path(recipe)),
         "tools": len(locked.tools),
@@ -97,13 +97,19 @@ def build(
 
 def reproduce(
     image: Annotated[Path, typer.Argument(metavar="DIR", help="An image folder.")],
-    recipe: Annotated[Path, typer.Option("--recipe", metavar="FILE", help="The recipe that it was built from.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="The recipe that it was built from (default: from the archive)."),
+    ] = None,
     offline: Offline = False,
     cache: Cache = None,
     archive: Archive = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build the image again, sharing nothing but the inputs, and compare. Exit status 1 if one bit differs."""
+    """Build the image again, sharing nothing but the inputs, and compare. Exit status 1 if one bit differs.
+
+    Without --recipe, recipe and lock are those that the image's provenance names, taken from --archive.
+    """
     from cvm_image.build.reproduction import reproduce as rebuild
 
     same = rebuild(image, recipe, store=_store(cache, archive), say=_say, offline=offline)

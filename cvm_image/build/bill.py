@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import urllib.parse
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cvm_image.build.lock import Lock, LockedPackage
+from cvm_image.build.provenance import package_url
 from cvm_image.build.workload import File
 
 _NAMESPACE = uuid.UUID("5ea1ed00-0000-5000-8000-000000000002")
@@ -59,7 +59,7 @@ def _packages(packages: Sequence[LockedPackage], place: str) -> list[dict[str, A
     return [
         _part(
             "library",
-            f"pkg:deb/debian/{one.name}@{urllib.parse.quote(one.version, safe='.+~-')}?arch={one.architecture}",
+            package_url(one),
             one.name,
             one.version,
             one.sha256,

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from cvm_image.build.apt import Archives, fetch_packages, find_archives
 from cvm_image.build.bill import bill_of_materials
+from cvm_image.build.container import CONTAINER, take_container, unpack_container
 from cvm_image.build.disk import Root, join_layers, make_layer
 from cvm_image.build.errors import BuildFailed, UnusableRecipe
 from cvm_image.build.initrd import ROOT_MODULES, make_initrd, modules_folder, pick_modules
 from cvm_image.build.lock import Lock, LockedPackage, Purpose, load_lock
 from cvm_image.build.netfilter import RULES_FILE, packet_filter
+from cvm_image.build.provenance import read_source
 from cvm_image.build.recipe import Recipe, load_recipe
 from cvm_image.build.signed import sign_image
 from cvm_image.build.store import Store, content_key, folder_digest
@@ -87,6 +89,7 @@ def build_image(
     recipe = load_recipe(recipe_path, variant=variant)
     lock = load_lock(recipe_path, recipe.name, recipe.suite)
     log = new_log(store, recipe.name)
+    source = read_source(recipe, recipe_path)
     archives = None if offline else find_archives(recipe.mirrors, recipe.keyring, log=log)
     build = Build(recipe, recipe_path, lock, store, archives, log, say)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,7 @@ def build_image(
         folder.chmod(0o755)
         with store.alone(say):
             root = make_parts(build, folder)
-        manifest = sign_image(folder, recipe, lock, root, keys)
+        manifest = sign_image(folder, recipe, source, lock, root, keys)
         if output.exists():
             shutil.rmtree(output)
         folder.rename(output)
@@ -280,9 +283,10 @@ def _base_layer(build: Build, tools: Tools) -> Path:
 def _workload_layer(build: Build, tools: Tools, files: dict[str, File]) -> Path:
     key = content_key(
         "workload",
-        rules=("workload", "disk"),
+        rules=("workload", "disk", "container"),
         files=folder_digest({f"{name}{'*' if file.executable else ''}": file.data for name, file in files.items()}),
         wheels=[one.sha256 for one in build.lock.wheels],
+        container=[one.sha256 for one in build.lock.containers],
         epoch=build.lock.epoch,
         tools=_tools_key(build),
     )
@@ -292,6 +296,8 @@ def _workload_layer(build: Build, tools: Tools, files: dict[str, File]) -> Path:
         with _step(build, f"workload layer ({len(files)} files)"), build.store.making(key) as folder:
             write_tree({**unpack_wheels(build.lock.wheels, build.store), **files}, folder / "tree")
             compile_python(tools, folder / "tree")
+            for container in build.lock.containers:
+                unpack_container(take_container(container, build.recipe_path, build.store), folder / "tree" / CONTAINER)
             make_layer(
                 tools, folder / "tree", folder / "result", name="workload", epoch=build.lock.epoch, all_root=True
             )

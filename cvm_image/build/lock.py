@@ -7,6 +7,7 @@ change shows what an update brings.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,8 @@ from cvm_image.build.errors import UnusableLock
 MAX_LOCK = 16 << 20
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Purpose = Literal["tools", "firmware", "kernel", "base"]
+Base64 = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{4,20000}={0,2}$")]
+Purpose = Literal["tools", "firmware", "kernel", "base", "compiler", "driver"]
 
 
 class _Part(BaseModel):
@@ -46,8 +48,30 @@ class LockedWheel(_Part):
     sha256: Sha256
 
 
+class LockedFile(_Part):
+    """A file that lies beside the recipe (a `docker save` archive)."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+@/-]{0,200}$")]
+    size: Annotated[int, Field(ge=1, le=64 << 30)]
+    sha256: Sha256
+
+
+class LockedModule(_Part):
+    """A kernel module that is compiled by the build: its digest before it was signed, and the signature (PKCS#7).
+
+    The signature is an input, because the key that made it is gone: see `cvm_image.build.modules`.
+    """
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+    sha256: Sha256
+    signature: Base64
+
+
 class Lock(_Part):
-    """All inputs of one recipe. `epoch` (seconds) stands in for every time that would otherwise be the clock's."""
+    """All inputs of one recipe. `epoch` (seconds) stands in for every time that would otherwise be the clock's.
+
+    What most recipes have none of (from `compiler` on) is left out of the file where it is empty.
+    """
 
     version: Literal[1] = 1
     recipe: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
@@ -58,16 +82,36 @@ class Lock(_Part):
     kernel: list[LockedPackage]
     base: list[LockedPackage]
     wheels: list[LockedWheel]
+    compiler: list[LockedPackage] = []
+    driver: list[LockedPackage] = []
+    sdk: list[LockedWheel] = []
+    containers: Annotated[list[LockedFile], Field(max_length=1)] = []
+    modules: list[LockedModule] = []
+    certificate: Base64 | None = None
 
     def digests(self) -> list[str]:
-        """The SHA-256 of every input."""
-        groups = (self.tools, self.firmware, self.kernel, self.base)
-        return [one.sha256 for group in groups for one in group] + [one.sha256 for one in self.wheels]
+        """The SHA-256 of every input that is a file."""
+        groups: tuple[Sequence[LockedPackage | LockedWheel | LockedFile], ...] = (
+            self.tools,
+            self.firmware,
+            self.kernel,
+            self.base,
+            self.wheels,
+            self.compiler,
+            self.driver,
+            self.sdk,
+            self.containers,
+        )
+        return [one.sha256 for group in groups for one in group]
 
     def packages(self, purpose: Purpose) -> list[LockedPackage]:
         """The packages of one tree, in the lock's order."""
         chosen: list[LockedPackage] = getattr(self, purpose)
         return chosen
+
+
+_ALWAYS = ("tools", "firmware", "kernel", "base", "wheels")
+_SELDOM = ("compiler", "driver", "sdk", "containers", "modules")
 
 
 def lock_path(recipe: Path) -> Path:
@@ -79,10 +123,14 @@ def write_lock(lock: Lock) -> str:
     """Return the lock as text: canonical, and one input a line."""
     head = {"version": lock.version, "recipe": lock.recipe, "suite": lock.suite, "epoch": lock.epoch}
     parts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    for group in ("tools", "firmware", "kernel", "base", "wheels"):
-        inputs: list[LockedPackage | LockedWheel] = sorted(
-            getattr(lock, group), key=lambda one: (one.name, one.version)
+    if lock.certificate is not None:
+        parts.append(f'  "certificate": {json.dumps(lock.certificate)}')
+    for group in _ALWAYS + _SELDOM:
+        inputs: list[LockedPackage | LockedWheel | LockedFile | LockedModule] = sorted(
+            getattr(lock, group), key=lambda one: (one.name, getattr(one, "version", ""))
         )
+        if group in _SELDOM and not inputs:
+            continue
         lines = ",\n".join(f"    {json.dumps(one.model_dump())}" for one in inputs)
         parts.append(f"  {json.dumps(group)}: [\n{lines}\n  ]" if inputs else f"  {json.dumps(group)}: []")
     return "{\n" + ",\n".join(parts) + "\n}\n"

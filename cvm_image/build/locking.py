@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cvm_image.build.apt import Apt, Archives, fetch_packages, find_archives
+from cvm_image.build.container import lock_container
 from cvm_image.build.errors import UnusableRecipe
 from cvm_image.build.image import PROJECT, new_log
 from cvm_image.build.lock import Lock, lock_path, write_lock
+from cvm_image.build.provenance import read_source
 from cvm_image.build.recipe import load_recipe
 from cvm_image.build.store import Store
 from cvm_image.build.tools import PACKAGES
@@ -25,6 +27,12 @@ def lock_recipe(recipe_path: Path, *, store: Store, say: Callable[[str], None]) 
     """
     with store.alone(say):
         return _lock_recipe(recipe_path, store=store, say=say)
+
+
+def archive_inputs(recipe_path: Path, lock: Lock, *, store: Store, archive: Path) -> int:
+    """Keep every input of the recipe by digest in `archive`, recipe and lock included; return how many there are."""
+    source = read_source(load_recipe(recipe_path), recipe_path)
+    return store.export_inputs(lock.digests(), archive, more=source.inputs(lock))
 
 
 def _lock_recipe(recipe_path: Path, *, store: Store, say: Callable[[str], None]) -> Lock:
@@ -56,6 +64,7 @@ def _lock_recipe(recipe_path: Path, *, store: Store, say: Callable[[str], None])
         store=store,
         log=log,
     )
+    container = recipe.workload.container
     lock = Lock(
         recipe=recipe.name,
         suite=recipe.suite,
@@ -65,6 +74,7 @@ def _lock_recipe(recipe_path: Path, *, store: Store, say: Callable[[str], None])
         kernel=kernel,
         base=base,
         wheels=wheels,
+        containers=[] if container is None else [lock_container(container, recipe_path, store)],
     )
     target = lock_path(recipe_path)
     partial = target.with_suffix(".partial")

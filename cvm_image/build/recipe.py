@@ -67,12 +67,14 @@ class Workload(_Part):
     """The layer on top: folders of our own packages, hash-locked wheels, and a folder of files laid over the root.
 
     `packages` puts our own Python packages in, as a guest of the recipe's variant has them; `files` is a folder beside
-    the recipe; `wheels` are distributions pinned by the project's constraints, for the guest's Python.
+    the recipe; `wheels` are distributions pinned by the project's constraints, for the guest's Python. `container` is a
+    `docker save` archive beside the recipe, which `entry = "contained"` runs.
     """
 
     packages: bool = False
     wheels: tuple[Name, ...] = ()
     files: RootPath | None = None
+    container: RootPath | None = None
 
 
 class Network(_Part):
@@ -144,7 +146,7 @@ def load_recipe(path: Path, *, variant: str | None = None) -> Recipe:
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
         raise UnusableRecipe(f"the recipe is refused: {found}", where=str(path), do="Correct these fields.") from None
-    for globbed in (*recipe.base.remove, recipe.workload.files or "files"):
+    for globbed in (*recipe.base.remove, recipe.workload.files or "files", recipe.workload.container or "file"):
         if ".." in globbed.split("/"):
             raise UnusableRecipe(f"{globbed!r} climbs out of its folder", where=str(path), do="Use paths below it.")
     return recipe

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cvm_image.build.apt import find_archives
-from cvm_image.build.errors import NotReproduced, UnusableLock
+from cvm_image.build.errors import MissingInput, NotReproduced, UnusableLock
 from cvm_image.build.image import PARTS, Build, make_parts, new_log
 from cvm_image.build.lock import load_lock, write_lock
+from cvm_image.build.provenance import read_provenance_file, recall_recipe
 from cvm_image.build.recipe import load_recipe
 from cvm_image.build.store import Store, digest_file
 from cvm_image.verify import load_image
@@ -20,12 +21,30 @@ COMPARED = (*PARTS, "sbom.cdx.json")
 
 
 def reproduce(
-    image: Path, recipe_path: Path, *, store: Store, say: Callable[[str], None], offline: bool = False
+    image: Path, recipe_path: Path | None, *, store: Store, say: Callable[[str], None], offline: bool = False
 ) -> dict[str, str]:
     """Rebuild the image in `image` with an empty cache but for its inputs; return the digests of the equal files.
 
-    Raises UnusableLock if the image was not built from this lock, and NotReproduced with every file that differs.
+    `recipe_path` None takes recipe and lock from the store's archive, by the digests that the provenance names. Raises
+    MissingInput if they are not there, UnusableLock if the image was not built from this lock, and NotReproduced with
+    every file that differs.
     """
+    if recipe_path is not None:
+        return _reproduce(image, recipe_path, store, say, offline)
+    if store.archive is None:
+        raise MissingInput(
+            "neither the recipe nor an archive of the inputs is named",
+            where=str(image),
+            do="Use --recipe or --archive.",
+        )
+    with tempfile.TemporaryDirectory(prefix="recipe-", dir=store.root) as name:
+        recalled = recall_recipe(read_provenance_file(image), store.archive, Path(name))
+        return _reproduce(image, recalled, store, say, offline)
+
+
+def _reproduce(
+    image: Path, recipe_path: Path, store: Store, say: Callable[[str], None], offline: bool
+) -> dict[str, str]:
     manifest = load_image(image)
     recipe = load_recipe(recipe_path, variant=manifest.platform)
     lock = load_lock(recipe_path, recipe.name, recipe.suite)

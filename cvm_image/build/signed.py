@@ -8,6 +8,7 @@ from pathlib import Path
 from attestation.evidence.id_block import IdBlock, encode_id_block, key_digest, sign_id_block
 from cvm_image.build.disk import Root
 from cvm_image.build.lock import Lock, write_lock
+from cvm_image.build.provenance import PROVENANCE, RecipeSource, sign_provenance
 from cvm_image.build.recipe import Recipe
 from cvm_image.build.store import digest_file
 from cvm_image.generate import FAMILY_ID, FILES, POLICY, LaunchGrid, measure_grid
@@ -15,8 +16,10 @@ from cvm_image.manifest import MANIFEST, ImageManifest, sign_manifest
 from cvm_image.signing import SigningKeys
 
 
-def sign_image(folder: Path, recipe: Recipe, lock: Lock, root: Root, keys: SigningKeys) -> ImageManifest:
-    """Write `id-block`, `id-auth` and the manifest into the image `folder`, whose other files are there."""
+def sign_image(
+    folder: Path, recipe: Recipe, source: RecipeSource, lock: Lock, root: Root, keys: SigningKeys
+) -> ImageManifest:
+    """Write `id-block`, `id-auth`, provenance and manifest into the image `folder`, whose other files are there."""
     launch = recipe.launch
     grid = LaunchGrid(launch.vcpu_models, launch.vcpus, launch.vmms, launch.guest_features)
     names = ("firmware.fd", "kernel", "initrd", "cmdline")
@@ -29,6 +32,8 @@ def sign_image(folder: Path, recipe: Recipe, lock: Lock, root: Root, keys: Signi
     ]
     (folder / "id-block").write_bytes(b"".join(blocks))
     (folder / "id-auth").write_bytes(b"".join(sign_id_block(block, keys.id_key, keys.author_key) for block in blocks))
+    files = {name: digest_file(folder / name) for name in FILES}
+    (folder / PROVENANCE).write_bytes(sign_provenance(files, recipe, source, lock, keys.builder))
     manifest = ImageManifest(
         name=recipe.name,
         platform=recipe.variant,
@@ -42,9 +47,9 @@ def sign_image(folder: Path, recipe: Recipe, lock: Lock, root: Root, keys: Signi
         id_key_digest=key_digest(keys.id_key.public_key()).hex(),
         author_key_digest=None if keys.author_key is None else key_digest(keys.author_key.public_key()).hex(),
         measurements=measurements,
-        files={name: digest_file(folder / name) for name in FILES},
+        files=files | {PROVENANCE: digest_file(folder / PROVENANCE)},
     )
     (folder / MANIFEST).write_bytes(sign_manifest(manifest, keys.builder))
-    for name in (*FILES, MANIFEST):
+    for name in (*FILES, PROVENANCE, MANIFEST):
         (folder / name).chmod(0o644)
     return manifest

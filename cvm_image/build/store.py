@@ -19,7 +19,7 @@ from typing import Any
 
 import rfc8785
 
-from cvm_image.build.errors import UnusableHost
+from cvm_image.build.errors import MissingInput, UnusableHost
 
 WAIT_SECONDS = 1800.0
 """How long a build waits for another one in the same cache."""
@@ -81,17 +81,26 @@ class Store:
         path.unlink()
         return False
 
-    def export_inputs(self, digests: Iterable[str], archive: Path) -> int:
-        """Copy those inputs into the folder `archive`, by digest, and return how many it then has of them."""
+    def export_inputs(self, digests: Iterable[str], archive: Path, *, more: Mapping[str, bytes]) -> int:
+        """Copy those inputs into the folder `archive`, by digest, and return how many it then has of them.
+
+        `more` are inputs that are no files of the store (digest → bytes): the recipe itself, and what lies beside it.
+        Raises MissingInput for one that is not here, or was damaged.
+        """
         archive.mkdir(parents=True, exist_ok=True)
-        count = 0
-        for sha256 in sorted(set(digests)):
-            if not (archive / sha256).is_file():
+        wanted = sorted(set(digests))
+        for sha256 in wanted:
+            if not self.holds(sha256):
+                raise MissingInput("an input is not in the cache", where=str(self.input(sha256)), do="Lock once more.")
+            if not (archive / sha256).is_file() or digest_file(archive / sha256) != sha256:
                 partial = archive / f"{sha256}.partial"
                 shutil.copyfile(self.input(sha256), partial)
                 partial.rename(archive / sha256)
-            count += 1
-        return count
+        for sha256, data in more.items():
+            partial = archive / f"{sha256}.partial"
+            partial.write_bytes(data)
+            partial.rename(archive / sha256)
+        return len(set(wanted) | set(more))
 
     def made(self, key: str) -> Path | None:
         """The file or tree that was made under this key, or None."""

@@ -52,8 +52,10 @@ def collect(recipe: Recipe, recipe_path: Path) -> dict[str, File]:
             files[f"{OURS}/{name}"] = File(data)
         files[PATH_FILE] = File(f"/{WHEELS}\n".encode())
         _take_guest(recipe, files)
+    if recipe.workload.container is not None:
+        files[f"{OURS}/contained.py"] = File((Path(__file__).parent / "contained.py").read_bytes())
     if recipe.workload.files is not None:
-        _take(recipe_path.parent / recipe.workload.files, files)
+        files |= recipe_files(recipe_path.parent / recipe.workload.files)
     return files
 
 
@@ -66,7 +68,9 @@ def _take_guest(recipe: Recipe, files: dict[str, File]) -> None:
     files[INIT] = File((Path(__file__).parent / "guest" / "init").read_bytes(), executable=True)
 
 
-def _take(folder: Path, files: dict[str, File]) -> None:
+def recipe_files(folder: Path) -> dict[str, File]:
+    """The files below a recipe's folder of files. Raises UnusableRecipe if it is not there or holds anything else."""
+    files: dict[str, File] = {}
     if not folder.is_dir():
         raise UnusableRecipe("the recipe names a folder that is not there", where=str(folder), do="Correct the recipe.")
     for path in sorted(folder.rglob("*")):
@@ -77,6 +81,7 @@ def _take(folder: Path, files: dict[str, File]) -> None:
             raise UnusableRecipe("a source is no plain file", where=str(path), do="Only files and folders go in.")
         if path.is_file():
             files[inside] = File(path.read_bytes(), executable=bool(path.stat().st_mode & 0o100))
+    return files
 
 
 def unpack_wheels(wheels: Sequence[LockedWheel], store: Store) -> dict[str, File]:

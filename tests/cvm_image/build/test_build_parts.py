@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from pathlib import Path
 
@@ -128,7 +129,10 @@ def test_a_damaged_input_is_not_used(tmp_path: Path) -> None:
     assert not store.holds(digest)
     store.input(digest).write_bytes(b"right")
     assert store.holds(digest)
-    assert store.export_inputs([digest], tmp_path / "kept") == 1
+    more = {hashlib.sha256(b"recipe").hexdigest(): b"recipe"}
+    assert store.export_inputs([digest], tmp_path / "kept", more=more) == 2
+    with pytest.raises(MissingInput):
+        store.export_inputs(["0" * 64], tmp_path / "kept", more={})
     assert Store(tmp_path / "third", archive=tmp_path / "kept").holds(digest)
 
 

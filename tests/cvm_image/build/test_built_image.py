@@ -14,17 +14,21 @@ from building import build_or_skip, copy_recipe, say
 
 from attestation.evidence.launch import measure_launch
 from cvm_image.build.disk import SECTOR, read_argument
-from cvm_image.build.errors import BootFailed, NotReproduced, UnusableLock
+from cvm_image.build.errors import BootFailed, MissingInput, NotReproduced, UnusableLock
 from cvm_image.build.image import build_image
 from cvm_image.build.inspection import inspect_image
 from cvm_image.build.launching import booted, find_tools
-from cvm_image.build.lock import lock_path
-from cvm_image.build.reproduction import reproduce
+from cvm_image.build.lock import load_lock, lock_path
+from cvm_image.build.locking import archive_inputs
+from cvm_image.build.provenance import PROVENANCE, verify_provenance
+from cvm_image.build.reproduction import COMPARED, reproduce
 from cvm_image.build.store import Store, default_cache
 from cvm_image.build.tools import Tools
+from cvm_image.errors import ImageRefused
 from cvm_image.manifest import MANIFEST, verify_manifest
 from cvm_image.qemu import Guest
 from cvm_image.signing import SigningKeys, create_signing_keys
+from cvm_image.verify import file_digest, load_image, verify_image
 
 pytestmark = pytest.mark.long
 
@@ -156,6 +160,51 @@ def test_an_auditor_rebuilds_the_image_and_sees_a_change_of_the_lock(image: Path
     lock.write_text(lock.read_text().replace('"epoch": 1', '"epoch": 2', 1))
     with pytest.raises(UnusableLock, match="another lock"):
         reproduce(image, other, store=store, say=say, offline=True)
+
+
+def test_an_archive_alone_reproduces_the_image_when_recipe_cache_and_mirrors_are_gone(
+    image: Path, recipe: Path, tmp_path: Path
+) -> None:
+    lock = load_lock(recipe, "minimal", "trixie")
+    archive = tmp_path / "archive"
+    kept = archive_inputs(recipe, lock, store=Store(default_cache()), archive=archive)
+    assert kept == len(set(lock.digests())) + 3  # recipe, lock and the one file of the recipe
+    assert {file_digest(path) for path in archive.iterdir()} == {path.name for path in archive.iterdir()}
+    empty = Store(tmp_path / "cache", archive=archive)
+    assert reproduce(image, None, store=empty, say=say, offline=True).keys() == set(COMPARED)
+    (archive / lock.base[0].sha256).write_bytes(b"damaged")
+    with pytest.raises(MissingInput, match="not in the cache"):
+        reproduce(image, None, store=Store(tmp_path / "other", archive=archive), say=say, offline=True)
+    (archive / load_image(image).lock_sha256).unlink()
+    with pytest.raises(MissingInput, match="has not the lock"):
+        reproduce(image, None, store=Store(tmp_path / "third", archive=archive), say=say, offline=True)
+    with pytest.raises(MissingInput, match="neither the recipe nor an archive"):
+        reproduce(image, None, store=Store(tmp_path / "third"), say=say, offline=True)
+
+
+def test_offline_a_missing_input_is_named_and_nothing_is_left(recipe: Path, keys: SigningKeys, tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match="packages are not in the cache"):
+        build_image(recipe, tmp_path / "out", store=Store(tmp_path / "cache"), keys=keys, say=say, offline=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_the_provenance_names_every_input_and_is_checked_with_the_image(
+    image: Path, recipe: Path, keys: SigningKeys, tmp_path: Path
+) -> None:
+    lock = load_lock(recipe, "minimal", "trixie")
+    others = {name: digest for name, digest in load_image(image).files.items() if name != PROVENANCE}
+    raw = (image / PROVENANCE).read_bytes()
+    definition = verify_provenance(raw, others, keys.builder.public_key())["buildDefinition"]
+    assert definition["externalParameters"] == {"recipe": "minimal", "variant": "virtual"}
+    named = {one["digest"]["sha256"] for one in definition["resolvedDependencies"]}
+    assert set(lock.digests()) < named
+    assert {file_digest(recipe), file_digest(lock_path(recipe))} < named
+    assert verify_image(image, keys.builder.public_key()).files[PROVENANCE] == file_digest(image / PROVENANCE)
+    with pytest.raises(ImageRefused, match="other files"):
+        verify_provenance(raw, others | {"kernel": "0" * 64}, keys.builder.public_key())
+    stranger = create_signing_keys(tmp_path / "stranger").builder.public_key()
+    with pytest.raises(ImageRefused, match="not signed"):
+        verify_provenance(raw, others, stranger)
 
 
 def test_inspection_names_what_is_open_in_an_image_that_has_a_shell(image: Path, tools: Tools) -> None:
