@@ -68,3 +68,39 @@ def seal(
         print_json({"file": str(out), "bytes": out.stat().st_size, "entries": sorted(entries)})
     else:
         sys.stderr.write(f"Sealed {', '.join(sorted(entries))} into {out}.\n")
+
+
+@app.command(epilog="Example: seal site exports audit/ --trust root.json --site borealis-site")
+def exports(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An audit bundle (`seal audit export`), or several.")],
+    trust: Annotated[Path, typer.Option("--trust", metavar="ROOT", help="The charter's first root, 1.root.json.")],
+    site: Annotated[str | None, typer.Option("--site", help="This site's alone.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what left sites, when, to whom, and what of their owners' budgets it took; the audit is verified first."""
+    from appliance.exports_shown import exports_of
+    from policies.budgets import described
+
+    try:
+        root = trust.read_bytes()
+    except OSError as error:
+        raise Unusable(f"cannot be read: {error.strerror}", where=str(trust), do="Name the charter's root.") from error
+    if not folder.is_dir():
+        raise Unusable("there is no such folder", where=str(folder), do="Make one: seal audit export BROKER DIR.")
+    shown = exports_of(folder, root, site)
+    if as_json:
+        print_json({"exports": [one.to_json() for one in shown]})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("time", "site", "job", "round", "to", "amount", "spent so far", box=None, pad_edge=False)
+    for one in shown:
+        spent = f"refused: {'; '.join(one.reasons)}" if one.spent is None else described(one.spent)
+        export, amount = one.export, described(one.export.amount)
+        when = one.time.strftime("%Y-%m-%dT%H:%M:%SZ")
+        table.add_row(when, one.site, export.job, str(export.round + 1), export.recipient, amount, spent)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from appliance.cli import main
+from appliance.exports_shown import exports_of
 from attestation.broker.storage import read_database
 from attestation.errors import BrokerRefused, BrokerUnavailable
 from attestation.evidence.report import Product
@@ -97,7 +99,9 @@ def spend(guest: Any, *amounts: int, **more: Any) -> list[str]:
     return found
 
 
-def test_a_budget_binds_over_jobs_restarts_and_clones(two: Two, tmp_path: Path) -> None:
+def test_a_budget_binds_over_jobs_restarts_and_clones(
+    two: Two, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     two.allow(own=Allowance(bits=100))
     two.up("one", "two")
     assert keeper(two.world.charter().consortium, NORTH) == "two"
@@ -121,6 +125,17 @@ def test_a_budget_binds_over_jobs_restarts_and_clones(two: Two, tmp_path: Path) 
     read_database(two.database("two"), lambda step: export_bundle(step, tmp_path / "audit"))
     report = verify_audit(tmp_path / "audit", two.world.root)
     assert report.problems == ()
+    shown = exports_of(tmp_path / "audit", two.world.root)
+    assert [(one.export.amount.bits, one.spent and one.spent.bits) for one in shown] == [
+        (40, 40), (40, 80), (30, None), (30, None), (20, 100), (1, None), (0, 100), (1, None)
+    ]  # fmt: skip
+    assert {(one.site, one.owner, one.export.recipient) for one in shown} == {("north", NORTH, "server/hub")}
+    assert exports_of(tmp_path / "audit", two.world.root, "south") == []
+    (tmp_path / "root.json").write_bytes(two.world.root)
+    with pytest.raises(SystemExit) as ended:
+        main(["site", "exports", str(tmp_path / "audit"), "--trust", str(tmp_path / "root.json")])
+    assert ended.value.code == 0
+    assert "refused: " + spent in capsys.readouterr().out
     outcomes = [decision.outcome for decision in report.decisions if decision.what == EXPORT_KIND]
     assert outcomes.count("debited") == 4
     assert sum(outcome.startswith("refused: ") for outcome in outcomes) == 4
