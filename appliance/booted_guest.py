@@ -13,7 +13,7 @@ from attestation.virtual.launch import KERNEL_HEADER
 from attestation.virtual.platform import Machine, Program, run_program
 from cvm_image.build.launching import boot_command
 from cvm_image.build.tools import Tools
-from cvm_image.qemu import Forward
+from cvm_image.qemu import VAULT, Forward
 from cvm_image.qemu import Machine as Board
 
 DEFAULT_MEMORY_MIB = 3072
@@ -39,7 +39,8 @@ def run_booted_guest(
 ) -> int:
     """Boot the image of `machine` under QEMU in the folder `run`, serve its port, and return QEMU's exit status.
 
-    The guest's serial console is this process's standard output. `disks` are shown to the guest by serial, read-only.
+    The guest's serial console is this process's standard output. `disks` are shown to the guest by serial, read-only
+    but for the one that is its sealed volume (VAULT).
     `restricted` closes QEMU's network but for the `forwards`, each a port of the host's loopback that leads in.
     """
 
@@ -68,7 +69,7 @@ def run_booted_guest(
                 network=network,
                 restricted=restricted,
                 forwards=forwards,
-                readonly=frozenset(named),
+                readonly=frozenset(named) - {VAULT},
             ),
             files={name: image / name for name in ("rootfs.erofs", "rootfs.verity")},
             disks=named,

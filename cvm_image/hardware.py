@@ -19,7 +19,7 @@ from cvm_image.build.guest.disks import write_init_data
 from cvm_image.errors import UnusableImage
 from cvm_image.files import read_file
 from cvm_image.manifest import ImageManifest
-from cvm_image.qemu import Forward, HardwareLaunch, Machine, hardware_command
+from cvm_image.qemu import VAULT, Forward, HardwareLaunch, Machine, hardware_command
 from cvm_image.verify import load_image
 
 INIT_DATA_DISK = "initdata"
@@ -80,7 +80,7 @@ def plan_hardware(
         memory_mib=shape.memory_mib,
         vcpus=shape.vcpus,
         disks={INIT_DATA_DISK: disk, **{name: path.absolute() for name, path in (disks or {}).items()}},
-        readonly=frozenset({INIT_DATA_DISK}),
+        readonly=frozenset({INIT_DATA_DISK, *(disks or {})}) - {VAULT},
         network="user",
         restricted=False,
         forwards=shape.forwards,

@@ -44,7 +44,9 @@ def guest_packages(platform: Platform) -> tuple[SourceTree, ...]:
         SourceTree(_PROJECT / "policies"),
         SourceTree(_PROJECT / "attestation", leave_out=left_out),
         SourceTree(_PROJECT / "fl"),
-        SourceTree(_PROJECT / "appliance", only=("__init__.py", "node.py")),
+        SourceTree(
+            _PROJECT / "appliance", only=("__init__.py", "luks_header.py", "node.py", "sealed_volume.py", "vault.py")
+        ),
     )
 
 

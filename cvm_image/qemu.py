@@ -30,6 +30,8 @@ PORT_NAME = "sealwright.port"
 """The virtio-serial port by which a guest reaches the virtual platform's processor."""
 EMULATED_CPU = "max,-avx,-avx2,-fma,-f16c"
 """Everything TCG can do but the vector units that it emulates slowly."""
+VAULT = "vault"
+"""Serial of the one disk that a guest writes to: its sealed volume."""
 GRACE_SECONDS = 5.0
 
 

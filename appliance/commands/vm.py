@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from appliance.commands.vm_boot import add_verbs
+from appliance.commands import vm_boot, vm_vault
 from appliance.output import print_json
 from attestation.evidence.report import Product
 
@@ -209,4 +209,5 @@ def _number(text: str, option: str) -> int:
         raise Unusable(f"{text!r} is no number", where=option, do="Write it like 0x30000.") from None
 
 
-add_verbs(app)
+vm_boot.add_verbs(app)
+vm_vault.add_verbs(app)

@@ -30,7 +30,8 @@ def boot(
         Path | None, typer.Option(metavar="DIR", help="Where the guest runs (default: beside the chip, `<chip>.run`).")
     ] = None,
     disk: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="A file that the guest is shown as a read-only disk.")
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A file that is a disk of the guest: read-only but for `vault`."),
     ] = None,
     forward: Annotated[
         list[str] | None,

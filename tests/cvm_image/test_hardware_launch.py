@@ -76,7 +76,7 @@ def test_init_data_are_on_a_disk_of_their_own(image: Path, tmp_path: Path) -> No
     assert read_init_data(tmp_path / "run/init-data.disk") == INIT_DATA
     words = " ".join(plan.command())
     assert f"id=initdata,file={tmp_path}/run/init-data.disk,format=raw,readonly=on" in words
-    assert f"id=data,file={tmp_path}/data.bin,format=raw,readonly=off" in words
+    assert f"id=data,file={tmp_path}/data.bin,format=raw,readonly=on" in words
     assert "id=rootfs" in words
 
 
@@ -94,7 +94,7 @@ def test_libvirt_is_told_the_same(image: Path, tmp_path: Path) -> None:
     assert [disk.findtext("serial") for disk in domain.iter("disk")] == ["rootfs", "verity", "initdata", "data"]
     sources = [source.get("file") for source in domain.iterfind("devices/disk/source")]
     assert sources[3] == f"{tmp_path}/data & more"
-    assert [disk.find("readonly") is not None for disk in domain.iter("disk")] == [True, True, True, False]
+    assert [disk.find("readonly") is not None for disk in domain.iter("disk")] == [True, True, True, True]
     assert domain.find("devices/interface/portForward/range").attrib == {  # type: ignore[union-attr]  # it is there
         "start": "18443",
         "to": "8443",

@@ -1,4 +1,8 @@
-"""What a guest's role can see and do: each attempt that should fail is made, and the outcome told as one JSON line."""
+"""What a guest's role can see and do. Made by the tests, and by nobody else.
+
+With init-data of a charter it is the service of a guest that attests at real brokers (appliance.node); with others it
+makes each attempt that should fail and tells the outcome as one JSON line, or uses a sealed volume.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,30 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+import threading
+import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from attestation.attester.boot import read_boot
+from appliance import node
+from appliance.sealed_volume import KEY_SIZE, changed_blocks_refused, format_volume, open_volume
+from attestation.attester.boot import Boot, read_boot
+from policies.documents import InitData
+from policies.errors import SealwrightError
 
 
 def main(guest: Path) -> int:
-    """Tell everything, answer connections on 8443 if the init-data say so, end with 0."""
+    """Be an attested guest, or use a sealed volume, or tell everything, as the init-data say."""
     boot = read_boot(guest)
+    wishes = tomllib.loads(boot.init_data.decode())
+    if "charter" in wishes:
+        node.SERVICES["server"] = serve
+        return node.main(guest)
+    if "volume" in wishes:
+        return use_volume(boot, wishes["volume"])
+    if "listen" in wishes:
+        return listen(wishes["listen"])
     nonce = hashlib.sha512(boot.init_data).digest()
     evidence = boot.attester().evidence(nonce)
     told = {
@@ -35,6 +54,73 @@ def main(guest: Path) -> int:
         "new_privileges": next(line.split()[1] for line in status() if line.startswith("NoNewPrivs")),
     }
     sys.stdout.write(json.dumps({"probe": told}) + "\n")
+    sys.stdout.flush()
+    return 0
+
+
+def serve(init: InitData, boot: Boot, lease: node.Lease, keys: Mapping[str, bytes], stop: threading.Event) -> None:
+    """The service: tell digests of the keys, keep a record in the vault, then do as the host's disk `wish` says."""
+    wish = boot.disks["wish"].read_bytes().strip(b"\0").decode().split()
+    told: dict[str, Any] = {"keys": {purpose: hashlib.sha256(key).hexdigest() for purpose, key in keys.items()}}
+    if lease.vault is not None:
+        record = lease.vault.folder / "record"
+        if not record.exists():
+            record.write_bytes(b"Jane Roe, born 1970-01-01\n" * 200_000)
+        told["record"] = hashlib.sha256(record.read_bytes()).hexdigest()
+    node.say("probe", **told)
+    if "late" in wish:
+        node.say("late", digest=hashlib.sha256(Path("/usr/lib/sealwright/late").read_bytes()).hexdigest())
+    if "stay" in wish:
+        stop.wait()
+    if "hang" in wish:
+        threading.Event().wait()
+
+
+def listen(ports: list[int]) -> int:
+    """Answer on these ports, as a role might that was taken over, until one connection says so."""
+    ended = threading.Event()
+
+    def answer(port: int) -> None:
+        with socket.create_server(("0.0.0.0", port)) as server:  # noqa: S104 - every way in is tried
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.settimeout(5)
+                    connection.sendall(b"port %d answers" % port)
+                    if connection.recv(3) == b"end":
+                        ended.set()
+
+    for port in ports:
+        threading.Thread(target=answer, args=(port,), daemon=True).start()
+    sys.stdout.write(json.dumps({"listening": listening()}) + "\n")
+    sys.stdout.flush()
+    ended.wait(120)
+    return 0
+
+
+def use_volume(boot: Boot, wanted: dict[str, Any]) -> int:
+    """Format, open and use the sealed volume under the key that stands in this test's init-data, and tell how it went.
+
+    What is written is random but for a mark, so that whoever searches the disk cannot find it compressed away.
+    """
+    disk, key = boot.disks["vault"], str(wanted["key"]).encode().ljust(KEY_SIZE)
+    told: dict[str, Any] = {}
+    try:
+        if wanted["do"] == "make":
+            format_volume(disk, key)
+        volume = open_volume(disk, key)
+        try:
+            record = volume.folder / "record"
+            if wanted["do"] == "make":
+                record.write_bytes((str(wanted["mark"]).encode() + b"\n") * 200_000)
+            with changed_blocks_refused():
+                told["read"] = hashlib.sha256(record.read_bytes()).hexdigest()
+        finally:
+            volume.close()
+        told["closed"] = not Path("/dev/mapper/vault").exists()
+    except SealwrightError as error:
+        told["refused"] = error.what
+    sys.stdout.write(json.dumps({"volume": told}) + "\n")
     sys.stdout.flush()
     return 0
 
