@@ -58,6 +58,7 @@ class Call:
         self.proof: str | None = request.headers.get(PROOF_HEADER)
         self.digest = request_digest(body, self.proof)
         self.nonce = ""
+        self._proved: dict[bytes, int] = {}
 
     @property
     def session(self) -> str:
@@ -76,7 +77,12 @@ class Call:
         return use(session, "v1", at, counter=counter)
 
     def check(self, key: bytes) -> int:
-        """Check the proof against a signing key (SPKI DER) and return its counter. Raises Refused or Unusable."""
+        """Check the proof against a signing key (SPKI DER) and return its counter. Raises Refused or Unusable.
+
+        Once for each key: the call does not change between the moments at which it is asked for.
+        """
+        if key in self._proved:
+            return self._proved[key]
         if self.proof is None:
             raise Unusable(f"the call has no {PROOF_HEADER} header", where=self.request.path, do="Prove your key.")
         call = check_proof(
@@ -87,6 +93,7 @@ class Call:
             path=self.request.path,
             body=self.body,
         )
+        self._proved[key] = call.counter
         return call.counter
 
     def done(self, result: dict[str, Any]) -> web.Response:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -41,6 +42,9 @@ from policies.errors import SealwrightError, Unusable
 from policies.keys import load_private_key
 
 OPEN_FILES: Final = 65_536
+SWITCH_SECONDS: Final = 0.0005
+"""How long a thread may keep others from running Python: decisions over one resource follow one another, beside the
+event loop, and each would wait the usual 5 ms for it several times over."""
 UPKEEP_SECONDS: Final = 30.0
 WAIT_SECONDS: Final = 1.0
 """How often a broker that has no charter yet asks the others to sign its timestamp."""
@@ -255,6 +259,7 @@ def run_broker(path: Path) -> None:
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     os.umask(0o077)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with sole_broker(config.state(path.parent)):
         uvloop.run(_run(path, config))
 

@@ -300,7 +300,7 @@ class Broker:
         """
         at = self.clock()
         charter = (await self.charter(at)).charter
-        session = await self.storage.look(lambda step: step.session(identifier))
+        session = await self.storage.session(identifier)
         if session is None or session.protocol != protocol:
             raise SessionRefused(("there is no such session",))
         bound = bind(session, charter)
@@ -546,7 +546,7 @@ class Broker:
         self, identifier: str, protocol: Protocol, what: str, authorise: Authorise, charter: Charter, at: datetime
     ) -> Session:
         """The session of a call that it allows; a call that it does not is written down."""
-        session = await self.storage.look(lambda step: step.session(identifier))
+        session = await self.storage.session(identifier)
         try:
             return authorise(session)
         except SealwrightError as error:

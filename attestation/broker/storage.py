@@ -30,7 +30,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from attestation.broker.cosigning import Cosigner
 from attestation.broker.database import BUSY_SECONDS, Database, open_database, reading, words, writing
 from attestation.broker.schema import check_schema, make_schema
-from attestation.broker.transaction import Head, NodeCache
+from attestation.broker.sessions import Session
+from attestation.broker.transaction import Head, Memory
 from attestation.broker.transaction import StoredResource as StoredResource
 from attestation.broker.transaction import Transaction as Transaction
 from attestation.errors import BrokerUnavailable, LedgerRefused
@@ -73,7 +74,7 @@ class Storage:
         self._keys = {key_name(key.public_key()): key for key in keys}
         self._first = next(iter(self._keys))
         self._seen = size
-        self._nodes = NodeCache()
+        self._memory = Memory(sole=not database.shared)
         self._connection: sa.Connection | None = None
         self._steps: queue.Queue[_Step[Any] | None] = queue.Queue(QUEUE)
         self.cosigner = Cosigner(self.read, self._publish)
@@ -104,11 +105,16 @@ class Storage:
     def read(self, work: Callable[[Transaction], T]) -> T:
         """Run `work`, which only reads, on the calling thread. Raises BrokerUnavailable."""
         with reading(self.database) as connection:
-            return work(Transaction(connection, self._nodes))
+            return work(Transaction(connection, self._memory))
 
     async def look(self, work: Callable[[Transaction], T]) -> T:
         """Like `read`, for the event loop: a database on a network must not hold it up."""
         return await asyncio.to_thread(self.read, work) if self.database.shared else self.read(work)
+
+    async def session(self, identifier: str) -> Session | None:
+        """A session as it was committed last, or None. Raises BrokerUnavailable."""
+        remembered = self._memory.sessions.get(identifier)
+        return remembered or await self.look(lambda step: step.session(identifier))
 
     def add_key(self, key: Ed25519PrivateKey) -> None:
         """Have a further signing key at hand, for when a step puts it in force (Transaction.set_signing_key)."""
@@ -160,7 +166,7 @@ class Storage:
         try:
             self.database.check()
             connection = self._writing()
-            transaction = Transaction(connection, self._nodes)
+            transaction = Transaction(connection, self._memory)
             if transaction.size() < self._seen:
                 raise FileNotFoundError(f"an older one was put in its place, without entry {self._seen - 1}")
             outcomes.extend(self._run(transaction, step) for step in batch)
@@ -174,9 +180,9 @@ class Storage:
             later = [one for one in outcomes if one.appended and one.step.cosigned and self.cosigner.demanded]
             now = [one for one in outcomes if one not in later]
             receipts = [_receipts(transaction, one, head) for one in now]
-            nodes = transaction.flush()
+            written = transaction.flush()
             connection.exec_driver_sql("COMMIT")
-            self._nodes.keep(nodes)
+            self._memory.keep(written)
         except Exception as error:  # whatever it is, each waiting caller must hear that nothing was kept
             self._hang_up()
             failure = BrokerUnavailable(f"the database cannot be written: {words(error)}", where="database")

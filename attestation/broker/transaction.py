@@ -7,11 +7,12 @@ statements. Statements are built once. Resources, which change rarely, are writt
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -25,6 +26,10 @@ from policies.errors import Unusable
 
 NODES_KEPT: Final = 16_384
 """Tree nodes of the database that are kept in memory: the edge of a ledger, over and over."""
+SESSIONS_KEPT: Final = 1024
+"""Sessions that are kept in memory: a guest's three calls follow one another."""
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +51,46 @@ class Head:
     checkpoint: str
 
 
-class NodeCache:
-    """Nodes that the database has: they never change. Used from any thread."""
+class Recent(Generic[K, V]):
+    """What was committed last, by its key, in memory: at most `bound` of it. Read from any thread, kept from any."""
 
-    def __init__(self, bound: int = NODES_KEPT) -> None:
+    def __init__(self, bound: int) -> None:
         self._bound = bound
-        self._nodes: dict[tuple[int, int], bytes] = {}
+        self._kept: dict[K, V] = {}
+        self._lock = threading.Lock()
 
-    def get(self, place: tuple[int, int]) -> bytes | None:
-        """A node, if it is kept."""
-        return self._nodes.get(place)
+    def get(self, key: K) -> V | None:
+        """What is kept under a key, if it still is."""
+        return self._kept.get(key)
 
-    def keep(self, nodes: Mapping[tuple[int, int], bytes]) -> None:
-        """Keep nodes that are committed; the oldest are let go."""
-        self._nodes.update(nodes)
-        while len(self._nodes) > self._bound:
-            self._nodes.pop(next(iter(self._nodes), (0, 0)), None)
+    def keep(self, values: Mapping[K, V]) -> None:
+        """Keep what is committed; what was kept first is let go."""
+        with self._lock:
+            for key in values:
+                self._kept.pop(key, None)
+            self._kept.update(values)
+            while len(self._kept) > self._bound:
+                del self._kept[next(iter(self._kept))]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one process remembers of its database: tree nodes, which never change, and, unless other processes write to
+    the database too (`sole`), the sessions that it wrote last."""
+
+    sole: bool = False
+    nodes: Recent[tuple[int, int], bytes] = field(default_factory=lambda: Recent(NODES_KEPT))
+    sessions: Recent[str, Session] = field(default_factory=lambda: Recent(SESSIONS_KEPT))
+
+    def keep(self, written: Written) -> None:
+        """Remember what is committed."""
+        self.nodes.keep(written.nodes)
+        if self.sole:
+            self.sessions.keep({name: session for name, (session, _) in written.sessions.items()})
 
 
 @dataclass(slots=True)
-class _Written:
+class Written:
     """What was written and is not in the database yet."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -75,7 +100,7 @@ class _Written:
     """Each as it is and as it is kept: what cannot be written is found out in the step that wants it."""
     meta: dict[str, str | None] = field(default_factory=dict)
 
-    def take(self, later: _Written) -> None:
+    def take(self, later: Written) -> None:
         """Put what was written later on top."""
         self.entries += later.entries
         self.nodes.update(later.nodes)
@@ -136,12 +161,12 @@ _WIDTHS: Final = {"resource": 255, "guest": 255, "boot": 64}
 class Transaction:
     """What one step may read and write. Valid only inside `Storage.transact` or `Storage.read`."""
 
-    def __init__(self, connection: sa.Connection, nodes: NodeCache | None = None) -> None:
+    def __init__(self, connection: sa.Connection, memory: Memory | None = None) -> None:
         self._connection = connection
-        self._cache = nodes or NodeCache()
+        self._memory = memory or Memory()
         self._stored: dict[str, str] | None = None
-        self._batch = _Written()
-        self._step = _Written()
+        self._batch = Written()
+        self._step = Written()
         self._saved = False
         self.appended: list[int] = []
 
@@ -154,24 +179,24 @@ class Transaction:
     def keep(self) -> None:
         """Keep what the step wrote."""
         self._batch.take(self._step)
-        self._step = _Written()
+        self._step = Written()
         if self._saved:
             self._connection.exec_driver_sql("RELEASE SAVEPOINT step")
             self._saved = False
 
     def undo(self) -> None:
         """Forget what the step wrote."""
-        self._step = _Written()
+        self._step = Written()
         self.appended = []
         if self._saved:
             self._connection.exec_driver_sql("ROLLBACK TO SAVEPOINT step")
             self._connection.exec_driver_sql("RELEASE SAVEPOINT step")
             self._saved = False
 
-    def flush(self) -> dict[tuple[int, int], bytes]:
-        """Write everything to the database; return the new nodes, which may be kept in memory once it is committed."""
+    def flush(self) -> Written:
+        """Write everything to the database; return it, so that it may be remembered once it is committed."""
         self.keep()
-        written, self._batch = self._batch, _Written()
+        written, self._batch = self._batch, Written()
         run, kind = self._connection.execute, self._connection.dialect.name
         if written.blobs:
             rows = [{"sha256": digest, "content": content} for digest, content in sorted(written.blobs.items())]
@@ -196,7 +221,7 @@ class Transaction:
         if gone:
             run(_DROP_META, gone)
         self._stored = None
-        return written.nodes
+        return written
 
     def _direct(self) -> sa.Connection:
         """The connection, for a write that the step does at once."""
@@ -215,11 +240,11 @@ class Transaction:
     def node(self, level: int, position: int) -> bytes:
         """A tree node: the `Nodes` reader of attestation.ledger.tree."""
         place = level, position
-        found = self._step.nodes.get(place) or self._batch.nodes.get(place) or self._cache.get(place)
+        found = self._step.nodes.get(place) or self._batch.nodes.get(place) or self._memory.nodes.get(place)
         if found is None:
             raw = self._connection.execute(_NODE, {"b_level": level, "b_position": position}).scalar_one()
             found = bytes(raw)
-            self._cache.keep({place: found})
+            self._memory.nodes.keep({place: found})
         return found
 
     def append(
@@ -327,6 +352,8 @@ class Transaction:
         found = self._step.sessions.get(identifier) or self._batch.sessions.get(identifier)
         if found is not None:
             return found[0]
+        if (remembered := self._memory.sessions.get(identifier)) is not None:
+            return remembered
         state = self._connection.execute(_SESSION, {"b_id": identifier}).scalar()
         return None if state is None else Session.model_validate_json(state)
 

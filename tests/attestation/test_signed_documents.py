@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+from http import HTTPStatus
 
 import pytest
+import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joserfc import jws
+from joserfc.jwk import OKPKey
 
 from attestation.binding import PURPOSES, kbs_report_data, report_data
 from attestation.canonical import canonical_bytes, read_canonical, unb64, unb64url
@@ -33,6 +37,41 @@ json_values = st.recursive(
 def test_canonical_documents_and_tokens_read_back(value: dict[str, object]) -> None:
     assert read_canonical(canonical_bytes(value), where="t", limit=100_000) == value
     assert read_jws(sign_jws(value, KEY, kid="a", typ="t"), KEY.public_key(), typ="t") == value
+
+
+numbers = st.integers(-(2**54), 2**54) | st.floats() | st.sampled_from([2**53, 2**53 - 1, -(2**53), -0.0, 1e21])
+odd_names = st.sampled_from(["\uffff", "\U00010000", "\ud800", "\x7f", "\u2028", "é", "", "a"])
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | numbers | st.text(max_size=6) | st.sampled_from([1, "a", HTTPStatus.OK]),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.tuples(inner, inner)
+            | st.dictionaries(odd_names | st.text(max_size=3), inner, max_size=4)
+            | st.dictionaries(st.integers(0, 3) | st.none() | st.booleans(), inner, max_size=2)
+        ),
+        max_leaves=12,
+    )
+)
+@settings(max_examples=300)
+def test_the_canonical_form_is_that_of_the_reference_whatever_the_value(value: object) -> None:
+    try:
+        expected = rfc8785.dumps(value)  # type: ignore[arg-type]
+    except (rfc8785.CanonicalizationError, UnicodeError):
+        with pytest.raises(Unusable):
+            canonical_bytes(value)
+    else:
+        assert canonical_bytes(value) == expected
+
+
+def test_another_library_reads_a_token_and_its_tokens_are_read() -> None:
+    other, header = OKPKey.import_key(KEY), {"alg": "Ed25519", "kid": "b", "typ": "t"}
+    read = jws.deserialize_compact(sign_jws({"a": [1, "é"]}, KEY, kid="b", typ="t"), other, algorithms=["Ed25519"])
+    assert (read.headers(), read.payload) == (header, '{"a":[1,"é"]}'.encode())
+    theirs = jws.serialize_compact(header, b'{"a":1}', other, algorithms=["Ed25519"])
+    assert read_jws(theirs, KEY.public_key(), typ="t") == {"a": 1}
 
 
 @pytest.mark.parametrize(
