@@ -24,7 +24,8 @@ MAX_SBOM = 64 << 20
 class Change:
     """One difference. `before` or `after` is None if the thing is on one side only.
 
-    `kind` is one of `setting`, `file`, `measured file`, `archive`, `component`, `measurement`.
+    `kind` is one of `setting`, `file`, `measured file`, `archive`, `component`, `measurement`, and inside built images
+    (`cvm_image.build.contents`) `word`, `initrd file`, `root file`.
     """
 
     kind: str
@@ -40,17 +41,18 @@ def diff_images(one: Path, other: Path) -> tuple[Change, ...]:
     image.
     """
     before, after = load_image(one), load_image(other)
-    changes = _compare("setting", _settings(before), _settings(after))
-    for change in _compare("file", _digests(one, before), _digests(other, after)):
+    changes = compare("setting", _settings(before), _settings(after))
+    for change in compare("file", _digests(one, before), _digests(other, after)):
         kind = "measured file" if change.name in MEASURED else "file"
         changes.append(Change(kind, change.name, change.before, change.after))
-    changes += _compare("archive", _archive(one / "initrd"), _archive(other / "initrd"))
-    changes += _compare("component", _components(one / "sbom.cdx.json"), _components(other / "sbom.cdx.json"))
-    changes += _compare("measurement", _measurements(before), _measurements(after))
+    changes += compare("archive", _archive(one / "initrd"), _archive(other / "initrd"))
+    changes += compare("component", _components(one / "sbom.cdx.json"), _components(other / "sbom.cdx.json"))
+    changes += compare("measurement", _measurements(before), _measurements(after))
     return tuple(changes)
 
 
-def _compare(kind: str, before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
+def compare(kind: str, before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
+    """Return what differs between two sets of named values, by name."""
     return [
         Change(kind, name, before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())
@@ -88,8 +90,14 @@ def _components(path: Path) -> dict[str, str]:
         raw = path.read_bytes()
         document: Any = json.loads(raw) if len(raw) <= MAX_SBOM else {}
         return {
-            f"{part['type']} {part['name']}": str(part.get("version") or part["hashes"][0]["content"])
+            f"{part['type']} {_place(part)}{part['name']}": str(part.get("version") or part["hashes"][0]["content"])
             for part in document["components"]
         }
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return {}
+
+
+def _place(part: dict[str, Any]) -> str:
+    """Where in the image a component is, if that is said: one package may be in root and initrd."""
+    named = {one["name"]: one["value"] for one in part.get("properties", ())}
+    return f"{named['sealwright:place']}/" if "sealwright:place" in named else ""

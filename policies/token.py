@@ -1,4 +1,4 @@
-"""Ed25519 keys in a PKCS#11 token: the key that decides for a member need not be a file.
+"""Keys in a PKCS#11 token: the key that decides for a member, or signs an image, need not be a file.
 
 A key is named by a PKCS#11 URI (RFC 7512), `pkcs11:token=acme;object=member?module-path=/usr/lib/libsofthsm2.so`.
 The PIN stands in a file of mode 0600, never on a command line. The extra `hsm` brings python-pkcs11; SoftHSM 2.6 is
@@ -13,16 +13,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from policies.errors import UnusableKey
 from policies.keys import public_pem, read_secret
 
 _ED25519_PARAMETERS: Final = bytes.fromhex("06032b6570")
 """The object identifier 1.3.101.112 (RFC 8410), DER: CKA_EC_PARAMS."""
+_P384_PARAMETERS: Final = bytes.fromhex("06052b81040022")
+"""The object identifier 1.3.132.0.34 (secp384r1), DER."""
+_P384_POINT: Final = 97
 _PATH_ATTRIBUTES: Final = {"token", "object"}
 _QUERY_ATTRIBUTES: Final = {"module-path"}
 
@@ -52,6 +58,11 @@ def parse_token_uri(uri: str) -> TokenAddress:
     return TokenAddress(parts["token"], parts["object"], parts["module-path"])
 
 
+def token_uri(address: TokenAddress) -> str:
+    """Return the PKCS#11 URI of a key."""
+    return f"pkcs11:token={quote(address.token)};object={quote(address.key)}?module-path={quote(address.module)}"
+
+
 @dataclass(frozen=True, slots=True)
 class TokenKey:
     """A private key in a token; a `SigningKey` for proposals. Each signature opens a session of its own."""
@@ -74,10 +85,69 @@ class TokenKey:
         try:
             self.public.verify(signature, data)
         except InvalidSignature as error:
-            raise UnusableKey(
-                "the token's signature does not fit its public key", where=self.address.key, do="Check the token."
-            ) from error
+            raise _unfit(self.address) from error
         return signature
+
+    def public_key(self) -> Ed25519PublicKey:
+        """Return the public half."""
+        return self.public
+
+
+@dataclass(frozen=True, slots=True)
+class TokenP384:
+    """A P-384 private key in a token, used like an `EllipticCurvePrivateKey`."""
+
+    address: TokenAddress
+    public: ec.EllipticCurvePublicKey
+    pin_file: Path
+
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        """Return the public half."""
+        return self.public
+
+    def sign(self, data: bytes, signature_algorithm: ec.ECDSA) -> bytes:
+        """Return the ECDSA signature over `data` in DER, with the token's own nonce: no two are the same.
+
+        Raises UnusableKey if the token does not give a valid one.
+        """
+        import pkcs11
+
+        digest = hashes.Hash(signature_algorithm.algorithm)  # type: ignore[arg-type]  # never a prehashed one
+        digest.update(data)
+        with _session(self.address, self.pin_file) as session:
+            private = _only(session, self.address, pkcs11.ObjectClass.PRIVATE_KEY, _p384_type())
+            raw: bytes = private.sign(digest.finalize(), mechanism=pkcs11.Mechanism.ECDSA)
+        half = len(raw) // 2
+        signature = encode_dss_signature(int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big"))
+        try:
+            self.public.verify(signature, data, signature_algorithm)
+        except InvalidSignature as error:
+            raise _unfit(self.address) from error
+        return signature
+
+
+def open_token_p384(uri: str, pin_file: Path | None) -> TokenP384:
+    """Return the P-384 key that `uri` names. Raises UnusableKey as `open_token_key` does."""
+    import pkcs11
+
+    address, pin = parse_token_uri(uri), _pin_file(uri, pin_file)
+    with _session(address, pin) as session:
+        public = _only(session, address, pkcs11.ObjectClass.PUBLIC_KEY, _p384_type())
+        return TokenP384(address, _p384(public, address), pin)
+
+
+def generate_token_p384(uri: str, pin_file: Path | None) -> TokenP384:
+    """Make a P-384 key in the token, which it cannot leave. Raises UnusableKey if there is one of that name."""
+    import pkcs11
+
+    address, pin = parse_token_uri(uri), _pin_file(uri, pin_file)
+    with _session(address, pin) as session:
+        _must_be_new(session, address)
+        parameters = session.create_domain_parameters(
+            pkcs11.KeyType.EC, {pkcs11.Attribute.EC_PARAMS: _P384_PARAMETERS}, local=True
+        )
+        public, _ = parameters.generate_keypair(store=True, label=address.key)
+        return TokenP384(address, _p384(public, address), pin)
 
 
 def open_token_key(uri: str, pin_file: Path | None) -> TokenKey:
@@ -96,8 +166,7 @@ def generate_token_key(uri: str, pin_file: Path | None) -> TokenKey:
 
     address, pin = parse_token_uri(uri), _pin_file(uri, pin_file)
     with _session(address, pin) as session:
-        if any(True for _ in session.get_objects({pkcs11.Attribute.LABEL: address.key})):
-            raise UnusableKey("the token has a key of this name already", where=address.key, do="Choose another name.")
+        _must_be_new(session, address)
         parameters = session.create_domain_parameters(
             pkcs11.KeyType.EC_EDWARDS, {pkcs11.Attribute.EC_PARAMS: _ED25519_PARAMETERS}, local=True
         )
@@ -105,6 +174,23 @@ def generate_token_key(uri: str, pin_file: Path | None) -> TokenKey:
             mechanism=pkcs11.Mechanism.EC_EDWARDS_KEY_PAIR_GEN, store=True, label=address.key
         )
         return TokenKey(address, _ed25519(public, address), pin)
+
+
+def _must_be_new(session: Any, address: TokenAddress) -> None:
+    import pkcs11
+
+    if any(True for _ in session.get_objects({pkcs11.Attribute.LABEL: address.key})):
+        raise UnusableKey("the token has a key of this name already", where=address.key, do="Choose another name.")
+
+
+def _unfit(address: TokenAddress) -> UnusableKey:
+    return UnusableKey("the token's signature does not fit its public key", where=address.key, do="Check the token.")
+
+
+def _p384_type() -> Any:
+    import pkcs11
+
+    return pkcs11.KeyType.EC
 
 
 def _pin_file(uri: str, pin_file: Path | None) -> Path:
@@ -135,7 +221,8 @@ def _session(address: TokenAddress, pin_file: Path) -> Iterator[Any]:
         ) from error
 
 
-def _only(session: Any, address: TokenAddress, kind: Any) -> Any:
+def _only(session: Any, address: TokenAddress, kind: Any, key_type: Any = None) -> Any:
+    """The one object of that kind and name; `key_type` None means Ed25519."""
     import pkcs11
 
     found = list(
@@ -143,13 +230,13 @@ def _only(session: Any, address: TokenAddress, kind: Any) -> Any:
             {
                 pkcs11.Attribute.CLASS: kind,
                 pkcs11.Attribute.LABEL: address.key,
-                pkcs11.Attribute.KEY_TYPE: pkcs11.KeyType.EC_EDWARDS,
+                pkcs11.Attribute.KEY_TYPE: key_type or pkcs11.KeyType.EC_EDWARDS,
             }
         )
     )
     if len(found) != 1:
         raise UnusableKey(
-            f"the token has {len(found)} Ed25519 keys of this name, must have one",
+            f"the token has {len(found)} {'P-384' if key_type else 'Ed25519'} keys of this name, must have one",
             where=address.key,
             do="Name the key, or make one with `seal charter key`.",
         )
@@ -166,3 +253,15 @@ def _ed25519(public: Any, address: TokenAddress) -> Ed25519PublicKey:
         return Ed25519PublicKey.from_public_bytes(raw)
     except ValueError as error:
         raise UnusableKey("this key is not Ed25519", where=address.key, do="Name an Ed25519 key.") from error
+
+
+def _p384(public: Any, address: TokenAddress) -> ec.EllipticCurvePublicKey:
+    """The public key: CKA_EC_POINT is a DER octet string, or in some tokens the bare 97 bytes."""
+    import pkcs11
+
+    point: bytes = bytes(public[pkcs11.Attribute.EC_POINT])
+    raw = point[2:] if len(point) == _P384_POINT + 2 and point[:2] == bytes([4, _P384_POINT]) else point
+    try:
+        return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), raw)
+    except ValueError as error:
+        raise UnusableKey("this key is not on P-384", where=address.key, do="Name a P-384 key.") from error

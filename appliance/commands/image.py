@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from appliance.commands.image_build import add_verbs
+from appliance.commands.image_build import Cache, PinFile, add_verbs, tools_of
 from appliance.output import print_json
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Build, measure, sign and compare CVM images.")
@@ -22,12 +23,21 @@ BuilderKey = Annotated[
 
 @app.command(epilog="Example: seal image keys keys/")
 def keys(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the keys.")], as_json: AsJson = False
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the keys.")],
+    token: Annotated[
+        str | None,
+        typer.Option("--token", metavar="URI", help="Make them in a PKCS#11 token: pkcs11:token=…?module-path=…"),
+    ] = None,
+    pin_file: PinFile = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Make the keys that sign images: the builder's, the ID key and the author key."""
-    from cvm_image.signing import PUBLIC, create_signing_keys
+    """Make the keys that sign images: the builder's, the ID key and the author key.
 
-    made = create_signing_keys(folder)
+    In a token they are named NAME-builder, NAME-id and NAME-author after the `object` of the URI, and DIR holds where.
+    """
+    from cvm_image.signing import PUBLIC, create_signing_keys, create_token_keys
+
+    made = create_signing_keys(folder) if token is None else create_token_keys(folder, token, pin_file)
     _tell(_key_facts(made) | {"public": str(folder / PUBLIC)}, as_json)
 
 
@@ -50,6 +60,7 @@ def generate(
     vcpus: Annotated[
         list[int] | None, typer.Option("--vcpus", min=1, help="A number of vCPUs to measure for (default 2).")
     ] = None,
+    pin_file: PinFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate an image whose guest runs as a process of the virtual platform: no tools tree, no emulator, a second."""
@@ -60,7 +71,7 @@ def generate(
     manifest = generate_image(
         folder,
         name=name,
-        keys=load_signing_keys(keys),
+        keys=load_signing_keys(keys, pin_file),
         platform=platform,
         packages=[*guest_packages(platform), *(package or [])],
         entry=entry,
@@ -119,12 +130,25 @@ def show(folder: ImageFolder, as_json: AsJson = False) -> None:
 def diff(
     one: Annotated[Path, typer.Argument(metavar="A", help="An image folder.")],
     other: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell which setting, file, source, dependency and measurement changed. Exit status 1 if anything did."""
+    """Tell which setting, file, package, measured input and measurement changed. Exit status 1 if anything did.
+
+    Two built images are opened with the tools tree of the cache and compared file by file.
+    """
+    from cvm_image.build.contents import diff_contents, is_built
+    from cvm_image.build.errors import UnusableHost
     from cvm_image.difference import diff_images
 
     changes = diff_images(one, other)
+    if changes and is_built(one) and is_built(other):
+        try:
+            tools = tools_of(cache, "diff")
+        except UnusableHost as reason:
+            sys.stderr.write(f"what is inside initrd and root was not compared: {reason.what}\n")
+        else:
+            changes += diff_contents(one, other, tools)
     if as_json:
         print_json(
             {"changes": [{"kind": it.kind, "name": it.name, "before": it.before, "after": it.after} for it in changes]}
@@ -159,7 +183,7 @@ def _key_facts(made: Any) -> dict[str, Any]:
     from policies.keys import fingerprint, public_pem
 
     return {
-        "builder": fingerprint(public_pem(made.builder)),
+        "builder": fingerprint(public_pem(made.builder.public_key())),
         "id_key_digest": key_digest(made.id_key.public_key()).hex(),
         "author_key_digest": key_digest(made.author_key.public_key()).hex(),
     }

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from appliance.output import print_json
 from cvm_image.build.store import Store, default_cache
+
+if TYPE_CHECKING:
+    from cvm_image.build.tools import Tools
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML); its lock lies beside it.")]
 Cache = Annotated[
@@ -20,6 +23,9 @@ Cache = Annotated[
 Archive = Annotated[
     Path | None,
     typer.Option("--archive", metavar="DIR", help="A folder of inputs by digest, for when mirrors moved on."),
+]
+PinFile = Annotated[
+    Path | None, typer.Option("--pin-file", metavar="FILE", help="The token's PIN, in a file of mode 0600.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Fetch nothing: use cache and archive alone.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -63,6 +69,7 @@ def build(
         Literal["hardware", "virtual"] | None,
         typer.Option(help="Which attester the guest uses (default: the recipe's)."),
     ] = None,
+    pin_file: PinFile = None,
     offline: Offline = False,
     cache: Cache = None,
     archive: Archive = None,
@@ -76,7 +83,7 @@ def build(
         recipe,
         output,
         store=_store(cache, archive),
-        keys=load_signing_keys(keys),
+        keys=load_signing_keys(keys, pin_file),
         say=_say,
         variant=variant,
         offline=offline,
@@ -125,12 +132,9 @@ def inspect(
     as_json: AsJson = False,
 ) -> int:
     """Show, from the image itself, that it is locked down. Exit status 1 if one check does not hold."""
-    from cvm_image.build.image import new_log
     from cvm_image.build.inspection import inspect_image
-    from cvm_image.build.launching import find_tools
 
-    store = _store(cache)
-    findings = inspect_image(image, find_tools(store, log=new_log(store, "inspect")))
+    findings = inspect_image(image, tools_of(cache, "inspect"))
     holds = all(finding.ok for finding in findings)
     if as_json:
         print_json({"image": str(image), "ok": holds, "findings": [asdict(finding) for finding in findings]})
@@ -138,6 +142,15 @@ def inspect(
         for finding in findings:
             typer.echo(f"{'ok     ' if finding.ok else 'REFUSED'} {finding.check}: {finding.seen}")
     return 0 if holds else 1
+
+
+def tools_of(cache: Path | None, name: str) -> Tools:
+    """The tools tree of the cache, with a log of this command's `name`."""
+    from cvm_image.build.image import new_log
+    from cvm_image.build.launching import find_tools
+
+    store = _store(cache)
+    return find_tools(store, log=new_log(store, name))
 
 
 def _store(cache: Path | None, archive: Path | None = None) -> Store:

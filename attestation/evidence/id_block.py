@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from typing import Protocol
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -32,6 +33,16 @@ _SIGNATURE = struct.Struct("<72s72s368x")
 _VERSION = 1
 _ECDSA_P384_SHA384 = 1
 _CURVE_P384 = 2
+
+
+class IdKey(Protocol):
+    """A P-384 private key wherever it lives: in memory (`EllipticCurvePrivateKey`) or in a token."""
+
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        """Return the public half."""
+
+    def sign(self, data: bytes, signature_algorithm: ec.ECDSA) -> bytes:
+        """Return the signature over `data` in DER. A token may sign with a random nonce instead of RFC 6979's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +89,7 @@ def parse_id_block(raw: bytes) -> IdBlock:
     return IdBlock(measurement, family_id, image_id, guest_svn, policy)
 
 
-def sign_id_block(
-    block: bytes, id_key: ec.EllipticCurvePrivateKey, author_key: ec.EllipticCurvePrivateKey | None
-) -> bytes:
+def sign_id_block(block: bytes, id_key: IdKey, author_key: IdKey | None) -> bytes:
     """Return the 4096 bytes that authenticate `block`: `id_key` signs it, and `author_key` (if any) signs that key."""
     public = encode_public_key(id_key.public_key())
     if author_key is None:
@@ -132,7 +141,7 @@ def key_digest(key: ec.EllipticCurvePublicKey) -> bytes:
     return hashlib.sha384(encode_public_key(key)).digest()
 
 
-def _sign(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
+def _sign(key: IdKey, data: bytes) -> bytes:
     r, s = decode_dss_signature(key.sign(data, ec.ECDSA(hashes.SHA384(), deterministic_signing=True)))
     return _SIGNATURE.pack(r.to_bytes(72, "little"), s.to_bytes(72, "little"))
 

@@ -13,6 +13,7 @@ import pytest
 from building import build_or_skip, copy_recipe, say
 
 from attestation.evidence.launch import measure_launch
+from cvm_image.build.contents import diff_contents
 from cvm_image.build.disk import SECTOR, read_argument
 from cvm_image.build.errors import BootFailed, MissingInput, NotReproduced, UnusableLock
 from cvm_image.build.image import build_image
@@ -24,6 +25,7 @@ from cvm_image.build.provenance import PROVENANCE, verify_provenance
 from cvm_image.build.reproduction import COMPARED, reproduce
 from cvm_image.build.store import Store, default_cache
 from cvm_image.build.tools import Tools
+from cvm_image.difference import diff_images
 from cvm_image.errors import ImageRefused
 from cvm_image.manifest import MANIFEST, verify_manifest
 from cvm_image.qemu import Guest
@@ -180,6 +182,31 @@ def test_an_archive_alone_reproduces_the_image_when_recipe_cache_and_mirrors_are
         reproduce(image, None, store=Store(tmp_path / "third", archive=archive), say=say, offline=True)
     with pytest.raises(MissingInput, match="neither the recipe nor an archive"):
         reproduce(image, None, store=Store(tmp_path / "third"), say=say, offline=True)
+
+
+def test_a_difference_is_named_down_to_file_word_and_measured_input(
+    image: Path, recipe: Path, keys: SigningKeys, tools: Tools, tmp_path: Path
+) -> None:
+    other = copy_recipe(recipe.parent, "minimal", tmp_path / "other")
+    (other.parent / "minimal/usr/lib/sealwright/init").write_text("#!/usr/bin/busybox sh\necho another\n")
+    (other.parent / "minimal/etc").mkdir()
+    (other.parent / "minimal/etc/added").write_text("new\n")
+    other.write_text(
+        other.read_text().replace("[base]", '[kernel]\narguments = ["quiet"]\nmodules = ["virtio_net"]\n[base]')
+    )
+    output = tmp_path / "changed"
+    build_image(other, output, store=Store(default_cache()), keys=keys, say=say, offline=True)
+    inside = {(it.kind, it.name): (it.before, it.after) for it in diff_contents(image, output, tools)}
+    assert inside["word", "quiet"] == (None, "quiet")
+    assert ("word", "roothash") in inside
+    assert inside["root file", "etc/added"][0] is None
+    assert ("root file", "usr/lib/sealwright/init") in inside
+    assert {name for kind, name in inside if kind == "root file"} == {"etc/added", "usr/lib/sealwright/init"}
+    assert any(kind == "initrd file" and "virtio_net" in name for kind, name in inside)
+    assert ("measured file", "kernel") not in {(it.kind, it.name) for it in diff_images(image, output)}
+    assert {("measured file", "initrd"), ("measured file", "cmdline"), ("component", "file etc/added")} <= {
+        (it.kind, it.name) for it in diff_images(image, output)
+    }
 
 
 def test_offline_a_missing_input_is_named_and_nothing_is_left(recipe: Path, keys: SigningKeys, tmp_path: Path) -> None:
