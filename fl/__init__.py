@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fl.environments.prod import ProdEnv
     from fl.environments.sim import SimEnv
     from fl.recipes.cyclic import CyclicRecipe
+    from fl.recipes.declaring import declare_outputs, train_privately
     from fl.recipes.fedavg import FedAvgRecipe
     from fl.recipes.fedopt import FedOptRecipe
     from fl.recipes.fedprox import FedProxRecipe
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CyclicRecipe", "FedAvgLrRecipe", "FedAvgRecipe", "FedOptRecipe", "FedProxRecipe", "FedStatsRecipe", "ProdEnv",
-    "ScaffoldRecipe", "SimEnv", "add_experiment_tracking",
+    "ScaffoldRecipe", "SimEnv", "add_experiment_tracking", "declare_outputs", "train_privately",
 ]  # fmt: skip
 
 _HOMES: Final = {
@@ -36,6 +37,8 @@ _HOMES: Final = {
     "ScaffoldRecipe": "fl.recipes.scaffold",
     "SimEnv": "fl.environments.sim",
     "add_experiment_tracking": "fl.tracking",
+    "declare_outputs": "fl.recipes.declaring",
+    "train_privately": "fl.recipes.declaring",
 }
 
 

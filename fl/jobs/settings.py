@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from fl.jobs.outputs import Outputs
+from fl.jobs.privacy import DpSgd
 from fl.tensors import FLOATS, ITEM_SIZE, MAX_NAME, MAX_RANK, Schema, TensorSpec
 
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -101,6 +102,15 @@ class FedStatsOptions(_Options):
 Options: TypeAlias = FedProxOptions | FedOptOptions | CyclicOptions | ScaffoldOptions | NewtonOptions | FedStatsOptions
 
 
+PRIVATE: Final = frozenset(
+    {
+        "name", "recipe", "options", "num_rounds", "min_clients", "train_script", "framework", "model",
+        "round_seconds", "outputs", "privacy",
+    }
+)  # fmt: skip
+"""The settings that a private training may have; all others are as they are by default."""
+
+
 class JobSettings(BaseModel):
     """Everything about a job but its code, its first model and where it runs."""
 
@@ -120,6 +130,8 @@ class JobSettings(BaseModel):
     round_seconds: int = Field(default=3600, ge=1, le=7 * 86400)
     tracking: Literal["tensorboard"] | None = None
     outputs: Outputs = Outputs()
+    privacy: DpSgd | None = None
+    """With it `train_script` is a graph (`fl.local.graph`), which each site's own loop trains privately."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -136,7 +148,20 @@ class JobSettings(BaseModel):
             raise ValueError(
                 f"tensor {whole[0]!r} is {self.model[whole[0]].dtype}: only floats can be clipped or rounded"
             )
+        if self.privacy is not None:
+            self._check_private()
         return self
+
+    def _check_private(self) -> None:
+        for name, field in type(self).model_fields.items():
+            if name not in PRIVATE and getattr(self, name) != field.default:
+                raise ValueError(f"private training has no {name}: the sites' own loop is all that runs")
+        if self.framework != "pytorch" or any(entry.dtype != "F32" for entry in self.model.values()):
+            raise ValueError("private training is of a torch model of float32")
+        if self.recipe not in {"fedavg", "fedopt"}:
+            raise ValueError("private training is of the recipes FedAvg and FedOpt")
+        if self.outputs.metrics != () or self.outputs.values:
+            raise ValueError("private training has no metrics: they would need noise of their own")
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -150,7 +175,7 @@ class JobSettings(BaseModel):
     @property
     def fixed_weight(self) -> bool:
         """Whether every update has the weight 1, whatever its script says."""
-        return self.recipe == "fedstats"
+        return self.recipe == "fedstats" or self.privacy is not None
 
     @property
     def schema_of_model(self) -> Schema:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from fl.errors import BudgetSpent, OutputRefused, ScriptFailed
+from fl.guard.accounting import debited
 from fl.guard.disclosure import Disclosure, LoggedNumbers, disclose
 from fl.guard.export import ExportGate, size_of_numbers
 from fl.jobs.bundle import Bundle
@@ -116,12 +117,14 @@ class SiteExports:
         self._stopped.set()
 
     def _debit(self, round_: int, bits: int) -> None:
+        privacy = self._settings.privacy
+        epsilon, delta = (0, 0) if privacy is None else debited(privacy, round_)
         export = Export(
             job=self._record.job,
             bundle=self._record.bundle,
             round=round_,
             recipient="/".join(self._server),
-            amount=Amount(bits=bits),
+            amount=Amount(bits=bits, micro_epsilon=epsilon, pico_delta=delta),
         )
         try:
             self._party.record(EXPORT_KIND, export.model_dump(mode="json"))

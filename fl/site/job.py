@@ -19,6 +19,7 @@ from fl.guard.sandbox import Sandbox
 from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
 from fl.jobs.record import record_digest
 from fl.jobs.settings import JobSettings
+from fl.local.dp_sgd import what_runs
 from fl.party import Party
 from fl.site.exports import SiteExports, caused_by_script, words_that_leave
 from fl.site.script import END_SECONDS, ScriptSession
@@ -181,7 +182,8 @@ class SiteJob:
 
     def _run_script(self, bundle: Bundle, exports: SiteExports, check: Callable[[], None]) -> None:
         settings = bundle.settings
-        sandbox = Sandbox(bundle.files, settings.train_script, settings.train_args, self._data, limits=self._limits)
+        files, script = what_runs(bundle.files, settings, settings.train_script)
+        sandbox = Sandbox(files, script, settings.train_args, self._data, limits=self._limits)
         ours, theirs = ScriptSocket.pair()
         with theirs:
             process = sandbox.start(theirs)
