@@ -471,10 +471,19 @@ class BrokerAddress(Document):
 
 
 class ServerAddress(Document):
-    """Where the FL server is, and the name under which it is enrolled."""
+    """Where the FL server is, the name under which it is enrolled, and how to get there (`fl.transport.route`)."""
 
     name: Name
     address: Address
+    more_addresses: tuple[Address, ...] = Field(default=(), max_length=15)
+    """Tried in this order when the first does not answer."""
+    driver: Literal["grpc", "https"] = "grpc"
+    connection_security: Literal["mtls", "tls", "clear"] = "mtls"
+    """Where TLS ends: at the server; at a proxy before it; nowhere, because that proxy has none."""
+    proxy: str | None = Field(default=None, max_length=300)
+    """`http://host:port` of an HTTP proxy that connects to the address."""
+    custom_ca_cert: str | None = Field(default=None, max_length=64 << 10)
+    """With `tls`: the authority of the proxy's certificate, in PEM."""
 
 
 class InitData(Document):
@@ -487,6 +496,10 @@ class InitData(Document):
     name: Name
     brokers: tuple[BrokerAddress, ...] = Field(min_length=1, max_length=16)
     listen: Address | None = None
+    listen_https: Address | None = None
+    """A server's second port, if HTTPS is not to share the first with gRPC."""
+    connection_security: Literal["mtls", "tls", "clear"] = "mtls"
+    """What a server admits: with `tls` and `clear` also what comes by proxies that end TLS, or have none."""
     server: ServerAddress | None = None
     resources: dict[Name, Resource] = Field(default_factory=dict, max_length=64)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
-import grpc
 from pydantic import Field, TypeAdapter
 
 from attestation.canonical import unb64
@@ -22,7 +21,7 @@ from attestation.ledger.checkpoint import parse_checkpoint
 from attestation.ledger.entry import parse_entry
 from attestation.ledger.receipt import check_receipt, parse_receipt
 from fl.environments.kit import Kit
-from fl.errors import ApprovalRefused, KitUnusable, MalformedMessage, StatementRefused
+from fl.errors import ApprovalRefused, CallFailed, KitUnusable, MalformedMessage, StatementRefused
 from fl.guard.approval import read_record
 from fl.jobs.bundle import Bundle
 from fl.jobs.command import SignedVerb, parse_command, sign_command
@@ -78,7 +77,7 @@ class UserClient:
         """Connect to the kit's server and appraise it by `charter` at `at`. Raises PeerRefused, PeerLost."""
         server = kit.file.server
         with connect(
-            server.address,
+            server,
             server=server.name,
             tls_key=kit.tls_key,
             certificate_pem=kit.tls_certificate,
@@ -143,7 +142,7 @@ class UserClient:
                         raise ApprovalRefused("(new)", frame.reasons or ("the server gave no reason",))
                     return
                 pulled.put(True)
-        except grpc.RpcError as error:
+        except CallFailed as error:
             raise peer_error(error, where=self._where) from error
         finally:
             pulled.put(False)
@@ -177,7 +176,7 @@ class UserClient:
             for raw in call:
                 frame, _ = unpack(adapter_of(Happened), raw, where=self._where)
                 yield frame.event
-        except grpc.RpcError as error:
+        except CallFailed as error:
             raise peer_error(error, where=self._where) from error
         finally:
             call.cancel()
@@ -189,9 +188,10 @@ class UserClient:
         Nothing is written unless everything holds: the record's signature, the statement by an attested server, its
         place in the ledger, every digest. Raises StatementRefused, ApprovalRefused, LedgerRefused.
         """
-        call = iter(self._connection.ask("Download", self._order("download", job), timeout=TRANSFER_SECONDS))
+        call = self._connection.ask("Download", self._order("download", job), timeout=TRANSFER_SECONDS)
         try:
-            head, _ = unpack(adapter_of(Result), next(call), where=self._where)
+            frames = iter(call)
+            head, _ = unpack(adapter_of(Result), next(frames), where=self._where)
             signed = read_record(head.record, self._charter)
             if signed.record.job != job or self._kit.user not in signed.record.recipients:
                 raise StatementRefused(job, ("its record is of another job, or names other recipients",))
@@ -201,12 +201,14 @@ class UserClient:
             statement = verify_statement(head.statement, signed.record, self._charter, self._now())
             if statement.record_sha256 != record_digest(head.record):
                 raise StatementRefused(job, ("its record is not the one that the server ran",))
-            with assemble(call, size=head.size, sha256=statement.result_sha256, where="result") as memory:
+            with assemble(frames, size=head.size, sha256=statement.result_sha256, where="result") as memory:
                 payload = bytes(memory.view)
         except StopIteration as error:
             raise MalformedMessage("the server sent no result", where=self._where) from error
-        except grpc.RpcError as error:
+        except CallFailed as error:
             raise peer_error(error, where=self._where) from error
+        finally:
+            call.cancel()
         if ledgers is not None:
             check_logged(head, ledgers)
         sealed_key = unb64(head.sealed_key, where="result")
@@ -248,7 +250,7 @@ class UserClient:
             answer, _ = unpack(adapter_of(kind), next(iter(call)), where=self._where)
         except StopIteration as error:
             raise MalformedMessage("the server gave no answer", where=self._where) from error
-        except grpc.RpcError as error:
+        except CallFailed as error:
             raise peer_error(error, where=self._where) from error
         finally:
             call.cancel()

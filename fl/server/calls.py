@@ -2,82 +2,142 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
-import grpc
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from attestation.errors import LeaseEnded, PeerLapsed
-from fl.errors import LeaseLapsed, MalformedMessage, PeerLost
+from fl.errors import LeaseLapsed, MalformedMessage
 from fl.transport.frames import adapter_of, unpack
 from policies.errors import Refused, SealwrightError
 
 STALL_SECONDS: Final = 10.0
-"""A caller that is in the middle of sending something and sends nothing for so long is cut off."""
+"""A caller that is in the middle of sending or taking something and does not go on for so long is cut off."""
 
 T = TypeVar("T")
 
 
-@contextmanager
-def unstalled(context: grpc.ServicerContext) -> Iterator[Callable[[Iterator[bytes]], Iterator[bytes]]]:
-    """Gives a wrapper for the frames that a caller sends: when none comes for STALL_SECONDS, the call is cancelled."""
-    waiting_since: list[float | None] = [None]
-    over = threading.Event()
+class Caller(Protocol):
+    """Who makes a call, as its driver knows it."""
 
-    def watch() -> None:
-        while not over.wait(STALL_SECONDS / 4):
-            since = waiting_since[0]
-            if since is not None and time.monotonic() - since > STALL_SECONDS:
-                context.cancel()
-                return
+    @property
+    def certificate(self) -> bytes:
+        """The leaf certificate in DER, as TLS proved it. Raises PeerLost if there is none."""
 
-    def progress(frames: Iterator[bytes]) -> Iterator[bytes]:
+    @property
+    def who(self) -> str:
+        """For the log: what the connection is."""
+
+    def cancel(self) -> None:
+        """End the call: whatever waits for its frames ends with CallerGone."""
+
+    def active(self) -> bool:
+        """Whether the caller still waits for the answer."""
+
+    def when_over(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called when the call is over, however it ends."""
+
+
+Call: TypeAlias = Callable[[Any, Caller], Iterator[bytes]]
+"""A call's method: of the caller's frames (one, or an iterator of them) and the caller; the frames of the answer."""
+
+
+class CallerGone(Exception):
+    """The caller's frames end here because its connection does, or because it was cut off."""
+
+
+class Refusal(Exception):
+    """What a refused caller is told: a status by gRPC's name, and details, which are JSON of bounded size."""
+
+    def __init__(self, status: str, details: str) -> None:
+        super().__init__(status)
+        self.status = status
+        self.details = details
+
+
+class _Stalls:
+    """Cuts off callers that are waited for too long. One thread for all calls."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since: dict[int, tuple[float, Caller]] = {}
+        self._numbers = itertools.count()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def waiting_for(self, caller: Caller) -> Iterator[None]:
+        """What is done inside waits for `caller`."""
+        number = next(self._numbers)
+        with self._lock:
+            self._since[number] = (time.monotonic(), caller)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="stalls", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._since.pop(number, None)
+
+    def _watch(self) -> None:
         while True:
-            waiting_since[0] = time.monotonic()
-            try:
+            time.sleep(STALL_SECONDS / 4)
+            oldest = time.monotonic() - STALL_SECONDS
+            with self._lock:
+                stalled = [number for number, (since, _) in self._since.items() if since < oldest]
+                callers = [self._since.pop(number)[1] for number in stalled]
+            for caller in callers:
+                caller.cancel()
+
+
+_STALLS: Final = _Stalls()
+
+
+def unstalled(frames: Iterator[bytes], caller: Caller) -> Iterator[bytes]:
+    """The frames that a caller sends; if none comes for STALL_SECONDS it is cut off. Raises MalformedMessage then."""
+    while True:
+        try:
+            with _STALLS.waiting_for(caller):
                 frame = next(frames)
-            except StopIteration:
-                return
-            except grpc.RpcError as error:
-                raise MalformedMessage("the caller stopped sending in the middle", where="call") from error
-            finally:
-                waiting_since[0] = None
+        except StopIteration:
+            return
+        except CallerGone as error:
+            raise MalformedMessage("the caller stopped sending in the middle", where="call") from error
+        yield frame
+
+
+def untaken(frames: Iterator[bytes], caller: Caller) -> Iterator[bytes]:
+    """`frames`; a caller that does not take one for STALL_SECONDS is cut off."""
+    for frame in frames:
+        with _STALLS.waiting_for(caller):
             yield frame
 
-    watcher = threading.Thread(target=watch, name="stall", daemon=True)
-    watcher.start()
+
+def subject_of(certificate: bytes) -> str:
+    """For the log: whom a certificate (DER) names."""
     try:
-        yield progress
-    finally:
-        over.set()
+        found = x509.load_der_x509_certificate(certificate).extensions
+        names = found.get_extension_for_class(x509.SubjectAlternativeName).value
+        return repr(names.get_values_for_type(x509.UniformResourceIdentifier)[:2])[:200]
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return "an unreadable certificate"
 
 
-def status_of(error: SealwrightError) -> grpc.StatusCode:
-    """The gRPC status of an error: refused, lapsed (come back with a lease), or unusable."""
+def refusal_of(error: SealwrightError) -> Refusal:
+    """What a caller is told of an error: refused, lapsed (come back with a lease), or unusable."""
     if isinstance(error, (LeaseLapsed, PeerLapsed, LeaseEnded)):
-        return grpc.StatusCode.FAILED_PRECONDITION
-    return grpc.StatusCode.PERMISSION_DENIED if isinstance(error, Refused) else grpc.StatusCode.INVALID_ARGUMENT
-
-
-def refusal_details(error: SealwrightError) -> str:
-    """An error as the details of a gRPC status: JSON of bounded size."""
+        status = "FAILED_PRECONDITION"
+    else:
+        status = "PERMISSION_DENIED" if isinstance(error, Refused) else "INVALID_ARGUMENT"
     reasons = list(error.reasons[:20]) if isinstance(error, Refused) else []
     body = {"what": error.what[:400], "where": error.where[:100], "do": error.do[:200]}
-    return json.dumps({**body, "reasons": [reason[:200] for reason in reasons]})
-
-
-def certificate_of(context: grpc.ServicerContext) -> bytes:
-    """The caller's leaf certificate in DER, as TLS proved it."""
-    pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
-    if not isinstance(pem, bytes) or not pem:
-        raise PeerLost("the caller has no certificate", where="connection")
-    return x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+    return Refusal(status, json.dumps({**body, "reasons": [reason[:200] for reason in reasons]}))
 
 
 def first_frame(requests: Iterator[bytes], kind: type[T]) -> T:

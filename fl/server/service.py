@@ -1,4 +1,4 @@
-"""The server's gRPC service: sites attend, fetch and deliver; what users may call is in `fl.server.user_calls`.
+"""The server's calls, whatever carries them: sites attend, fetch, deliver; users' calls are in `fl.server.user_calls`.
 
 Every call is judged by its caller's certificate, which TLS has proved: a site's by its appraisal at attendance and by
 its lease, a user's by the charter, each time. What a caller did wrong is told to it with every reason and to the log.
@@ -7,25 +7,31 @@ its lease, a user's by the charter, each time. What a caller did wrong is told t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
-
-import grpc
+from typing import Final
 
 from attestation.errors import LeaseEnded
 from fl.errors import LeaseLapsed, MalformedMessage, PeerLost, UpdateRefused
 from fl.guard.gate import max_update_size
 from fl.party import Party
 from fl.server.attendance import Attendance, Attendances
-from fl.server.calls import certificate_of, first_frame, only_frame, refusal_details, status_of, unstalled
+from fl.server.calls import (
+    Call,
+    Caller,
+    CallerGone,
+    first_frame,
+    only_frame,
+    refusal_of,
+    unstalled,
+    untaken,
+)
 from fl.server.job import ServerJob
 from fl.server.jobs import Jobs
 from fl.server.user_calls import UserCalls
 from fl.transport.chunks import assemble, serve_chunks
 from fl.transport.frames import (
     FROM_ATTENDING_SITE,
-    METHOD_PREFIX,
     Away,
     Deliver,
     Fetch,
@@ -49,8 +55,6 @@ END_SECONDS: Final = 2.0
 MAX_LOGGED_A_ROUND: Final = 20_000
 """Values that a site may log in a round. An honest site's own bound is half of it."""
 
-Call = Callable[[Any, grpc.ServicerContext], Iterator[bytes]]
-
 
 class FederationService:
     """The jobs and the connected sites of one server."""
@@ -62,18 +66,42 @@ class FederationService:
         self._calls: dict[bytes, int] = {}
         self.attendances = Attendances(self._site_joined, self._site_left)
         self._jobs = Jobs(party, self.attendances.all)
-        self._users = UserCalls(party, name, model_key, self._jobs, self._names)
+        users = UserCalls(party, name, model_key, self._jobs, self._names)
+        self._streamed: dict[str, Call] = {"Attend": self._attend, "Deliver": self._deliver, **users.streamed}
+        self._asked: dict[str, Call] = {"Fetch": self._fetch, **users.asked}
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """The service, for a gRPC server."""
-        streamed: dict[str, Call] = {"Attend": self._attend, "Deliver": self._deliver, **self._users.streamed}
-        asked: dict[str, Call] = {"Fetch": self._fetch, **self._users.asked}
-        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Appraise": grpc.unary_unary_rpc_method_handler(self._appraise),
-            **{name: grpc.stream_stream_rpc_method_handler(self._answered(call)) for name, call in streamed.items()},
-            **{name: grpc.unary_stream_rpc_method_handler(self._answered(call)) for name, call in asked.items()},
-        }
-        return grpc.method_handlers_generic_handler(METHOD_PREFIX.strip("/"), handlers)
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """The calls that take a stream of frames."""
+        return tuple(self._streamed)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The calls that take one frame."""
+        return tuple(self._asked)
+
+    def appraise(self) -> bytes:
+        """The server's current EARs, which are no secret: whoever connects appraises the server by them first.
+
+        Raises Refusal while there are none.
+        """
+        try:
+            return pack(Lease(ears=self._party.identity().ears))
+        except SealwrightError as error:
+            raise refusal_of(error) from error
+
+    def answer(self, name: str, request: Iterator[bytes] | bytes, caller: Caller) -> Iterator[bytes]:
+        """Answer the call `name`: frames, made as they are taken. Raises Refusal, which the log has then, too.
+
+        A caller that does not take a frame for STALL_SECONDS is cut off.
+        """
+        method = self._streamed.get(name) or self._asked[name]
+        try:
+            with self._counted(caller.certificate):
+                yield from untaken(method(request, caller), caller)
+        except SealwrightError as error:
+            self._party.tell(f"refused {caller.who}: {error.what}")
+            raise refusal_of(error) from error
 
     def close(self, why: str) -> None:
         """Stop all jobs and end all connections."""
@@ -88,20 +116,10 @@ class FederationService:
 
     # sites
 
-    def _appraise(self, _request: bytes, context: grpc.ServicerContext) -> bytes:
-        """The server's current EARs, which are no secret: whoever connects appraises the server by them first."""
-        try:
-            return pack(Lease(ears=self._party.identity().ears))
-        except SealwrightError as error:
-            context.abort(status_of(error), refusal_details(error))
-            raise
-
-    def _attend(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        certificate = certificate_of(context)
-        with unstalled(context) as progress:
-            lease = first_frame(progress(requests), Lease)
-        attendance = Attendance(self._party, certificate, lease)
-        context.add_callback(lambda: attendance.end("its connection ended"))
+    def _attend(self, requests: Iterator[bytes], caller: Caller) -> Iterator[bytes]:
+        lease = first_frame(unstalled(requests, caller), Lease)
+        attendance = Attendance(self._party, caller.certificate, lease)
+        caller.when_over(lambda: attendance.end("its connection ended"))
         reader = threading.Thread(
             target=self._read_attendance, args=(attendance, requests), name=f"from {attendance.name}", daemon=True
         )
@@ -146,7 +164,7 @@ class FederationService:
                     job.logged(name, frame.key, frame.value, frame.step, most=MAX_LOGGED_A_ROUND)
         except SealwrightError as error:
             attendance.fail(error)
-        except grpc.RpcError:
+        except CallerGone:
             attendance.end("its connection broke")
         else:
             attendance.end("it hung up")
@@ -162,8 +180,8 @@ class FederationService:
             else:
                 job.left(attendance.name, attendance.why or "its connection ended")
 
-    def _attending(self, context: grpc.ServicerContext, job_id: str) -> tuple[Attendance, ServerJob]:
-        attendance = self.attendances.of_certificate(certificate_of(context))
+    def _attending(self, caller: Caller, job_id: str) -> tuple[Attendance, ServerJob]:
+        attendance = self.attendances.of_certificate(caller.certificate)
         if attendance is None or attendance.ended:
             raise LeaseLapsed("the caller does not attend", where="connection")
         attendance.check()
@@ -174,9 +192,9 @@ class FederationService:
             raise PeerLost(f"there is no job {job_id} for {attendance.name}", where="job")
         return attendance, job
 
-    def _fetch(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _fetch(self, request: bytes, caller: Caller) -> Iterator[bytes]:
         head = only_frame(request, Fetch)
-        attendance, job = self._attending(context, head.job)
+        attendance, job = self._attending(caller, head.job)
         if head.what == "bundle" and head.sha256 == job.bundle.digest:
             return _while_attending(attendance, serve_chunks(job.bundle.raw, head.offset))
         model = job.model(head.sha256) if head.what == "model" else None
@@ -184,13 +202,12 @@ class FederationService:
             raise PeerLost(f"job {head.job} serves no {head.what} {head.sha256}", where="job")
         return _while_attending(attendance, serve_chunks(model.view, head.offset))
 
-    def _deliver(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        with unstalled(context) as progress:
-            yield from self._receive_update(progress(requests), context)
+    def _deliver(self, requests: Iterator[bytes], caller: Caller) -> Iterator[bytes]:
+        yield from self._receive_update(unstalled(requests, caller), caller)
 
-    def _receive_update(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _receive_update(self, requests: Iterator[bytes], caller: Caller) -> Iterator[bytes]:
         head = first_frame(requests, Deliver)
-        attendance, job = self._attending(context, head.job)
+        attendance, job = self._attending(caller, head.job)
         name = attendance.name
         if job.has_counted(name, head.round):  # it came whole before a pause; its verdict did not
             yield pack(Verdict(accepted=True))
@@ -216,21 +233,6 @@ class FederationService:
             yield pack(_verdict((error.what,)))
         else:
             yield pack(Verdict(accepted=True))
-
-    # both
-
-    def _answered(self, method: Call) -> Callable[..., Iterator[bytes]]:
-        """`method`, with refusals told to the caller as a gRPC status whose details are JSON, and to the log."""
-
-        def answer(request: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
-            try:
-                with self._counted(certificate_of(context)):
-                    yield from method(request, context)
-            except SealwrightError as error:
-                self._party.tell(f"refused {context.peer()}: {error.what}")
-                context.abort(status_of(error), refusal_details(error))
-
-        return answer
 
     @contextmanager
     def _counted(self, certificate: bytes) -> Iterator[None]:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import grpc
-
-from fl.errors import PeerLost
 from fl.party import Party
+from fl.server.certificates import ServerCertificates
+from fl.server.grpc_server import GrpcServer
+from fl.server.https_server import HttpsServer
+from fl.server.job import memory_folder
 from fl.server.service import FederationService
-from fl.transport.channel import TRANSPORT_OPTIONS
-from policies.errors import Refused
+from fl.transport.port import Port
+from fl.transport.route import Security
 
 if TYPE_CHECKING:
     from attestation.identity import Identity
     from policies.charter import Charter
-
-MAX_CALLS: Final = 1024
-"""Calls that are served at the same time; more are refused by gRPC."""
 
 
 def serve(
@@ -35,6 +35,9 @@ def serve(
     stop: threading.Event,
     tell: Callable[[str], None],
     ready: Callable[[str], None] = lambda _: None,
+    listen_https: str | None = None,
+    connection_security: Security = "mtls",
+    ready_https: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serve federated jobs until `stop` is set.
 
@@ -49,70 +52,41 @@ def serve(
     - `stop`: ends it; running jobs are stopped.
     - `tell`: takes lines for the guest's log. `ready`: called once with the address that is listened on.
 
-    Mutual TLS with clients whose certificates come from a broker of the charter or are a user's in the charter. Both
-    ends of ours speak 1.3; grpcio itself cannot be told to refuse 1.2.
+    - `listen_https`: a second `host:port`, if HTTPS is not to share the first with gRPC; `ready_https` gets it.
+    - `connection_security`: with `tls` or `clear` there are tunnels for those who come by proxies that end TLS, or that
+      have none; what is inside a tunnel is the mutual TLS of `mtls`.
+
+    One port for gRPC and HTTPS: what a client offers by ALPN decides. Both speak TLS 1.3 alone, mutually, with clients
+    whose certificates come from a broker of the charter or are a user's in the charter.
     Raises PeerLost if the address cannot be had.
     """
     party = Party(identity, charter, clock, record, tell)
     name = identity().name
     service = FederationService(party, name, model_key)
-    server = grpc.server(
-        ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="call"),
-        handlers=[service.handlers()],
-        options=TRANSPORT_OPTIONS,
-        maximum_concurrent_rpcs=MAX_CALLS,
-    )
-    try:
-        port = server.add_secure_port(listen, _credentials(party))
-    except RuntimeError as error:
-        raise PeerLost(f"the server cannot listen on {listen}", where="address") from error
-    server.start()
-    host = listen.rpartition(":")[0]
-    tell(f"server {name} listens on {host}:{port}")
-    ready(f"{host}:{port}")
-    try:
+    certificates = ServerCertificates(party)
+    with ExitStack() as ends:
+        folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="sealwright-", dir=memory_folder())))
+        sockets = {protocol: str(folder / protocol) for protocol in ("grpc", "https", "plain")}
+        tunnels = {} if connection_security == "mtls" else {name: sockets[name] for name in ("grpc", "https")}
+        plain = sockets["plain"] if connection_security == "clear" else None
+        grpc = GrpcServer(service, certificates, sockets["grpc"])
+        ends.callback(grpc.close)
+        https = HttpsServer(service, certificates, sockets["https"], tunnels=tunnels, plain_path=plain)
+        ends.callback(https.close)
+        if plain is None:
+            del sockets["plain"]
+        ends.callback(service.close, "the server stops")
+        first = {"grpc": sockets["grpc"]} if listen_https is not None else sockets
+        port = Port(listen, first, tell=tell)
+        ends.callback(port.close)
+        tell(f"server {name} listens on {port.address}")
+        if listen_https is not None:
+            second = Port(listen_https, {key: path for key, path in sockets.items() if key != "grpc"}, tell=tell)
+            ends.callback(second.close)
+            tell(f"server {name} listens on {second.address} for HTTPS")
+            ready_https(second.address)
+        ready(port.address)
         stop.wait()
-    finally:
+        # In this order: jobs end and say so, then the servers, then the port.
         service.close("the server stops")
-        server.stop(grace=2).wait(10)
-
-
-def _credentials(party: Party) -> grpc.ServerCredentials:
-    """TLS with the guest's current certificate; clients need one of a broker of the charter, or a user's own."""
-    current = [_configuration_key(party)]
-
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        identity = party.identity()
-        return grpc.ssl_server_certificate_configuration(
-            [(identity.tls_key_pem.encode(), identity.certificate_pem.encode())],
-            root_certificates=_trusted(party.charter()).encode(),
-        )
-
-    def changed() -> grpc.ServerCertificateConfiguration | None:
-        try:
-            newest = _configuration_key(party)
-            if newest == current[0]:
-                return None
-            renewed = configuration()
-        except Refused as error:  # no lease: whoever connects finds the old EAR, which has ended, and refuses it
-            party.tell(f"the server has no current certificate: {error.what}")
-            return None
-        current[0] = newest
-        return renewed
-
-    credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
-        configuration(),
-        changed,  # type: ignore[arg-type]  # None means "unchanged" (grpc's documentation), which its stubs leave out
-        require_client_authentication=True,
-    )
-    return credentials
-
-
-def _configuration_key(party: Party) -> tuple[str, int]:
-    return party.identity().certificate_pem, party.charter().version
-
-
-def _trusted(charter: Charter) -> str:
-    """The certificates that a client's may come from; what the client may do is decided later, by the charter."""
-    brokers = [broker.issuer_certificate for broker in charter.consortium.brokers]
-    return "".join([*brokers, *(user.tls_certificate for user in charter.users())])
+        grpc.close()

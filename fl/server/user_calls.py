@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
-
-import grpc
+from typing import TYPE_CHECKING, Final
 
 from attestation.canonical import b64
 from attestation.identity import appraise_user
@@ -22,7 +20,7 @@ from fl.jobs.bundle import MAX_BUNDLE, parse_bundle
 from fl.jobs.progress import Status
 from fl.jobs.record import record_digest
 from fl.party import Party
-from fl.server.calls import certificate_of, first_frame, only_frame, unstalled
+from fl.server.calls import Call, Caller, first_frame, only_frame, unstalled
 from fl.server.job import ServerJob
 from fl.server.jobs import Jobs
 from fl.transport.chunks import assemble, serve_chunks
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
 LISTED_JOBS: Final = 100
 LISTED_SITES: Final = 1000
 SEALING_OVERHEAD: Final = 1 << 20
-
-UserCall = Callable[[Any, grpc.ServicerContext], Iterator[bytes]]
 
 
 class UserCalls:
@@ -55,12 +51,12 @@ class UserCalls:
         self._nonces = Nonces()
 
     @property
-    def streamed(self) -> dict[str, UserCall]:
+    def streamed(self) -> dict[str, Call]:
         """Calls with a stream of frames, by method."""
         return {"Submit": self._submit}
 
     @property
-    def asked(self) -> dict[str, UserCall]:
+    def asked(self) -> dict[str, Call]:
         """Calls with one frame, by method."""
         return {
             "Jobs": self._reports,
@@ -73,11 +69,10 @@ class UserCalls:
 
     # --- submit -----------------------------------------------------------------------------------------------------
 
-    def _submit(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        user, about = self._caller(context, "submit"), _About()
+    def _submit(self, requests: Iterator[bytes], caller: Caller) -> Iterator[bytes]:
+        user, about = self._user_of(caller, "submit"), _About()
         try:
-            with unstalled(context) as progress:
-                yield from self._receive_job(user, progress(requests), about)
+            yield from self._receive_job(user, unstalled(requests, caller), about)
         except SealwrightError as error:
             self._log.refused(user, "submit", about.job, error, about.token)
             raise
@@ -111,26 +106,26 @@ class UserCalls:
 
     # --- look on ----------------------------------------------------------------------------------------------------
 
-    def _reports(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        self._ordered(request, context, "list")
+    def _reports(self, request: bytes, caller: Caller) -> Iterator[bytes]:
+        self._ordered(request, caller, "list")
         newest = self._jobs.all()[-LISTED_JOBS:]
         told = tuple(job.report(details=False) for job in newest)
         yield pack(Reports(jobs=told, sites=tuple(self._sites()[:LISTED_SITES])))
 
-    def _report(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        job, _ = self._about_job(request, context, "report")
+    def _report(self, request: bytes, caller: Caller) -> Iterator[bytes]:
+        job, _ = self._about_job(request, caller, "report")
         yield pack(job.report())
 
-    def _watch(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        job, _ = self._about_job(request, context, "watch")
-        context.add_callback(job.wake)
-        for event in job.watch(alive=context.is_active):
+    def _watch(self, request: bytes, caller: Caller) -> Iterator[bytes]:
+        job, _ = self._about_job(request, caller, "watch")
+        caller.when_over(job.wake)
+        for event in job.watch(alive=caller.active):
             yield pack(Happened(event=event))
 
     # --- take and change --------------------------------------------------------------------------------------------
 
-    def _download(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        job, signed = self._about_job(request, context, "download", check=_has_result_for)
+    def _download(self, request: bytes, caller: Caller) -> Iterator[bytes]:
+        job, signed = self._about_job(request, caller, "download", check=_has_result_for)
         if job.result is None:
             raise PeerLost(f"the result of job {job.id} is not kept any more", where="job")
         sealed, statement, receipt = job.result
@@ -144,14 +139,14 @@ class UserCalls:
         yield pack(head)
         yield from serve_chunks(sealed.payload)
 
-    def _abort(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        job, signed = self._about_job(request, context, "abort")
+    def _abort(self, request: bytes, caller: Caller) -> Iterator[bytes]:
+        job, signed = self._about_job(request, caller, "abort")
         self._jobs.tell_sites(job, signed.token)
         job.abort(signed.command.user)
         yield pack(Verdict(accepted=True))
 
-    def _decide(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        job, signed = self._about_job(request, context, "approve", "reject", check=_may_be_decided)
+    def _decide(self, request: bytes, caller: Caller) -> Iterator[bytes]:
+        job, signed = self._about_job(request, caller, "approve", "reject", check=_may_be_decided)
         job.decide(signed)
         self._jobs.tell_sites(job, signed.token, member=signed.user.member)
         yield pack(Verdict(accepted=True))
@@ -161,12 +156,12 @@ class UserCalls:
     def _about_job(
         self,
         request: bytes,
-        context: grpc.ServicerContext,
+        caller: Caller,
         *verbs: Command,
         check: Callable[[ServerJob, SignedCommand], None] = lambda job, signed: None,
     ) -> tuple[ServerJob, SignedCommand]:
         """The job that an order is about, and the order. Raises what `check` raises; PeerLost if there is no job."""
-        job, signed = self._ordered(request, context, *verbs, check=check)
+        job, signed = self._ordered(request, caller, *verbs, check=check)
         if job is None:
             raise MalformedMessage("the command is about no job", where="command")
         return job, signed
@@ -174,12 +169,12 @@ class UserCalls:
     def _ordered(
         self,
         request: bytes,
-        context: grpc.ServicerContext,
+        caller: Caller,
         *verbs: Command,
         check: Callable[[ServerJob, SignedCommand], None] = lambda job, signed: None,
     ) -> tuple[ServerJob | None, SignedCommand]:
         """Judge the order of a call, and write down what came of it."""
-        user, about = self._caller(context, verbs[0]), _About(verbs[0])
+        user, about = self._user_of(caller, verbs[0]), _About(verbs[0])
         try:
             job, signed = self._judged(user, only_frame(request, Order).command, verbs, about, check)
             self._log.accepted(user, signed.command.command, about.job, signed.token)
@@ -215,10 +210,10 @@ class UserCalls:
             check(job, signed)
         return job, signed
 
-    def _caller(self, context: grpc.ServicerContext, verb: Command) -> str:
+    def _user_of(self, caller: Caller, verb: Command) -> str:
         """MEMBER/USER of the caller, by its certificate. Raises PeerRefused."""
         try:
-            user = appraise_user(certificate_of(context), self._party.charter(), self._party.clock())
+            user = appraise_user(caller.certificate, self._party.charter(), self._party.clock())
         except SealwrightError as error:
             self._log.refused(None, verb, None, error)
             raise

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Final
 
-import grpc
 from pydantic import Field, TypeAdapter
 
 from attestation.errors import LeaseEnded, PeerLapsed
-from fl.errors import LeaseLapsed, PeerLost
+from fl.errors import CallFailed, LeaseLapsed, PeerLost
 from fl.party import Party
 from fl.transport.channel import ServerConnection, peer_error
 from fl.transport.chunks import assemble, serve_chunks
@@ -83,7 +82,7 @@ class Attending:
             pause = self._pause(error)
             self._over.wait(AWAY_SECONDS)
             raise pause from error
-        except grpc.RpcError as error:
+        except CallFailed as error:
             raise (self._refusal or peer_error(error, where=self._where)) from error
         finally:
             self.close()
@@ -102,7 +101,7 @@ class Attending:
         call = self._connection.ask("Fetch", what, timeout=seconds)
         try:
             return assemble(call, size=size, sha256=None, where=f"{what.what} of {what.job}")
-        except grpc.RpcError as error:
+        except CallFailed as error:
             raise peer_error(error, where=self._where) from error
         finally:
             call.cancel()
@@ -124,7 +123,7 @@ class Attending:
                 if isinstance(frame, Verdict):
                     return frame
                 pulled.put(min(frame.offset, memory.size))
-        except grpc.RpcError as error:
+        except CallFailed as error:
             raise peer_error(error, where=self._where) from error
         finally:
             pulled.put(None)

@@ -20,6 +20,8 @@ from fl.site.link import Attending
 from fl.site.orders import Orders
 from fl.transport.channel import connect
 from fl.transport.frames import Finish, Left, Prepare, Told, Train
+from fl.transport.route import Route
+from policies.documents import ServerAddress
 from policies.errors import SealwrightError
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def run(
     identity: Callable[[], Identity],
     charter: Callable[[], Charter],
     clock: Callable[[], datetime],
-    server: str,
+    server: Route | ServerAddress | str,
     server_name: str,
     data: Mapping[str, bytes],
     record: Callable[[str, Mapping[str, Any]], str],
@@ -57,7 +59,8 @@ def run(
     - `identity`: the current identity of this guest, whose role is `site`; asked again at each connection and check.
     - `charter`: the current charter, verified; asked again for each decision.
     - `clock`: the time that the brokers vouch for.
-    - `server`, `server_name`: the server's `host:port`, and the name under which it is enrolled.
+    - `server`, `server_name`: the way to the server (a bare `host:port` is a direct one, by gRPC), and the name under
+      which it is enrolled.
     - `data`: the site's decrypted files by name; scripts find them by `flare.data_path(name)`. They stay in memory.
     - `record`: writes `(kind, document)` into the ledger and returns the entry with its receipt as JSON text, or "".
       Called with `job` when an approved job is taken; if it raises, the job is not taken.
@@ -72,7 +75,9 @@ def run(
     waited out), PeerLost when `patience` has run out; PeerLapsed, LeaseLapsed or LeaseEnded when `pause` has.
     """
     party = Party(identity, charter, clock, record, tell)
-    site = _Site(party, server, server_name, data, limits or Limits())
+    route = Route.of(server)
+    where = route.addresses[0]
+    site = _Site(party, route, server_name, data, limits or Limits())
     taken: set[str] = set()
     attending: list[Attending] = []
     ends = time.monotonic() + patience
@@ -121,20 +126,20 @@ def run(
                 if paused_until is None:
                     site.end_jobs(lost)
                 if time.monotonic() + wait > (ends if paused_until is None else max(ends, paused_until)):
-                    unreached = f"the server {server_name} at {server} has not been reachable for {patience:.0f} s"
-                    raise PeerLost(f"{unreached}: {lost.what}", where=server) from lost
+                    unreached = f"the server {server_name} at {where} has not been reachable for {patience:.0f} s"
+                    raise PeerLost(f"{unreached}: {lost.what}", where=where) from lost
             stop.wait(wait)
             wait = min(2 * wait, LONGEST_PAUSE if paused_until is None else LOOK_SECONDS)
     finally:
-        site.end_jobs(PeerLost("the site stops", where=server))
+        site.end_jobs(PeerLost("the site stops", where=where))
 
 
 class _Site:
     """A site's jobs and the link that they have in common. For one thread."""
 
-    def __init__(self, party: Party, server: str, server_name: str, data: Mapping[str, bytes], limits: Limits) -> None:
+    def __init__(self, party: Party, route: Route, server_name: str, data: Mapping[str, bytes], limits: Limits) -> None:
         self._party = party
-        self._server = server
+        self._route = route
         self._server_name = server_name
         self._data = data
         self._limits = limits
@@ -151,7 +156,7 @@ class _Site:
         if self._orders is None:
             self._orders = Orders(self._party, own.name, self._server_name)
         with connect(
-            self._server,
+            self._route,
             server=self._server_name,
             tls_key=own.tls_key_pem,
             certificate_pem=own.certificate_pem,

@@ -1,8 +1,8 @@
 """A connection to an attested server: its credential is fetched and appraised before anything is said to it.
 
 gRPC gives a client no way to see the server's certificate. So it is fetched by a handshake of its own and is then the
-only certificate with which the gRPC connection can come about. The server's current EARs are asked for, and it is
-appraised by the charter over that certificate's key before anything else is said.
+only certificate with which the connection can come about, whichever driver makes it. The server's current EARs are
+asked for, and it is appraised by the charter over that certificate's key before anything else is said.
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import ssl
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-import grpc
 from cryptography import x509
 
 from attestation.errors import PeerRefused
 from attestation.identity import dns_name
-from fl.errors import LeaseLapsed, PeerLost
-from fl.transport.frames import MAX_FRAME, METHOD_PREFIX, Frame, Lease, adapter_of, pack, unpack
+from fl.errors import CallFailed, LeaseLapsed, PeerLost
+from fl.transport.frames import Frame, Lease, adapter_of, pack, unpack
+from fl.transport.grpc_channel import GrpcChannel
+from fl.transport.https_channel import HttpsChannel
 from fl.transport.lease import PeerLease
-from fl.transport.memory import SealedMemory
+from fl.transport.relay import Relay
+from fl.transport.route import CONNECT_SECONDS, Route
+from fl.transport.tls import client_context
+from policies.documents import ServerAddress
 from policies.errors import Refused, SealwrightError, Unusable
 
 if TYPE_CHECKING:
@@ -32,39 +35,21 @@ if TYPE_CHECKING:
     from policies.charter import Charter
     from policies.questions import Place
 
-CONNECT_SECONDS: Final = 10.0
 _LEASE: Final = adapter_of(Lease)
 
-TRANSPORT_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", MAX_FRAME),
-    ("grpc.max_send_message_length", MAX_FRAME),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.so_reuseport", 0),
-    ("grpc.enable_retries", 0),
-    ("grpc.use_local_subchannel_pool", 1),
-)
-"""The one liveness rule: a peer that answers no ping for ten seconds is gone."""
 
+def fetch_certificate(
+    address: str, dial: Callable[[], socket.socket], *, protocol: str, host: str, tls_key: str, certificate_pem: str
+) -> bytes:
+    """The certificate (DER) that the server shows which `dial` reaches. It is not checked. Raises PeerLost.
 
-def fetch_certificate(address: str, *, tls_key: str, certificate_pem: str) -> bytes:
-    """The certificate (DER) that the server at `address` (host:port) shows. It is not checked. Raises PeerLost."""
-    host, _, port = address.rpartition(":")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # appraised by the charter, right after
-    context.set_alpn_protocols(["h2"])
-    with SealedMemory.of((tls_key + certificate_pem).encode()) as chain:  # ssl reads keys from files alone
-        context.load_cert_chain(f"/proc/self/fd/{chain.descriptor}")
+    `protocol`: by ALPN; `host`: the name to ask for.
+    """
+    context = client_context(tls_key, certificate_pem, [protocol])
     try:
-        with (
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as plain,
-            context.wrap_socket(plain) as secure,
-        ):
+        plain = dial()
+        plain.settimeout(CONNECT_SECONDS)
+        with plain, context.wrap_socket(plain, server_hostname=host) as secure:
             certificate = secure.getpeercert(binary_form=True)
     except (OSError, ValueError) as error:
         raise PeerLost(f"the server at {address} cannot be reached: {error}", where=address) from error
@@ -77,17 +62,33 @@ class FrameCall(Protocol):
     """A call under way: the frames that come, and a way to end it."""
 
     def __iter__(self) -> Iterator[bytes]:
-        """The frames that come. Raises grpc.RpcError when the call fails."""
+        """The frames that come. Raises CallFailed when the call fails."""
 
-    def cancel(self) -> bool:
+    def cancel(self) -> None:
         """End the call."""
+
+
+class Channel(Protocol):
+    """What a driver does, whichever it is."""
+
+    def call(self, method: str, frames: Iterable[bytes], *, timeout: float | None) -> FrameCall:
+        """Call a method that takes a stream of frames."""
+
+    def ask(self, method: str, frame: bytes, *, timeout: float | None) -> FrameCall:
+        """Call a method that takes one frame."""
+
+    def appraise(self, *, timeout: float) -> bytes:
+        """The server's frame about itself. Raises CallFailed."""
+
+    def close(self) -> None:
+        """End the connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConnection:
     """A channel to an appraised server."""
 
-    channel: Any  # grpc.Channel; its stubs know no methods without serializers
+    channel: Channel
     lease: PeerLease
 
     @property
@@ -97,18 +98,16 @@ class ServerConnection:
 
     def call(self, method: str, frames: Iterable[bytes], *, timeout: float | None) -> FrameCall:
         """Call a method that takes a stream of frames."""
-        call: FrameCall = self.channel.stream_stream(METHOD_PREFIX + method)(iter(frames), timeout=timeout)
-        return call
+        return self.channel.call(method, frames, timeout=timeout)
 
     def ask(self, method: str, frame: Frame, *, timeout: float | None) -> FrameCall:
         """Call a method that takes one frame."""
-        call: FrameCall = self.channel.unary_stream(METHOD_PREFIX + method)(pack(frame), timeout=timeout)
-        return call
+        return self.channel.ask(method, pack(frame), timeout=timeout)
 
 
 @contextlib.contextmanager
 def connect(
-    address: str,
+    to: Route | ServerAddress | str,
     *,
     server: str,
     tls_key: str,
@@ -117,29 +116,49 @@ def connect(
     clock: Callable[[], datetime],
     here: Place | None = None,
 ) -> Iterator[ServerConnection]:
-    """A connection to the attested server named `server` at `address` (host:port).
+    """A connection to the attested server named `server`, by the way `to` (host:port, if it is a direct one).
 
     `here` is the guest that connects, whose consortium may demand more of its peers; None for a user.
 
     The server's current EARs are the first and only thing asked for before it is appraised. Raises PeerRefused if what
     is there is not that server, PeerLapsed or LeaseLapsed if its lease has ended, PeerLost if nothing is there.
     """
-    certificate = fetch_certificate(address, tls_key=tls_key, certificate_pem=certificate_pem)
-    if _dns_names(certificate) != [dns_name("server", server)]:
-        raise PeerRefused((f"what answers there is not the server {server}: {_dns_names(certificate)}",), who=address)
-    credentials = grpc.ssl_channel_credentials(
-        root_certificates=ssl.DER_cert_to_PEM_cert(certificate).encode(),
-        private_key=tls_key.encode(),
-        certificate_chain=certificate_pem.encode(),
-    )
-    options = (*TRANSPORT_OPTIONS, ("grpc.ssl_target_name_override", dns_name("server", server)))
-    channel = grpc.secure_channel(address, credentials, options)
-    try:
-        lease, _ = unpack(_LEASE, _one(channel, "Appraise", address), where=address)
+    route, host = Route.of(to), dns_name("server", server)
+    protocol = "h2" if route.driver == "grpc" else "http/1.1"
+    lost: list[PeerLost] = []
+    for address in route.addresses:
+        dial = route.dialler(address)
+        try:
+            certificate = fetch_certificate(
+                address, dial, protocol=protocol, host=host, tls_key=tls_key, certificate_pem=certificate_pem
+            )
+        except PeerLost as error:
+            lost.append(error)
+            continue
+        break
+    else:
+        raise lost[0] if len(lost) == 1 else PeerLost("; ".join(one.what for one in lost), where=route.addresses[0])
+    if (names := _dns_names(certificate)) != [host]:
+        raise PeerRefused((f"what answers there is not the server {server}: {names}",), who=address)
+    with contextlib.ExitStack() as ends:
+        identity = {"host": host, "tls_key": tls_key, "certificate_pem": certificate_pem}
+        channel: Channel
+        if route.driver == "https":
+            channel = HttpsChannel(dial, certificate=certificate, **identity)
+        elif route.direct:
+            channel = GrpcChannel(address, certificate=certificate, **identity)
+        else:
+            relay = Relay(dial)
+            ends.callback(relay.close)
+            channel = GrpcChannel(f"unix:{relay.path}", certificate=certificate, **identity)
+        ends.callback(channel.close)
+        try:
+            shown = channel.appraise(timeout=CONNECT_SECONDS)
+        except CallFailed as error:
+            raise peer_error(error, where=address) from error
+        lease, _ = unpack(_LEASE, shown, where=address)
         peer = PeerLease(certificate, lease, role="server", here=here, charter=charter, clock=clock)
         yield ServerConnection(channel, peer)
-    finally:
-        channel.close()
 
 
 def _dns_names(certificate: bytes) -> list[str]:
@@ -151,32 +170,18 @@ def _dns_names(certificate: bytes) -> list[str]:
         return []
 
 
-def _one(channel: Any, method: str, where: str) -> bytes:
-    try:
-        answer: bytes = channel.unary_unary(METHOD_PREFIX + method)(b"", timeout=CONNECT_SECONDS)
-    except grpc.RpcError as error:
-        raise peer_error(error, where=where) from error
-    return answer
-
-
-def peer_error(error: grpc.RpcError, *, where: str) -> SealwrightError:
+def peer_error(error: CallFailed, *, where: str) -> SealwrightError:
     """What a failed call says: the peer's own refusal with its reasons, or that the connection ended."""
-    code: grpc.StatusCode = getattr(error, "code", lambda: grpc.StatusCode.UNKNOWN)()
-    details: str = getattr(error, "details", lambda: "")() or ""
-    if code in {
-        grpc.StatusCode.PERMISSION_DENIED,
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.FAILED_PRECONDITION,
-    }:
+    if error.status in {"PERMISSION_DENIED", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}:
         try:
-            body = json.loads(details)
+            body = json.loads(error.details)
             words = {key: str(body[key]) for key in ("what", "where", "do")}
             reasons = tuple(str(reason) for reason in body["reasons"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            return PeerLost(f"the peer refused: {details[:200]!r}", where=where)
-        if code is grpc.StatusCode.FAILED_PRECONDITION:
+            return PeerLost(f"the peer refused: {error.details[:200]!r}", where=where)
+        if error.status == "FAILED_PRECONDITION":
             return LeaseLapsed(words["what"], where=words["where"])
-        if code is grpc.StatusCode.PERMISSION_DENIED:
+        if error.status == "PERMISSION_DENIED":
             return Refused(words["what"], where=words["where"], do=words["do"], reasons=reasons)
         return Unusable(words["what"], where=words["where"], do=words["do"])
-    return PeerLost(f"the connection ended ({code.name.lower()}: {details[:200]})", where=where)
+    return PeerLost(f"the connection ended ({error.status.lower()}: {error.details[:200]})", where=where)

@@ -134,6 +134,8 @@ class FederationWorld:
     store: dict[str, bytes] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
     ledger: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    way: dict[str, Any] = field(default_factory=dict)
+    """How sites and users get to the server: fields of a `ServerAddress`."""
     _charter: Charter | None = None
     _stops: dict[str, threading.Event] = field(default_factory=dict)
 
@@ -258,6 +260,10 @@ class FederationWorld:
         pem = x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM).decode()
         return replace(identity, certificate_pem=pem + self.issuer.certificate_pem)
 
+    def to(self, address: str) -> ServerAddress:
+        """The way to the server that listens on `address`."""
+        return ServerAddress(**{"name": SERVER, "address": address, **self.way})
+
     def kit(self, user: str, address: str) -> Kit:
         keys = self.users[user]
         charter = self.charter()
@@ -267,7 +273,7 @@ class FederationWorld:
                 user=keys.name,
                 charter=charter.id,
                 brokers=(BrokerAddress(name="one", url="https://127.0.0.1:1"),),
-                server=ServerAddress(name=SERVER, address=address),
+                server=self.to(address),
             ),
             self.store["metadata/1.root.json"],
             keys.tls.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode(),
@@ -331,7 +337,7 @@ class FederationWorld:
             "identity": own,
             "charter": self.charter,
             "clock": now,
-            "server": address,
+            "server": self.to(address),
             "server_name": SERVER,
             "data": {"number.txt": str(number).encode()},
             "record": self.record,

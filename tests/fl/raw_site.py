@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Annotated, Any
 
-import grpc
 from federation_world import SERVER, FederationWorld, now
 from pydantic import Field, TypeAdapter
 
 from attestation.identity import Identity
+from fl.errors import CallFailed
 from fl.transport.channel import ServerConnection, connect
 from fl.transport.chunks import serve_chunks
 from fl.transport.frames import TO_ATTENDING_SITE, Deliver, Frame, Lease, Pull, Ready, Train, Verdict, pack, unpack
@@ -36,7 +36,7 @@ class RawSite:
         self.outbox.put(frame if isinstance(frame, bytes) else pack(frame))
 
     def hear(self, kind: type[Any]) -> Any:
-        """The next frame of this kind; others are passed over. Raises grpc.RpcError, StopIteration."""
+        """The next frame of this kind; others are passed over. Raises CallFailed, StopIteration."""
         while True:
             frame, _ = unpack(TO_ATTENDING_SITE, next(self.frames), where="server")
             if isinstance(frame, kind):
@@ -51,7 +51,7 @@ class RawSite:
         return task
 
     def deliver(self, task: Train, data: bytes, chunks: list[bytes] | None = None, **changes: Any) -> Verdict:
-        """Deliver `data` (or raw `chunks` of it); the server's verdict. Raises grpc.RpcError."""
+        """Deliver `data` (or raw `chunks` of it); the server's verdict. Raises CallFailed."""
         fields: dict[str, Any] = {
             "job": task.job,
             "round": task.round,
@@ -62,10 +62,13 @@ class RawSite:
         }
         frames = [pack(Deliver(**{**fields, **changes})), *(chunks if chunks is not None else serve_chunks(data))]
         call = self.connection.call("Deliver", iter(frames), timeout=10)
-        for raw in call:
-            frame, _ = unpack(ANSWER, raw, where="server")
-            if isinstance(frame, Verdict):
-                return frame
+        try:
+            for raw in call:
+                frame, _ = unpack(ANSWER, raw, where="server")
+                if isinstance(frame, Verdict):
+                    return frame
+        finally:
+            call.cancel()
         raise AssertionError("no verdict")
 
     def close(self) -> None:
@@ -78,7 +81,7 @@ class RawSite:
 def raw_site(world: FederationWorld, address: str, identity: Identity, *, attend: bool = True) -> Iterator[RawSite]:
     """A connected raw site; with `attend` its attendance is open."""
     with connect(
-        address,
+        world.to(address),
         server=SERVER,
         tls_key=identity.tls_key_pem,
         certificate_pem=identity.certificate_pem,
@@ -95,6 +98,6 @@ def raw_site(world: FederationWorld, address: str, identity: Identity, *, attend
             site.close()
 
 
-def status_of(error: grpc.RpcError) -> tuple[str, str]:
+def status_of(error: CallFailed) -> tuple[str, str]:
     """A failed call's status and details."""
-    return str(error.code().name), str(error.details())
+    return error.status, error.details

@@ -12,7 +12,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -32,7 +31,7 @@ from safetensors.numpy import load_file
 
 from attestation.identity import Identity
 from fl.environments.user_client import UserClient
-from fl.errors import PeerLost
+from fl.errors import CallFailed, PeerLost
 from fl.jobs.bundle import Bundle
 from fl.jobs.record import JobRecord, sign_record
 from fl.jobs.results import rfc3339
@@ -64,9 +63,12 @@ GOOD = encode(tensors_of({"w": np.full(3, 9, dtype=np.float32)}))
 HOSTILE = SITES[1]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> FederationWorld:
-    return found_federation(tmp_path_factory.mktemp("world"))
+@pytest.fixture(scope="module", params=["grpc", "https"])
+def world(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> FederationWorld:
+    """Everything is played over both drivers."""
+    world = found_federation(tmp_path_factory.mktemp("world"))
+    world.way = {"driver": request.param}
+    return world
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def job(world: FederationWorld, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 def refusal(site: RawSite, identity: Identity) -> str:
     site.attend(pack(Lease(ears=identity.ears)))
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises(CallFailed) as caught:
         site.hear(Lease)
     status, details = status_of(caught.value)
     assert status == (
@@ -136,16 +138,17 @@ def test_without_a_certificate_of_the_charter_there_is_no_connection(world: Fede
 def test_a_user_is_no_site_and_a_site_no_user(world: FederationWorld, server: str) -> None:
     identity = world.identity("site", HOSTILE)
     with raw_site(world, server, identity) as site:
-        for method, frame in (
-            ("Jobs", Order(command="x")),
-            ("Submit", Submit(record="x", bundle_size=1, model_size=1)),
+        submission = pack(Submit(record="x", bundle_size=1, model_size=1))
+        for call in (
+            site.connection.ask("Jobs", Order(command="x"), timeout=10),
+            site.connection.call("Submit", [submission], timeout=10),
         ):
-            with pytest.raises(grpc.RpcError) as caught:
-                next(iter(site.connection.call(method, [pack(frame)], timeout=10)))
+            with pytest.raises(CallFailed) as caught:
+                next(iter(call))
             assert "no user of charter" in status_of(caught.value)[1]
     kit = world.kit(ADA, server)
     with connect(
-        server,
+        world.to(server),
         server="hub",
         tls_key=kit.tls_key,
         certificate_pem=kit.tls_certificate,
@@ -175,9 +178,10 @@ def test_a_user_is_no_site_and_a_site_no_user(world: FederationWorld, server: st
 def test_a_malformed_opening_is_refused(world: FederationWorld, server: str, first: bytes, status: str) -> None:
     with raw_site(world, server, world.identity("site", HOSTILE), attend=False) as site:
         site.attend(first)
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(CallFailed) as caught:
             site.hear(Lease)
-        assert status_of(caught.value)[0] == status
+        # HTTPS reads such a record's length alone, and then knows no more than that the caller broke off.
+        assert status_of(caught.value)[0] in {status, status.replace("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +200,7 @@ def test_a_malformed_word_ends_the_attendance_and_names_the_site(
     world.told.clear()
     with raw_site(world, server, world.identity("site", HOSTILE)) as site:
         site.say(said)
-        with pytest.raises((grpc.RpcError, StopIteration)):
+        with pytest.raises((CallFailed, StopIteration)):
             site.hear(Train)
     assert wait_until(lambda: any(f"site {HOSTILE} is gone" in line for line in world.told))
 
@@ -212,7 +216,7 @@ def test_what_is_fetched_is_the_callers_own_jobs(
         mine = client.submit(*job, roster=[SITES[0]], recipients=[ADA])
         for what in ("bundle", "model"):
             request = Fetch(job=mine, what=what, sha256=job[0].digest, offset=0)
-            with pytest.raises(grpc.RpcError) as caught:
+            with pytest.raises(CallFailed) as caught:
                 next(iter(site.connection.ask("Fetch", request, timeout=10)))
             assert f"no job {mine} for {HOSTILE}" in status_of(caught.value)[1]
         assert [event.text for event in client.watch(mine, timeout=60)][-1] == "finished"
@@ -301,11 +305,11 @@ def test_a_job_that_its_site_was_not_asked_to_join_takes_no_update(
 ) -> None:
     with raw_site(world, server, world.identity("site", HOSTILE)) as site:
         task = Train(job="another", round=0, total_rounds=1, model_sha256="0" * 64, model_size=1)
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(CallFailed) as caught:
             site.deliver(task, GOOD)
         assert "there is no job another" in status_of(caught.value)[1]
     with raw_site(world, server, world.identity("site", HOSTILE), attend=False) as site:
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(CallFailed) as caught:
             site.deliver(task, GOOD)
         assert "does not attend" in status_of(caught.value)[1]
 
@@ -338,7 +342,7 @@ def test_idle_calls_are_few_and_short(world: FederationWorld, server: str, monke
         idle = [iter(site.connection.call("Deliver", iter(silent.get, None), timeout=30)) for _ in range(3)]
         assert wait_until(lambda: _refused(site, "calls under way already"))
         for call in idle:
-            with pytest.raises(grpc.RpcError):
+            with pytest.raises(CallFailed):
                 next(call)
             silent.put(None)
         assert wait_until(lambda: _refused(site, "no job another"))
@@ -346,7 +350,7 @@ def test_idle_calls_are_few_and_short(world: FederationWorld, server: str, monke
 
 def _refused(site: RawSite, reason: str) -> bool:
     request = Fetch(job="another", what="model", sha256="0" * 64, offset=0)
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises(CallFailed) as caught:
         next(iter(site.connection.ask("Fetch", request, timeout=10)))
     return reason in status_of(caught.value)[1]
 
@@ -503,6 +507,7 @@ def test_a_site_approves_for_itself_whatever_the_server_says(
     monkeypatch.setattr("fl.server.job.JOIN_SECONDS", 1.0)
     script = f"# {changes}\n" + Path(__file__).read_text()[:200]
     bundle, model = make_job(tmp_path, script, num_rounds=1, min_clients=1)
+    changes = dict(changes)
     sites, days = changes.pop("approved_for", None), changes.pop("approved_days", 1)
     name = changes.pop("approved_job", bundle.settings.name)
     if sites is not None or days != 1 or name != bundle.settings.name:

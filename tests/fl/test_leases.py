@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from federation_world import SERVER, SITES, TRAIN, FederationWorld, found_federation, make_job, now, wait_until
 from raw_site import raw_site, status_of
@@ -19,7 +18,7 @@ from safetensors.numpy import load_file
 from attestation.canonical import b64
 from attestation.errors import LeaseEnded, PeerRefused
 from attestation.identity import Identity
-from fl.errors import LeaseLapsed
+from fl.errors import CallFailed, LeaseLapsed
 from fl.jobs.progress import JobEvent
 from fl.transport.frames import Away, Lease, Train, pack
 from policies.charter import Changes
@@ -138,7 +137,7 @@ def cut_off(world: FederationWorld, address: str, shown: Callable[[Identity], Le
     identity = world.identity("site", SITES[1], seconds=30)
     with raw_site(world, address, identity) as site:
         site.say(shown(identity))
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(CallFailed) as caught:
             site.hear(Train)
         return status_of(caught.value)
 
@@ -203,7 +202,7 @@ def test_a_withdrawn_place_ends_the_connection_with_the_sentence(world: Federati
             image = world.charter().files["images/site-image.json"]
             world.change(Changes(remove=frozenset({"images/site-image.json"})))
             try:
-                with pytest.raises(grpc.RpcError) as caught:
+                with pytest.raises(CallFailed) as caught:
                     site.hear(Train)
             finally:
                 world.change(Changes(put={"images/site-image.json": image}))
@@ -215,7 +214,7 @@ def test_a_withdrawn_place_ends_the_connection_with_the_sentence(world: Federati
 def test_a_site_says_why_it_pauses(world: FederationWorld, server: str) -> None:
     with raw_site(world, server, world.identity("site", SITES[1])) as site:
         site.say(pack(Away(why="a reason")))
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(CallFailed) as caught:
             site.hear(Train)
     status, details = status_of(caught.value)
     assert status == "FAILED_PRECONDITION"

@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from federation_world import MODEL_KEY, SERVER, TRAIN, UserKeys, make_job, make_user, wait_until
@@ -26,6 +25,7 @@ from attestation.virtual.vendor import Vendor
 from benchmarks.trials import load_trial
 from fl.environments.kit import Kit, KitFile
 from fl.environments.user_client import UserClient
+from fl.errors import CallFailed
 from fl.guard.limits import Limits
 from fl.jobs.progress import JobEvent
 from fl.server import serve
@@ -288,7 +288,7 @@ def test_a_withdrawn_image_ends_its_sites_within_one_lease(trial: Trial) -> None
         site.attend(pack(Lease(ears=hostile.renew().ears)))
         site.hear(Lease)
         trial.world.change(Changes(remove=frozenset({"images/site-image.json"})))
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(CallFailed) as caught:
             site.hear(Train)
         status, details = status_of(caught.value)
         assert status == "PERMISSION_DENIED", details
