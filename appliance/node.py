@@ -7,15 +7,18 @@ with 0 when it was asked to stop, 1 when it was refused (before or during its wo
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from appliance.vault import Vault, opened_vault, vault_of
 from attestation.attester.boot import Boot, read_boot
 from attestation.canonical import canonical_bytes
 from attestation.client import PAUSE_SECONDS, GuestSession
@@ -30,6 +33,8 @@ RETRY_SECONDS: Final = 1.0
 """Between two tries to reach a broker."""
 FIRST_CONTACT_SECONDS: Final = 30.0
 """How long a starting guest looks for a broker before it gives up."""
+STOP_SECONDS: Final = 30.0
+"""How long a service may take to stop once the guest was refused; then all ends with it, open as it is."""
 
 T = TypeVar("T")
 
@@ -58,6 +63,8 @@ class Lease:
     def __init__(self, session: GuestSession, stop: threading.Event) -> None:
         self._session = session
         self._stop = stop
+        self.vault: Vault | None = None
+        """The guest's vault, if its init-data ask for one; it is checked at each renewal."""
         self._identity = _patiently(session.attest)
 
     def identity(self) -> Identity:
@@ -92,6 +99,8 @@ class Lease:
         while not self._stop.wait(self._until_renewal()):
             try:
                 self._identity = self._session.renew()
+                if self.vault is not None:
+                    self.vault.state.check()
                 say("renewed", until=_rfc3339(self._identity.lease_ends))
             except (BrokerUnavailable, Unusable) as error:
                 say("waiting", what=error.what, until=_rfc3339(self._identity.lease_ends))
@@ -169,15 +178,26 @@ def _run(boot: Boot, stop: threading.Event) -> int:
     def end(error: Refused) -> None:
         refusals.append(error)
         stop.set()
+        impatient = threading.Timer(STOP_SECONDS, _end_now, (error,))
+        impatient.daemon = True
+        impatient.start()
 
     keeper = threading.Thread(target=lease.keep, args=(end,), name="lease", daemon=True)
     keeper.start()
     try:
-        keys = {purpose: lease.release(resource) for purpose, resource in sorted(session.init.resources.items())}
-        say("released", resources=sorted(session.init.resources.values()))
-        for broker, why in session.false_shares.items():
-            say("false share", broker=broker, what=why)
-        service(session.init, boot, lease, keys, stop)
+        vault = vault_of(session.init)
+        resources = {purpose: name for purpose, name in sorted(session.init.resources.items()) if name != vault}
+        with ExitStack() as open_ones:
+            if vault is not None:
+                lease.vault = open_ones.enter_context(opened_vault(session, vault, boot.disks))
+                say("opened vault", vault=vault, generation=lease.vault.state.generation)
+            keys = {purpose: lease.release(resource) for purpose, resource in resources.items()}
+            say("released", resources=sorted(resources.values()))
+            for broker, why in session.false_shares.items():
+                say("false share", broker=broker, what=why)
+            service(session.init, boot, lease, keys, stop)
+        if vault is not None:
+            say("closed vault", vault=vault)
     finally:
         stop.set()
         keeper.join(timeout=15)
@@ -251,6 +271,13 @@ def _key(keys: Mapping[str, bytes], purpose: str) -> bytes:
 
 def _incomplete(what: str) -> Unusable:
     return Unusable(what, where="init-data", do="Write the guest's init-data anew and enrol it.")
+
+
+def _end_now(error: Refused) -> None:
+    """The service has not stopped: say why, and end with all that is open. The guest powers off."""
+    _say_refused(error)
+    say("stopped", what=f"the service did not end within {STOP_SECONDS:.0f} s")
+    os._exit(1)
 
 
 def _say_refused(error: Refused) -> None:
