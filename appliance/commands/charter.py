@@ -24,6 +24,8 @@ from appliance.charter_files import (
     tell,
     write_file,
 )
+from appliance.charter_images import image_targets
+from appliance.commands.charter_code import add_verbs as add_code_verbs
 from appliance.commands.charter_kit import add_verbs
 from appliance.commands.charter_policy import add_verbs as add_policy_verbs
 from appliance.output import print_json
@@ -139,16 +141,25 @@ def propose(
     renew: Annotated[
         list[str] | None, typer.Option("--renew", metavar="ROLE", help="Issue a role again, with a new expiry.")
     ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="DIR", help="Put an image's reference values: its folder.")
+    ] = None,
+    builder: Annotated[
+        Path | None, typer.Option("--builder", metavar="FILE", help="The public key of the images' builder.")
+    ] = None,
+    role: Annotated[
+        list[str] | None, typer.Option("--role", metavar="ROLE", help="A role that the images' guests may have.")
+    ] = None,
     note: Note = "",
     trust: Trust = None,
     at: At = None,
     as_json: AsJson = False,
 ) -> None:
-    """Propose a change of the charter: files put or removed, another consortium, roles renewed."""
+    """Propose a change of the charter: files put or removed, another consortium, roles renewed, images admitted."""
     from policies.charter import Changes
 
     changes = Changes(
-        put=put_files(put),
+        put={**put_files(put), **image_targets(image or (), builder, role or ())},
         remove=frozenset(remove or ()),
         consortium=None if consortium is None else consortium_file(consortium),
         renew=frozenset(renew or ()),
@@ -423,5 +434,6 @@ def diff(
     raise typer.Exit(0 if same else 1)
 
 
+add_code_verbs(app)
 add_policy_verbs(app)
 add_verbs(app)

@@ -161,6 +161,33 @@ def diff(
     raise typer.Exit(1 if changes else 0)
 
 
+@app.command("export", epilog="Example: seal image export build/image layout/")
+def export_(
+    folder: ImageFolder,
+    layout: Annotated[Path, typer.Argument(metavar="LAYOUT", help="A new folder for the OCI image layout.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write an image as an OCI artefact (image layout), for any OCI tool to carry to a registry."""
+    from cvm_image.oci import export_image
+
+    _tell({"layout": str(layout), "digest": export_image(folder, layout)}, as_json)
+
+
+@app.command("import", epilog="Example: seal image import layout/ build/image --builder builder.pem")
+def import_(
+    layout: Annotated[Path, typer.Argument(metavar="LAYOUT", help="A folder with an OCI image layout.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the image.")],
+    builder: BuilderKey,
+    as_json: AsJson = False,
+) -> None:
+    """Take an image out of an OCI image layout, if its builder signed it and every byte of it verifies."""
+    from cvm_image.files import read_public_key
+    from cvm_image.oci import import_image
+
+    manifest = import_image(layout, folder, read_public_key(builder))
+    _tell(_facts(folder, manifest) | {"verified": True}, as_json)
+
+
 def _facts(folder: Path, manifest: Any) -> dict[str, Any]:
     from cvm_image.manifest import MANIFEST
     from cvm_image.verify import file_digest
