@@ -21,6 +21,7 @@ from policies.charter import (
     Charter,
     Lifetimes,
     files_of,
+    found,
     load_charter,
     propose,
     publish,
@@ -404,6 +405,16 @@ def test_a_hardware_image_does_not_enter_a_virtual_charter(world: World) -> None
     with pytest.raises(ProposalRefused, match="does not hold") as caught:
         propose(world.store, world.put(other), NOW)
     assert "an image for hardware in a virtual charter" in caught.value.reasons[0]
+
+
+def test_a_virtual_image_does_not_enter_a_hardware_charter() -> None:
+    world = World()
+    world.consortium = world.with_consortium(platform="hardware", trust_domain="research.example", virtual_roots=())
+    real = image("demo").model_copy(update={"platform": "hardware"})
+    world.store = found(world.consortium, files_of([real]), world.keys.values(), [world.broker_key], NOW)
+    with pytest.raises(ProposalRefused, match="does not hold") as caught:
+        propose(world.store, world.put(image("demonstration")), NOW)
+    assert "an image for virtual in a hardware charter" in caught.value.reasons[0]
 
 
 def test_the_trust_domain_says_what_the_platform_is(world: World) -> None:
