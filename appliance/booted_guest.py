@@ -11,7 +11,9 @@ from typing import Literal
 
 from attestation.virtual.launch import KERNEL_HEADER
 from attestation.virtual.platform import Machine, Program, run_program
-from cvm_image.build.launching import boot_command
+from cvm_image.build.image import new_log
+from cvm_image.build.launching import boot_command, find_tools
+from cvm_image.build.store import Store, default_cache
 from cvm_image.build.tools import Tools
 from cvm_image.qemu import VAULT, Forward
 from cvm_image.qemu import Machine as Board
@@ -22,6 +24,12 @@ DEFAULT_MEMORY_MIB = 3072
 def is_bootable(kernel: bytes) -> bool:
     """Whether a kernel is one that boots (the others are started as processes, by the virtual platform itself)."""
     return not kernel.startswith(KERNEL_HEADER)
+
+
+def cached_tools(cache: Path | None = None) -> Tools:
+    """The tools tree with QEMU, from the image cache (default: the user's). Raises UnusableHost if there is none."""
+    store = Store(default_cache() if cache is None else cache)
+    return find_tools(store, log=new_log(store, "boot"))
 
 
 def run_booted_guest(

@@ -43,9 +43,11 @@ def launch(
     policy: Annotated[str, typer.Option(help="The guest policy (virtual platform).")] = "0x30000",
     vcpu_model: Annotated[str, typer.Option("--vcpu-model", help="Measured; as the image was signed for.")] = "EPYC-v4",
     vcpus: Annotated[int, typer.Option(min=1, help="Measured; as the image was signed for.")] = 2,
-    memory: Annotated[int, typer.Option(min=256, metavar="MIB", help="The guest's memory (hardware).")] = 4096,
+    memory: Annotated[
+        int, typer.Option(min=256, metavar="MIB", help="The memory of a guest that is a machine.")
+    ] = 4096,
     forward: Annotated[
-        list[str] | None, typer.Option(metavar="HOST:GUEST", help="A port that leads to the guest (hardware).")
+        list[str] | None, typer.Option(metavar="HOST:GUEST", help="A port that leads to a machine.")
     ] = None,
     id_block: Annotated[
         bool, typer.Option("--id-block/--no-id-block", help="Start with the image's ID block, as signed.")
@@ -79,7 +81,8 @@ def launch(
     if vendor is None or chip is None:
         raise typer.BadParameter("a guest on the virtual platform needs --vendor and --chip")
     settings = {"vcpu_model": vcpu_model, "vcpus": vcpus, "policy": _number(policy, "--policy"), "id_block": id_block}
-    raise typer.Exit(_launch_virtual(image, raw, vendor, chip, run, disks, settings))
+    board = (memory, tuple(_forward(word) for word in forward or ()))
+    raise typer.Exit(_launch_virtual(image, raw, vendor, chip, run, disks, settings, board))
 
 
 def _launch_kit(folder: Path, role: str | None, *, print_qemu: bool, print_libvirt: bool) -> int:
@@ -103,7 +106,10 @@ def _launch_virtual(
     run: Path | None,
     disks: dict[str, Path],
     settings: dict[str, Any],
+    board: tuple[int, tuple[Any, ...]],
 ) -> int:
+    """Start the guest as a machine if the image's kernel boots, else as a process; `board` is for machines."""
+    from appliance.booted_guest import cached_tools, is_bootable, run_booted_guest
     from attestation.virtual.__main__ import image_disks
     from attestation.virtual.chip import load_chip
     from attestation.virtual.launch import LaunchSettings, read_measured
@@ -112,16 +118,23 @@ def _launch_virtual(
 
     made_by, processor = load_vendor(vendor), load_chip(chip)
     _refuse_hardware_image(image)
+    files = read_measured(image)
+    boots = is_bootable(files.kernel)
     machine = Machine(
         chip=processor,
         certificates=processor.certificate_table(made_by),
-        files=read_measured(image),
+        files=files,
         init_data=raw,
         settings=LaunchSettings(**settings),
-        disks=image_disks(image) | disks,
+        disks={} if boots else image_disks(image) | disks,
     )
     sys.stderr.write(f"seal: virtual platform, {processor.product.value} chip {processor.chip_id.hex()[:16]}\n")
-    return run_guest(machine, run or chip.with_name(f"{chip.name}.run"))
+    folder = run or chip.with_name(f"{chip.name}.run")
+    if not boots:
+        return run_guest(machine, folder)
+    return run_booted_guest(
+        machine, image, folder, tools=cached_tools(), memory_mib=board[0], forwards=board[1], disks=disks
+    )
 
 
 @app.command(epilog="Example: seal vm vendor vendor/ --product Milan")

@@ -50,15 +50,12 @@ def boot(
     ] = None,
 ) -> None:
     """Boot a built image on a virtual chip, show its serial console, and end with QEMU's exit status."""
-    from appliance.booted_guest import is_bootable, run_booted_guest
+    from appliance.booted_guest import cached_tools, is_bootable, run_booted_guest
     from attestation.virtual.__main__ import parse_disks
     from attestation.virtual.chip import load_chip
     from attestation.virtual.launch import LaunchSettings, read_init_data, read_measured
     from attestation.virtual.platform import Machine
     from attestation.virtual.vendor import load_vendor
-    from cvm_image.build.image import new_log
-    from cvm_image.build.launching import find_tools
-    from cvm_image.build.store import Store, default_cache
     from cvm_image.verify import load_image
 
     if load_image(image).platform != "virtual":
@@ -73,7 +70,6 @@ def boot(
             "this image is started as a process, not booted", where=str(image), do="Start it by `seal vm launch`."
         )
     made_by, processor = load_vendor(vendor), load_chip(chip)
-    store = Store(default_cache() if cache is None else cache)
     machine = Machine(
         chip=processor,
         certificates=processor.certificate_table(made_by),
@@ -86,7 +82,7 @@ def boot(
         machine,
         image,
         run or chip.with_name(f"{chip.name}.run"),
-        tools=find_tools(store, log=new_log(store, "boot")),
+        tools=cached_tools(cache),
         memory_mib=memory,
         forwards=tuple(_forward(word) for word in forward or []),
         disks=parse_disks(disk or []),

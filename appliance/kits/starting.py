@@ -154,17 +154,13 @@ def launch_virtual_guest(start: GuestStart) -> int:
 
 def _boot(machine: Machine, start: GuestStart) -> int:
     """Start the guest as a machine that QEMU emulates; its ports keep their numbers."""
-    from appliance.booted_guest import run_booted_guest
-    from cvm_image.build.image import new_log
-    from cvm_image.build.launching import find_tools
-    from cvm_image.build.store import Store, default_cache
+    from appliance.booted_guest import cached_tools, run_booted_guest
 
-    store = Store(default_cache())
     return run_booted_guest(
         machine,
         start.image.resolve(),
         start.run,
-        tools=find_tools(store, log=new_log(store, "boot")),
+        tools=cached_tools(),
         memory_mib=start.settings.memory_mib,
         forwards=_forwards(start),
         disks=start.disks,
