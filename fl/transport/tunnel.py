@@ -101,4 +101,5 @@ async def _carry(
         writer.close()
         with contextlib.suppress(ConnectionError, asyncio.CancelledError):
             await sender
+        await web.close()
         await session.close()

@@ -19,15 +19,17 @@ import atheris
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-with atheris.instrument_imports(include=["attestation", "gpu_targets", "snp_targets"]):
+with atheris.instrument_imports(include=["attestation", "fl", "gpu_targets", "snp_targets", "transport_targets"]):
     import gpu_targets
     import snp_targets
+    import transport_targets
 
 import gpu_seeds  # noqa: E402  (not instrumented: seeds are made, not tested)
 import snp_seeds  # noqa: E402
+import transport_seeds  # noqa: E402
 
-TARGETS: Final = {**gpu_targets.TARGETS, **snp_targets.TARGETS}
-SEEDS: Final = {**gpu_seeds.SEEDS, **snp_seeds.SEEDS}
+TARGETS: Final = {**gpu_targets.TARGETS, **snp_targets.TARGETS, **transport_targets.TARGETS}
+SEEDS: Final = {**gpu_seeds.SEEDS, **snp_seeds.SEEDS, **transport_seeds.SEEDS}
 MEMORY_LIMIT: Final = 64 * 1024
 """KiB by which the process may grow over what it needs for good evidence, the fuzzer's own corpus included."""
 

@@ -17,8 +17,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 import gpu_targets  # noqa: E402  (its folder is found by the line above)
 import snp_targets  # noqa: E402
+import transport_targets  # noqa: E402
 
-TARGETS = [*snp_targets.TARGETS, *gpu_targets.TARGETS]
+TARGETS = [*snp_targets.TARGETS, *gpu_targets.TARGETS, *transport_targets.TARGETS]
 RUNS = 10_000_000
 
 

@@ -1,0 +1,159 @@
+"""Proxies for tests: one that connects where it is told to (CONNECT), and ones that end TLS, as firms have them."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+Change = Callable[[bytes], bytes]
+
+
+@dataclass
+class Proxy:
+    """A running proxy: where it listens, and all that it saw."""
+
+    address: str
+    seen: bytearray = field(default_factory=bytearray)
+    asked: list[str] = field(default_factory=list)
+    connections: int = 0
+    change: Change = bytes
+    """What it makes of each piece that goes up."""
+
+
+@contextmanager
+def _listening(serve: Callable[[socket.socket, Proxy], None]) -> Iterator[Proxy]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    proxy = Proxy(f"127.0.0.1:{listener.getsockname()[1]}")
+    over = threading.Event()
+
+    def one(connection: socket.socket) -> None:
+        proxy.connections += 1
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(30)
+            serve(connection, proxy)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while not over.is_set():
+                threading.Thread(target=one, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield proxy
+    finally:
+        over.set()
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def _tie(near: socket.socket, far: socket.socket, proxy: Proxy) -> None:
+    def copy(source: socket.socket, target: socket.socket, change: Change) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(1 << 16):
+                proxy.seen.extend(piece)
+                target.sendall(change(piece))
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(one, socket.SHUT_RDWR)
+
+    back = threading.Thread(target=copy, args=(far, near, bytes), daemon=True)
+    back.start()
+    copy(near, far, lambda piece: proxy.change(piece))
+    back.join(10)
+
+
+@contextmanager
+def connecting_proxy() -> Iterator[Proxy]:
+    """An HTTP proxy that knows CONNECT alone."""
+
+    def serve(near: socket.socket, proxy: Proxy) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += near.recv(4096)
+        method, target, _ = head.split(b"\r\n")[0].decode().split(" ")
+        proxy.asked.append(f"{method} {target}")
+        if method != "CONNECT":
+            near.sendall(b"HTTP/1.1 405 No\r\n\r\n")
+            return
+        host, _, port = target.rpartition(":")
+        with socket.create_connection((host, int(port)), 10) as far:
+            near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            _tie(near, far, proxy)
+
+    with _listening(serve) as proxy:
+        yield proxy
+
+
+@contextmanager
+def passing_proxy(to: str) -> Iterator[Proxy]:
+    """A proxy that passes bytes on."""
+
+    def serve(near: socket.socket, proxy: Proxy) -> None:
+        host, _, port = to.rpartition(":")
+        with socket.create_connection((host, int(port)), 10) as far:
+            _tie(near, far, proxy)
+
+    with _listening(serve) as proxy:
+        yield proxy
+
+
+@contextmanager
+def ending_proxy(folder: Path, to: str, *, tls_to: bool, tls: bool = True) -> Iterator[tuple[Proxy, str]]:
+    """A proxy that ends TLS (or has none) and goes on to `to` by TLS of its own or in clear; its certificate (PEM)."""
+    key, certificate = _certificate()
+    (folder / "proxy.pem").write_text(key + certificate)
+    inward = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    inward.load_cert_chain(folder / "proxy.pem")
+    inward.set_alpn_protocols(["http/1.1"])
+    outward = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    outward.check_hostname = False
+    outward.verify_mode = ssl.CERT_NONE
+    outward.set_alpn_protocols(["http/1.1"])
+
+    def serve(near: socket.socket, proxy: Proxy) -> None:
+        host, _, port = to.rpartition(":")
+        with contextlib.ExitStack() as stack:
+            if tls:
+                near = stack.enter_context(inward.wrap_socket(near, server_side=True))
+            far: socket.socket = stack.enter_context(socket.create_connection((host, int(port)), 10))
+            if tls_to:
+                far = stack.enter_context(outward.wrap_socket(far))
+            _tie(near, far, proxy)
+
+    with _listening(serve) as proxy:
+        yield proxy, certificate
+
+
+def _certificate() -> tuple[str, str]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "proxy")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    return private, certificate.public_bytes(Encoding.PEM).decode()
