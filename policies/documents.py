@@ -353,7 +353,8 @@ class ExportBudget(Allowance):
 class BundleApproval(Document):
     """A bundle that may run, where and until when: target `code/DIGEST.json`. `sites` are enrolled sites' names.
 
-    `budget` is what its jobs together may let out of the sites of any one member.
+    `budget` is what its jobs together may let out of the sites of any one member. With the verdict `rejected` it is the
+    word that the bundle may not run, for those who are asked again.
     """
 
     bundle: Digest
@@ -362,6 +363,7 @@ class BundleApproval(Document):
     note: Text = ""
     expires: Instant
     budget: Allowance | None = None
+    verdict: Literal["approved", "rejected"] = "approved"
 
     @model_validator(mode="after")
     def _distinct(self) -> BundleApproval:

@@ -117,6 +117,9 @@ def _bundle_reasons(record: JobRecord, bundle: Bundle, charter: Charter, at: dat
     settings = bundle.settings
     if (record.name, record.rounds, record.min_sites) != (settings.name, settings.num_rounds, settings.min_clients):
         yield "the record's name, rounds or least number of sites are not the bundle's"
+    verdict = charter.verdict(bundle.digest)
+    if verdict is not None and verdict.verdict == "rejected":
+        yield f"the bundle was rejected{': ' + verdict.note if verdict.note else ''}"
     approval = charter.bundle(bundle.digest)
     if approval is None:
         yield f"the bundle {bundle.digest} is not approved in charter version {charter.version}"

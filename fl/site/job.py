@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 REPORT_SECONDS: Final = 5.0
 """How long the sandbox may take to tell what became of a script whose socket has closed."""
+WATCH_SECONDS: Final = 2.0
+"""Between two looks whether a running job is still approved: a withdrawal comes with the charter, once a lease."""
 DATA_FOLDER: Final = "/data"
 """Where a sandboxed script finds its site's data."""
 
@@ -79,6 +82,7 @@ class SiteJob:
         self._stopped = threading.Event()
         self._process: SandboxedProcess | None = None
         self._exports: SiteExports | None = None
+        self._withdrawn: SealwrightError | None = None
         self._training = False
         self._next_round = 0
         self._ready = False
@@ -126,7 +130,8 @@ class SiteJob:
             self._exports = exports
             exports.begin_job()
             self._run_script(bundle, exports, lambda: self._approve(signed, bundle, received))
-        except SealwrightError as error:
+        except SealwrightError as failure:
+            error = self._withdrawn or failure
             if caused_by_script(error) and self._exports is not None:
                 self._exports.await_release()
             reasons = words_that_leave(error)
@@ -188,7 +193,7 @@ class SiteJob:
         with theirs:
             process = sandbox.start(theirs)
         self._process = process
-        with process:
+        with process, self._watched(check, process):
             session = ScriptSession(ours, site=self._site, how_it_ended=lambda: _how_it_ended(process, bundle.files))
             try:
                 limit = max_update_size(settings.schema_of_model)
@@ -207,6 +212,27 @@ class SiteJob:
             finally:
                 session.close()
                 self._process = None
+
+    @contextmanager
+    def _watched(self, check: Callable[[], None], process: SandboxedProcess) -> Iterator[None]:
+        """Look again and again whether the job may run still; when it may not, end the script in the middle."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(WATCH_SECONDS):
+                try:
+                    check()
+                except SealwrightError as error:
+                    self._withdrawn = error
+                    process.kill()
+                    return
+
+        watcher = threading.Thread(target=watch, name=f"approval of {self.id}", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def _train(
         self, session: ScriptSession, settings: JobSettings, task: Train, limit: int, exports: SiteExports

@@ -76,6 +76,11 @@ class Charter:
 
     def bundle(self, digest: str) -> BundleApproval | None:
         """Return the approval of the bundle with this digest, or None. The caller compares `.expires` to its time."""
+        document = self.verdict(digest)
+        return document if document is not None and document.verdict == "approved" else None
+
+    def verdict(self, digest: str) -> BundleApproval | None:
+        """Return what was decided about the bundle with this digest, approval or rejection, or None."""
         document = self.documents.get(f"code/{digest}.json")
         return document if isinstance(document, BundleApproval) else None
 

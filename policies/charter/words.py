@@ -232,6 +232,10 @@ def _describe(document: Document) -> str:
             return (
                 f"the place of {document.role} {document.name} for {document.member}: image {document.image}, {chips}"
             )
+        case BundleApproval(verdict="rejected"):
+            return f"the rejection of a bundle for job {document.job}" + (
+                f" ({document.note})" if document.note else ""
+            )
         case BundleApproval():
             return (
                 f"the approval of a bundle for job {document.job} at {listed(document.sites)} "
