@@ -23,6 +23,7 @@ from attestation.connection import FetchedCharter, fetch_charter
 from attestation.evidence.report import Product
 from attestation.evidence.tcb import Tcb
 from attestation.verifier.appraisal_policy import load_appraisal_policy
+from cvm_image.qemu import VAULT
 from policies.errors import KitRefused, SealwrightError
 from policies.forms import format_time
 from policies.keys import load_private_key, public_pem, read_secret
@@ -182,7 +183,9 @@ def _disks(kit: SignedKit, local: Path) -> Iterator[Finding]:
         path = local / DISKS / name
         there = path.is_file()
         seen = f"{path.stat().st_size} bytes" if there else f"nothing at {path}"
-        yield Finding(f"disk {name}", there, seen, f"Seal the data there: `seal site seal … --out {path}`.")
+        how = f"Seal the data there: `seal site seal … --out {path}`."
+        do = f"Make it: `seal vm vault {path}`." if name == VAULT else how
+        yield Finding(f"disk {name}", there, seen, do)
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ The folder that `seal charter user` made here is the kit's `local/`:
         parts.append(_image(manifest, manifest.image, name))
     if manifest.disks:
         listed = "\n".join(f"    {name}/local/disks/{disk}" for disk in manifest.disks)
-        parts.append(f"## Disks\nThe guest is shown these files, sealed (`seal site seal`):\n\n{listed}")
+        how = "`seal site seal`; a vault by `seal vm vault`"
+        parts.append(f"## Disks\nThe guest is shown these files, sealed ({how}):\n\n{listed}")
     return parts
 
 

@@ -92,7 +92,9 @@ def guest_start(folder: Path, *, trust: bytes | None = None) -> GuestStart:
     missing = [str(path) for path in start.disks.values() if not path.is_file()]
     if missing:
         raise Unusable(
-            f"the disk is missing: {', '.join(missing)}", where=str(folder), do="Make it with `seal site seal`."
+            f"the disk is missing: {', '.join(missing)}",
+            where=str(folder),
+            do="Make it with `seal site seal`, or, for a vault, `seal vm vault`.",
         )
     return start
 
