@@ -22,7 +22,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -50,6 +51,25 @@ class Decision:
 
     allow: bool
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One question: the rules, the package that is to decide, its input."""
+
+    rules: Rules
+    package: str
+    document: Mapping[str, Any]
+
+    def askable(self) -> bool:
+        """Whether an evaluator can be asked at all."""
+        named = _PACKAGE.fullmatch(self.package) is not None
+        return named and bool(self.rules.modules) and _input_complaint(self.document) is None
+
+    def frame(self, *, whole: bool = False) -> dict[str, Any]:
+        """As the evaluator reads it; `whole` with the rules themselves."""
+        question = {"rules": self.rules.digest, "package": self.package, "input": self.document}
+        return {**question, "modules": self.rules.modules, "data": self.rules.data} if whole else question
 
 
 def _denied(*reasons: str) -> Decision:
@@ -88,9 +108,9 @@ class _Worker:
             self.close()
             raise
 
-    def ask(self, question: Mapping[str, Any], deadline: float) -> dict[str, Any]:
-        """Return the answer to `question`. Raises WorkerLost if there is none by `deadline` (monotonic)."""
-        frame = json.dumps(question, ensure_ascii=True, allow_nan=False).encode("ascii")
+    def ask(self, questions: Sequence[Mapping[str, Any]], deadline: float) -> list[dict[str, Any]]:
+        """Return the answers to `questions`. Raises WorkerLost if there are none by `deadline` (monotonic)."""
+        frame = json.dumps({"questions": questions}, ensure_ascii=True, allow_nan=False).encode("ascii")
         if len(frame) > FRAME_LIMIT:
             raise ValueError(f"rules and input are larger than {FRAME_LIMIT} bytes")
         stdin = self.process.stdin
@@ -107,7 +127,8 @@ class _Worker:
                 data = data[os.write(descriptor, data) :]
             except OSError as error:
                 raise WorkerLost("the evaluator died") from error
-        return self._read(deadline)
+        answers: list[dict[str, Any]] = self._read(deadline)["answers"]
+        return answers
 
     def _read(self, deadline: float) -> dict[str, Any]:
         size = struct.unpack(">I", self._exactly(4, deadline))[0]
@@ -159,23 +180,24 @@ class _Workers:
         self.lock = threading.Lock()
         self.idle: list[_Worker] = []
 
-    def ask(self, question: dict[str, Any], rules: Rules, wait: float) -> dict[str, Any]:
-        """Ask a free process; wait for one at most `wait` seconds. Raises WorkerLost."""
-        if not self.places.acquire(timeout=wait):
+    def ask(self, asked: Sequence[Asked], seconds: float) -> list[dict[str, Any]]:
+        """Ask a free process; wait for one, and for its answers, at most `seconds` each. Raises WorkerLost."""
+        if not self.places.acquire(timeout=seconds):
             raise WorkerLost("all evaluators are busy")
         try:
-            worker = self._take(rules.time_limit)
+            worker = self._take(seconds)
             try:
-                deadline = time.monotonic() + rules.time_limit
-                reply = worker.ask(question, deadline)
-                if reply.get("unknown"):
-                    reply = worker.ask({**question, "modules": rules.modules, "data": rules.data}, deadline)
+                deadline = time.monotonic() + seconds
+                replies = worker.ask([one.frame() for one in asked], deadline)
+                for place, one in enumerate(asked):
+                    if replies[place].get("unknown"):
+                        (replies[place],) = worker.ask([one.frame(whole=True)], deadline)
             except BaseException:
                 worker.close()
                 raise
             with self.lock:
                 self.idle.append(worker)
-            return reply
+            return replies
         finally:
             self.places.release()
 
@@ -258,8 +280,7 @@ class Rules:
         if not self._turn.acquire(timeout=self.time_limit):
             return _denied(f"the rules of {package} are busy with an earlier question"), False
         try:
-            question = {"rules": self.digest, "package": package, "input": document}
-            reply = _workers.ask(question, self, self.time_limit)
+            (reply,) = _workers.ask([Asked(self, package, document)], self.time_limit)
         except (WorkerLost, OSError, ValueError) as error:
             return _denied(f"the rules of {package} could not be evaluated: {error}"), False
         finally:
@@ -268,6 +289,36 @@ class Rules:
         if fault is not None:
             return _denied(f"the rules of {package} {fault}"), False
         return _judge(package, reply["allow"][0], reply["reasons"][0]), True
+
+    @contextmanager
+    def _turns(self, others: Iterable[Rules]) -> Iterator[None]:
+        """Have one's own turn and that of others, all in one order. Raises WorkerLost if one does not come."""
+        with ExitStack() as stack:
+            for rules in sorted({self, *others}, key=lambda one: (one.digest, id(one))):
+                if not rules._turn.acquire(timeout=self.time_limit):
+                    raise WorkerLost("the rules are busy with an earlier question")
+                stack.callback(rules._turn.release)
+            yield
+
+    @staticmethod
+    def decide_all(asked: Sequence[Asked]) -> list[Decision]:
+        """Decide each as `decide` does, in one exchange with an evaluator: a tenth of the time, if there are many.
+
+        If it comes to no good end, each is decided by itself, so that one cannot spoil what is decided of another.
+        """
+        if len(asked) > 1 and all(one.askable() for one in asked):
+            first = asked[0].rules
+            try:
+                with first._turns(one.rules for one in asked):
+                    replies = _workers.ask(asked, first.time_limit)
+            except (WorkerLost, OSError, ValueError):
+                replies = []
+            if len(replies) == len(asked) and all(_fault(reply) is None for reply in replies):
+                return [
+                    _judge(one.package, reply["allow"][0], reply["reasons"][0])
+                    for one, reply in zip(asked, replies, strict=True)
+                ]
+        return [one.rules.decide(one.package, one.document) for one in asked]
 
 
 def _input_complaint(document: Mapping[str, Any]) -> str | None:

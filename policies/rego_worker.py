@@ -2,9 +2,10 @@
 
 It runs as a file (`python -I rego_worker.py`), with an empty environment (Rego's `opa.runtime` shows it) and imports
 nothing of ours. `policies.decisions` starts, bounds and replaces it. Frames both ways: 4 bytes of length (big-endian),
-then JSON. A question {"rules", "package", "input", "modules"?, "data"?} names rules by digest; if they are not loaded
-here the answer is {"unknown": true}, and the question comes again with them. Other answers: {"allow": [...],
-"reasons": [...]} (each empty if undefined) or {"error": "..."}.
+then JSON. A frame has {"questions": [...]} and is answered by {"answers": [...]}, as many in the same order. A question
+{"rules", "package", "input", "modules"?, "data"?} names rules by digest; if they are not loaded here the answer is
+{"unknown": true}, and the question comes again with them. Other answers: {"allow": [...], "reasons": [...]} (each empty
+if undefined) or {"error": "..."}.
 
 The input goes in by `set_input_term`, as JSON text. regopy's `set_input` builds the values one by one and is not
 faithful: it cuts strings at NUL, does not escape quotes and backslashes, and wraps integers beyond 63 bits (seen in
@@ -76,7 +77,7 @@ def read_exactly(stream: BinaryIO, size: int) -> bytes | None:
 
 
 def main(seconds: float) -> None:
-    """Serve until the other end closes. Each question has `seconds`, then the alarm ends this process.
+    """Serve until the other end closes. Each frame has `seconds`, then the alarm ends this process.
 
     Memory is the parent's to watch: the library's allocator reserves 256 GiB of addresses, so that RLIMIT_AS and
     RLIMIT_DATA would end it at random.
@@ -99,7 +100,7 @@ def main(seconds: float) -> None:
         if body is None:
             return
         signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM's default action ends the process, even inside C++
-        reply = answer(json.loads(body), loaded)
+        reply = {"answers": [answer(question, loaded) for question in json.loads(body)["questions"]]}
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ are evaluated apart, so that neither module can define rules in the other's name
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from attestation.broker.sessions import Protocol as SessionProtocol
 from attestation.canonical import format_time
 from attestation.ear import Ear
+from policies.decisions import Asked, Rules
 from policies.documents import Enrolment
 
 FLOOR_PACKAGE: Final = "sealwright.floor"
@@ -30,25 +31,6 @@ allow if data.sealwright.release.kbs == true
 reasons contains "it does not open this resource to the KBS protocol (no rule `kbs` that is true)" if not allow
 """
 """Stock KBS guests get a resource only if its owner's module says `kbs := true`: their protocol binds less than /v1."""
-
-
-class Decides(Protocol):
-    """Rego modules as policies.decisions.Rules evaluates them."""
-
-    def decide(self, package: str, document: Mapping[str, Any]) -> Decided:
-        """Evaluate a package's `allow` and `reasons` over `document`; never raises for what a policy does."""
-
-
-class Decided(Protocol):
-    """An outcome."""
-
-    @property
-    def allow(self) -> bool:
-        """Whether the package allows it."""
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Why not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,25 +77,24 @@ class Question:
         }
 
 
-def decide_release(question: Question, floor: Decides | None, owner: Decides | None) -> tuple[str, ...]:
-    """Every reason against the release; none if both policies allow it."""
-    document = question.document()
-    reasons: list[str] = []
-    if floor is None:
-        reasons.append("the charter has no floor (policies/floor.rego), so nothing is released")
-    else:
-        reasons += _against(floor, FLOOR_PACKAGE, document, "charter's floor")
-    if owner is None:
-        reasons.append(f"the owner has no release policy for {question.resource}, so it is not released")
-    else:
-        reasons += _against(owner, RELEASE_PACKAGE, document, "owner's policy")
-        if question.protocol == "kbs":
-            reasons += _against(owner, KBS_PACKAGE, document, "owner's policy")
-    return tuple(reasons)
-
-
-def _against(rules: Decides, package: str, document: Mapping[str, Any], who: str) -> list[str]:
-    decision = rules.decide(package, document)
-    if decision.allow and not decision.reasons:
-        return []
-    return [f"{who}: {reason}" for reason in decision.reasons or (f"{package} does not allow it",)]
+def decide_releases(questions: Sequence[Question], floor: Rules | None, owner: Rules | None) -> list[tuple[str, ...]]:
+    """For each question about one resource every reason against the release; none if both policies allow it."""
+    reasons: list[list[str]] = [[] for _ in questions]
+    asked: list[tuple[int, str, Asked]] = []
+    for number, question in enumerate(questions):
+        document = question.document()
+        if floor is None:
+            reasons[number].append("the charter has no floor (policies/floor.rego), so nothing is released")
+        else:
+            asked.append((number, "charter's floor", Asked(floor, FLOOR_PACKAGE, document)))
+        if owner is None:
+            reasons[number].append(f"the owner has no release policy for {question.resource}, so it is not released")
+        else:
+            packages = (RELEASE_PACKAGE, KBS_PACKAGE) if question.protocol == "kbs" else (RELEASE_PACKAGE,)
+            asked += [(number, "owner's policy", Asked(owner, package, document)) for package in packages]
+    decisions = Rules.decide_all([one for _, _, one in asked])
+    for (number, who, one), decision in zip(asked, decisions, strict=True):
+        if not decision.allow or decision.reasons:
+            told = decision.reasons or (f"{one.package} does not allow it",)
+            reasons[number] += [f"{who}: {reason}" for reason in told]
+    return [tuple(found) for found in reasons]

@@ -2,7 +2,8 @@
 
 Decisions over one resource are made one after another, in the order in which they then reach the database's writer. A
 decision counts what the database has and, beyond that, the releases that are still on their way there; the writer
-checks that it counted right. So many guests may have one resource at the same time, and a limit of N is N.
+checks that it counted right. So many guests may have one resource at the same time, and a limit of N is N. Those who
+wait while one decision is made are decided for together, one after another, on one thread.
 
 Processes on one database take turns over a resource, TURN_SECONDS each while another waits or not: what one decides is
 on the disk before the other counts. The writer's check holds without it too; the turns spare deciding anew.
@@ -12,24 +13,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from attestation.broker import journal
 from attestation.broker.database import TURNS
 from attestation.broker.keks import KeyEncryption, open_resource
-from attestation.broker.release import Counters, decide_release
+from attestation.broker.release import Counters, decide_releases
 from attestation.broker.release import Question as ReleaseQuestion
 from attestation.broker.rules import floor_rules, owner_rules
 from attestation.broker.sessions import Session, age_seconds
 from attestation.broker.storage import Storage, StoredResource, Transaction
 from attestation.broker.vault_states import Sight, boot_of, sight
 from attestation.ear import Ear
-from attestation.errors import ReleaseRefused
+from attestation.errors import BrokerUnavailable, ReleaseRefused
 from attestation.ledger.receipt import Receipt
 from attestation.messages import not_deposited
 from attestation.split import kept_as, parse_share
@@ -37,8 +39,11 @@ from attestation.vaults import Claim, VaultState, open_reasons, opened, place_re
 from policies.charter import Charter
 from policies.vaults import vault_place
 
+T = TypeVar("T")
 TURN_SECONDS: Final = 0.1
 """How long one process goes on deciding over a resource before it lets another."""
+TOGETHER: Final = 16
+"""For how many that wait is decided at once."""
 
 Authorise = Callable[[Session | None], Session]
 """Checks a call against its session and returns the session's next form; raises Refused or Unusable."""
@@ -95,11 +100,43 @@ class _Found:
     state: VaultState | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What a decision is made over: what policies see, and what of the resource is here, under which name."""
+
+    question: ReleaseQuestion
+    seen: Sight | None
+    kept: str
+    stored: StoredResource | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """What was decided, and over what; `sealed` if there are no reasons against it."""
+
+    question: ReleaseQuestion
+    reasons: tuple[str, ...]
+    sealed: Any
+    found: _Found
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A request whose turn has yet to come; then its decision on its way to the disk, or why there is none."""
+
+    request: Request
+    flight: _Flight
+    decision: _Decision | None = None
+    pending: asyncio.Future[tuple[bytes | None, tuple[Receipt, ...]]] | None = None
+    problem: Exception | None = None
+
+
 @dataclass(slots=True)
 class _Gate:
     """The order of decisions over one resource."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: list[_Waiting] = field(default_factory=list)
     flights: list[_Flight] = field(default_factory=list)
     users: int = 0
     landed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -124,28 +161,88 @@ class Releases:
     async def decide(self, request: Request) -> Released | None:
         """Release, or raise ReleaseRefused with every reason; None if it has to be decided anew (charter, counters)."""
         async with self._gate(request.resource) as gate:
-            async with gate.lock:
-                await self._turn(gate, request.resource)
-                question, reasons, sealed, found = await asyncio.to_thread(self._prepare, request, gate)
-                flight = _Flight(journal.place(request.ear.subject), boot_of(request.ear))
-                pending = self._storage.submit(
-                    lambda step: self._write(step, request, question, reasons, found, flight)
-                )
-                if not reasons:
-                    gate.flights.append(flight)
-                    gate.landed.clear()
+            mine = _Waiting(request, _Flight(journal.place(request.ear.subject), boot_of(request.ear)))
+            gate.waiting.append(mine)
             try:
-                entry, receipts = await pending
+                async with gate.lock:
+                    if mine in gate.waiting:  # else who came before has decided for it too
+                        await self._turn(gate, request.resource)
+                        await self._decide_together(gate)
             finally:
-                if flight in gate.flights:
-                    gate.flights.remove(flight)
-                if not gate.flights:
-                    gate.landed.set()
+                if mine in gate.waiting:
+                    gate.waiting.remove(mine)
+            if mine.problem is not None or mine.decision is None or mine.pending is None:
+                raise mine.problem or BrokerUnavailable("nothing was decided", where=request.resource)
+            decision, (entry, receipts) = mine.decision, await mine.pending
         if entry is None:
             return None
-        if reasons:
-            raise ReleaseRefused(reasons, resource=request.resource)
-        return Released(sealed, found.serial, request.session, receipts[0], entry, found.state)
+        if decision.reasons:
+            raise ReleaseRefused(decision.reasons, resource=request.resource)
+        found = decision.found
+        return Released(decision.sealed, found.serial, request.session, receipts[0], entry, found.state)
+
+    async def _decide_together(self, gate: _Gate) -> None:
+        """Decide, one after another, for those who wait, and hand what was decided to the writer in that order."""
+        charter = gate.waiting[0].request.charter
+        batch = [one for one in gate.waiting[:TOGETHER] if one.request.charter is charter]
+        decided = await asyncio.to_thread(self._prepare_all, batch, gate)
+        for one, outcome in zip(batch, decided, strict=True):
+            if one not in gate.waiting:
+                continue  # its caller has gone
+            gate.waiting.remove(one)
+            if isinstance(outcome, Exception):
+                one.problem = outcome
+                continue
+            one.decision = outcome
+            try:
+                one.pending = self._storage.submit(
+                    partial(self._write, request=one.request, decision=outcome, flight=one.flight)
+                )
+            except BrokerUnavailable as error:
+                one.problem = error
+                continue
+            if not outcome.reasons:
+                gate.flights.append(one.flight)
+                gate.landed.clear()
+                one.pending.add_done_callback(partial(_land, gate, one.flight))
+
+    def _prepare_all(self, batch: Sequence[_Waiting], gate: _Gate) -> list[_Decision | Exception]:
+        """Decide for each, counting what was decided before it. Runs beside the event loop, once at a time for a
+        resource.
+
+        Each is looked at as if all before it had the outcome of the last, and the policies are asked for all at once:
+        that takes little longer than for one. After the first with another outcome the rest is looked at again.
+        """
+        decided: list[_Decision | Exception] = []
+        flights, expected = list(gate.flights), True
+        while left := batch[len(decided) :]:
+            seen, coming = list[_Looked | Exception](), list(flights)
+            for one in left:
+                seen.append(_caught(partial(self._look, one.request, coming)))
+                coming += [one.flight] if expected else []
+            questions = [one.question for one in seen if isinstance(one, _Looked)]
+            charter, resource = left[0].request.charter, left[0].request.resource
+            floor, owner = charter.policy("floor.rego"), charter.release_policy(resource)
+            reasons = iter(
+                decide_releases(
+                    questions,
+                    None if floor is None else floor_rules(floor),
+                    None if owner is None else owner_rules(owner),
+                )
+            )
+            for one, looked in zip(left, seen, strict=True):
+                outcome: _Decision | Exception
+                if isinstance(looked, _Looked):
+                    outcome = _caught(partial(self._judge, one.request, looked, next(reasons)))
+                else:
+                    outcome = looked
+                decided.append(outcome)
+                released = isinstance(outcome, _Decision) and not outcome.reasons
+                flights += [one.flight] if released else []
+                if released != expected:
+                    expected = released
+                    break
+        return decided
 
     @asynccontextmanager
     async def _gate(self, resource: str) -> AsyncIterator[_Gate]:
@@ -185,18 +282,17 @@ class Releases:
             finally:
                 self._turns.release()
 
-    def _prepare(self, request: Request, gate: _Gate) -> tuple[ReleaseQuestion, tuple[str, ...], Any, _Found]:
-        """Decide, and seal the value if it is released. Runs beside the event loop, one at a time for a resource."""
+    def _look(self, request: Request, flights: Sequence[_Flight]) -> _Looked:
+        """What the decision is made over. Raises ReleaseRefused, BrokerUnavailable."""
         ear, charter, resource = request.ear, request.charter, request.resource
         split = charter.split(resource)
-
 
         def read(step: Transaction) -> tuple[Counters, Sight | None, str, StoredResource | None]:
             seen, part = _seen(step, request), 0 if split is None else split.generation
             if seen is not None and seen.state.deal is not None:
                 part = seen.state.deal.number
             kept = kept_as(resource, part)
-            return _counters(step, resource, ear, gate.flights), seen, kept, step.resource(kept)
+            return _counters(step, resource, ear, flights), seen, kept, step.resource(kept)
 
         counters, seen, kept, stored = self._storage.read(read)
         enrolment = charter.enrolment(ear.subject.role, ear.subject.name)
@@ -204,41 +300,42 @@ class Releases:
             raise ReleaseRefused(("the guest's place is no longer enrolled",), resource=resource)
         age, protocol = age_seconds(request.session, request.at), request.session.protocol
         question = ReleaseQuestion(resource, ear, enrolment, age, protocol, request.job, counters, request.at)
-        floor, owner = charter.policy("floor.rego"), charter.release_policy(resource)
-        reasons = decide_release(
-            question,
-            None if floor is None else floor_rules(floor),
-            None if owner is None else owner_rules(owner),
-        )
-        state = None
+        return _Looked(question, seen, kept, stored)
+
+    def _judge(self, request: Request, looked: _Looked, reasons: tuple[str, ...]) -> _Decision:
+        """The decision, with the value sealed if it is released. Raises BrokerUnavailable."""
+        resource, split, seen = request.resource, request.charter.split(request.resource), looked.seen
+        state, stored = None, looked.stored
         if seen is not None:
             against, state = _opening(request, seen)
             reasons += against
         if stored is None:
             reasons += (not_deposited(resource),)
-        if split is not None and protocol == "kbs":
+        if split is not None and request.session.protocol == "kbs":
             reasons += (f"{resource} is split, and the KBS protocol joins no shares",)
         if reasons or stored is None:
-            return question, reasons, None, _Found(kept, 0, None, seen)
+            return _Decision(looked.question, reasons, None, _Found(looked.kept, 0, None, seen))
         value = open_resource(stored, self._kek)
         share = None if split is None else (split.generation, parse_share(value).index)
-        found = _Found(kept, stored.serial, share, seen, state)
-        return question, (), request.seal(request.session, value, stored.serial), found
+        found = _Found(looked.kept, stored.serial, share, seen, state)
+        return _Decision(looked.question, (), request.seal(request.session, value, stored.serial), found)
 
     def _write(
         self,
         step: Transaction,
         request: Request,
-        question: ReleaseQuestion,
-        reasons: tuple[str, ...],
-        found: _Found,
+        decision: _Decision,
         flight: _Flight,
     ) -> bytes | None:
         """Write the decision down if everything that it was made over still stands; else None."""
+        question, reasons, found = decision.question, decision.reasons, decision.found
         used = request.authorise(step.session(request.session.id))
         if not self._still_followed(step, request.charter):
             return None
-        if (_counters(step, request.resource, request.ear, ()), _seen(step, request)) != (question.counters, found.seen):
+        if (_counters(step, request.resource, request.ear, ()), _seen(step, request)) != (
+            question.counters,
+            found.seen,
+        ):
             return None
         if not reasons:
             stored = step.resource(found.kept)
@@ -259,6 +356,20 @@ class Releases:
         step.update_session(used)
         flight.number = journal.append(step, note)
         return note.entry.to_bytes()
+
+
+def _caught(work: Callable[[], T]) -> T | Exception:
+    """What comes of `work`, or what it raises, which is its own caller's to hear."""
+    try:
+        return work()
+    except Exception as error:
+        return error
+
+
+def _land(gate: _Gate, flight: _Flight, _pending: asyncio.Future[Any]) -> None:
+    gate.flights.remove(flight)
+    if not gate.flights:
+        gate.landed.set()
 
 
 def _seen(step: Transaction, request: Request) -> Sight | None:
@@ -289,7 +400,7 @@ def opening_outcome(
     return (*against, *open_reasons(vault, state, claim)), opened(state, claim)
 
 
-def _counters(step: Transaction, resource: str, ear: Ear, flights: list[_Flight] | tuple[()]) -> Counters:
+def _counters(step: Transaction, resource: str, ear: Ear, flights: Sequence[_Flight]) -> Counters:
     """The ledger's counts, and of the releases on their way those that this snapshot of it does not have yet."""
     guest, boot, size = journal.place(ear.subject), boot_of(ear), step.size()
     coming = [flight for flight in list(flights) if flight.number is None or flight.number >= size]

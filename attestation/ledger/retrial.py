@@ -22,7 +22,7 @@ from attestation.broker.appraisal import Question as AppraisalQuestion
 from attestation.broker.checks import check_deposit_token
 from attestation.broker.exports import decide_export, export_reasons
 from attestation.broker.journal import place
-from attestation.broker.release import Counters, decide_release
+from attestation.broker.release import Counters, decide_releases
 from attestation.broker.release import Question as ReleaseQuestion
 from attestation.broker.rules import floor_rules, owner_rules
 from attestation.canonical import format_time, unb64
@@ -246,11 +246,12 @@ class Retrial:
             body["resource"], ear, enrolment, body["age_seconds"], body["protocol"], body["job"], counted, entry.time
         )
         floor, owner = charter.policy("floor.rego"), charter.release_policy(body["resource"])
-        return against + decide_release(
-            question,
+        (reasons,) = decide_releases(
+            [question],
             None if floor is None else floor_rules(floor),
             None if owner is None else owner_rules(owner),
         )
+        return against + reasons
 
     def _export(self, number: int, entry: Entry, charter: Charter, broker: BrokerEntry, ear: Ear) -> list[str]:
         after, reasons = self._debited(entry, charter, broker, ear)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.decisions import Rules
+from policies.decisions import Asked, Rules
 from policies.errors import MalformedDocument
 from policies.ready_made import READY_MADE, ready_made, release_policy, shared_policies
 
@@ -99,6 +99,35 @@ def test_rules_that_break_the_evaluator_deny() -> None:
     assert not decision.allow
     assert "died" in decision.reasons[0]
     assert decide(YES).allow
+
+
+ODD = "package p\nimport rego.v1\nallow if input.n % 2 == 1\ndefault allow := false\nreasons := set()\n"
+
+
+def test_many_questions_at_once_are_answered_each_as_if_alone() -> None:
+    odd, because = Rules({"p.rego": ODD}), Rules({"p.rego": YES.replace("set()", '{"because"}')})
+    asked = [Asked(rules, "p", {"n": number}) for number in range(9) for rules in (odd, because)]
+    found = Rules.decide_all(asked)
+    assert found == [one.rules.decide(one.package, one.document) for one in asked]
+    assert [one.allow for one in found[::2]] == [number % 2 == 1 for number in range(9)]
+    assert Rules.decide_all([]) == []
+
+
+@pytest.mark.parametrize("spoiler", ["endless", "absent", "unnamed", "input"])
+def test_one_of_many_questions_spoils_no_other(spoiler: str) -> None:
+    good, bad = Rules({"p.rego": YES}), Rules({"p.rego": ENDLESS}, time_limit=1.0)
+    asked = {
+        "endless": Asked(bad, "p", {}),
+        "absent": Asked(good, "q", {}),
+        "unnamed": Asked(good, "p; allow := true", {}),
+        "input": Asked(good, "p", {"n": float("nan")}),
+    }[spoiler]
+    for place in range(3):
+        questions = [Asked(good, "p", {})] * 2
+        questions.insert(place, asked)
+        found = Rules.decide_all(questions)
+        assert [one.allow for one in found] == [number != place for number in range(3)]
+        assert found[place].reasons != ()
 
 
 def test_endless_rules_do_not_hold_up_others() -> None:

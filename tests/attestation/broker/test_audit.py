@@ -144,22 +144,22 @@ def test_what_rules_are_asked_in_earnest_fits_the_schemas(
 ) -> None:
     """The auditor asks again what the broker asked: appraisals, and releases by floor and owner."""
     from policies import questions
-    from policies.decisions import Decision, Rules
+    from policies.decisions import Asked, Decision, Rules
     from policies.inputs import input_complaints
 
     asked: list[tuple[str, Any]] = []
-    ask, decide = questions.ask, Rules.decide
+    ask, decide_all = questions.ask, Rules.decide_all
 
     def asks(charter: Any, subject: Any, document: Any) -> Any:
         asked.append((subject, document))
         return ask(charter, subject, document)
 
-    def decides(rules: Rules, package: str, document: Any) -> Decision:
-        asked.append((package.removeprefix("sealwright."), document))
-        return decide(rules, package, document)
+    def decides(them: list[Asked]) -> list[Decision]:
+        asked.extend((one.package.removeprefix("sealwright."), one.document) for one in them)
+        return decide_all(them)
 
     monkeypatch.setattr(questions, "ask", asks)
-    monkeypatch.setattr(Rules, "decide", decides)
+    monkeypatch.setattr(Rules, "decide_all", decides)
     assert verify_audit(bundle, world.root).ok
     assert {"appraisal", "floor", "release"} <= {package for package, _ in asked}
     for package, document in asked:

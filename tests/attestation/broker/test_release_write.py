@@ -14,8 +14,8 @@ from attestation.broker.keks import KekFile, seal_resource
 from attestation.broker.releases import Released, Releases, Request
 from attestation.broker.sessions import Session, open_session
 from attestation.broker.storage import Storage, open_storage
-from attestation.errors import ReleaseRefused
-from attestation.ledger.entry import Entry
+from attestation.errors import BrokerUnavailable, ReleaseRefused
+from attestation.ledger.entry import Entry, parse_entry
 
 if TYPE_CHECKING:
     from attestation.client import GuestSession
@@ -74,6 +74,24 @@ class Decision:
         )
         return asyncio.run(self.releases.decide(request))
 
+    def make_together(self, count: int, unsealed: int) -> list[Released | Exception | None]:
+        """As many requests at once, of which one (`unsealed`) cannot be sealed."""
+
+        def request(number: int) -> Request:
+            def seal(_: Session, value: bytes, serial: int) -> str:
+                if number == unsealed:
+                    raise BrokerUnavailable("it cannot be sealed", where="here")
+                return f"{value.decode()} {serial}"
+
+            at = self.session, self.ear, RESOURCE, None, f"{number}", self.charter, self.at
+            return Request(*at, lambda _: self.session, seal)
+
+        async def run() -> list[Any]:
+            made = [self.releases.decide(request(number)) for number in range(count)]
+            return await asyncio.gather(*made, return_exceptions=True)
+
+        return asyncio.run(run())
+
     def written(self) -> int:
         return self.storage.read(lambda step: step.size())
 
@@ -114,3 +132,15 @@ def test_a_value_that_was_replaced_meanwhile_is_not_released(decision: Decision)
     released = decision.make()
     assert released is not None
     assert released.sealed == "value 2"
+
+
+def test_of_many_at_once_as_many_are_released_as_the_owner_allows_whichever_fail(decision: Decision) -> None:
+    made = decision.make_together(40, unsealed=2)
+    assert sum(isinstance(one, Released) for one in made) == 5
+    assert isinstance(made[2], BrokerUnavailable)
+    refused = [one for one in made if isinstance(one, ReleaseRefused)]
+    assert len(refused) == 34
+    assert all("often" in str(one) for one in refused)
+    entries = decision.storage.read(lambda step: [parse_entry(raw) for raw in step.entries(0, 100)])
+    assert [entry.kind for entry in entries] == ["release"] * 5 + ["denial"] * 34
+    assert [entry.body["counters"]["releases"] for entry in entries] == [0, 1, 2, 3, 4] + [5] * 34
