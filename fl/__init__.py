@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fl.environments.sim import SimEnv
     from fl.recipes.cyclic import CyclicRecipe
     from fl.recipes.declaring import declare_outputs, train_privately
+    from fl.recipes.evaluation import FedEvalRecipe, add_cross_site_evaluation
     from fl.recipes.fedavg import FedAvgRecipe
     from fl.recipes.fedopt import FedOptRecipe
     from fl.recipes.fedprox import FedProxRecipe
@@ -22,20 +23,23 @@ if TYPE_CHECKING:
     from fl.tracking import add_experiment_tracking
 
 __all__ = [
-    "CyclicRecipe", "FedAvgLrRecipe", "FedAvgRecipe", "FedOptRecipe", "FedProxRecipe", "FedStatsRecipe", "ProdEnv",
-    "ScaffoldRecipe", "SimEnv", "add_experiment_tracking", "declare_outputs", "train_privately",
+    "CyclicRecipe", "FedAvgLrRecipe", "FedAvgRecipe", "FedEvalRecipe", "FedOptRecipe", "FedProxRecipe",
+    "FedStatsRecipe", "ProdEnv", "ScaffoldRecipe", "SimEnv", "add_cross_site_evaluation", "add_experiment_tracking",
+    "declare_outputs", "train_privately",
 ]  # fmt: skip
 
 _HOMES: Final = {
     "CyclicRecipe": "fl.recipes.cyclic",
     "FedAvgLrRecipe": "fl.recipes.newton",
     "FedAvgRecipe": "fl.recipes.fedavg",
+    "FedEvalRecipe": "fl.recipes.evaluation",
     "FedOptRecipe": "fl.recipes.fedopt",
     "FedProxRecipe": "fl.recipes.fedprox",
     "FedStatsRecipe": "fl.recipes.statistics",
     "ProdEnv": "fl.environments.prod",
     "ScaffoldRecipe": "fl.recipes.scaffold",
     "SimEnv": "fl.environments.sim",
+    "add_cross_site_evaluation": "fl.recipes.evaluation",
     "add_experiment_tracking": "fl.tracking",
     "declare_outputs": "fl.recipes.declaring",
     "train_privately": "fl.recipes.declaring",

@@ -13,22 +13,36 @@ pass as sealed memory files.
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fl.errors import RecipeUnusable
-from fl.model import FLModel, ParamsType, Scalar, check_metrics, check_weight, params_of, schema_of, tensors_of
+from fl.model import (
+    WEIGHT_KEY,
+    FLModel,
+    ParamsType,
+    Scalar,
+    check_metrics,
+    check_weight,
+    params_of,
+    schema_of,
+    tensors_of,
+)
 from fl.tensors import encode_into, layout, parse
 from fl.transport.local import Answer, End, Hello, ScriptSocket, Training, Value
 from fl.transport.memory import DraftMemory, SealedMemory
 
 __all__ = [
-    "FLModel", "ParamsType", "data_path", "get_job_id", "get_site_name", "init", "is_running", "log", "receive",
-    "send", "system_info",
+    "FLModel", "ParamsType", "data_path", "get_job_id", "get_site_name", "init", "is_evaluate", "is_running",
+    "is_submit_model", "is_train", "log", "receive", "send", "system_info",
 ]  # fmt: skip
 
+SITE_KEY: Final = "site"
+"""In the meta of an update that an aggregator gets: whose it is."""
 SOCKET_VARIABLE: Final = "SEAL_CHANNEL"
 """The environment variable that holds the number of the inherited socket."""
 
@@ -44,7 +58,11 @@ class _Session:
                 "the site did not greet its script", where="flare.init", do="Start the script by a job."
             )
         self.hello = message
+        self.receive_filters = [_filter(name) for name in message.receive_filters]
+        self.send_filters = [_filter(name) for name in message.send_filters]
         self.over = False
+        self.task = "train"
+        self.model: SealedMemory | None = None  # the received model as it came, whatever the script does to its own
         self.waiting: FLModel | None = None
         self.working_on: int | None = None
 
@@ -66,7 +84,10 @@ class _Session:
             return False
         if not isinstance(message, Training) or descriptor is None:
             raise RecipeUnusable("the site sent no model with its task", where="flare.receive", do="Report this.")
+        self.forget()
+        self.task = message.task
         memory = SealedMemory.adopt(descriptor, max_size=1 << 48, where="site")
+        self.model = SealedMemory(os.dup(descriptor), memory.size)
         tensors = parse(memory.view, max_size=memory.size, where="site")
         self.waiting = FLModel(
             params=params_of(tensors, self.hello.framework),
@@ -74,8 +95,63 @@ class _Session:
             current_round=message.round,
             total_rounds=message.total_rounds,
         )
+        if message.update is not None:
+            self.waiting.params_type = message.update.params_type
+            self.waiting.meta = {SITE_KEY: message.update.site, WEIGHT_KEY: message.update.weight}
         memory.close()
+        for change in self.receive_filters:
+            self.waiting = change(self.waiting)
         return True
+
+    def answer(self, model: FLModel) -> tuple[Mapping[str, Any], str]:
+        """What is sent of a script's answer: its parameters, as the task and the job want them, and their type."""
+        wanted = "FULL" if self.task == "submit_model" else self.hello.params_type
+        given = ParamsType(model.params_type).value
+        if self.task == "evaluate":
+            return {}, wanted
+        if given == wanted:
+            return model.params, wanted
+        assert self.model is not None  # noqa: S101 - a task is open, and tasks come with models
+        tensors = parse(self.model.view, max_size=self.model.size, where="site")
+        return _converted(model.params, params_of(tensors, self.hello.framework), given), wanted
+
+    def forget(self) -> None:
+        """Give the received model back."""
+        if self.model is not None:
+            self.model.close()
+            self.model = None
+
+
+def _converted(params: Mapping[str, Any], received: Mapping[str, Any], given: str) -> dict[str, Any]:
+    """Differences from the received model of whole parameters, or the other way round, in the model's dtypes."""
+    if params.keys() != received.keys():
+        raise RecipeUnusable(
+            "the parameters are not those of the received model", where="flare.send", do="Send every tensor."
+        )
+    found: dict[str, Any] = {}
+    for name, base in received.items():
+        value = params[name] - base if given == "FULL" else base + params[name]
+        found[name] = value.to(base.dtype) if hasattr(value, "to") else value.astype(base.dtype)
+    return found
+
+
+def _filter(name: str) -> Callable[[FLModel], FLModel]:
+    """A filter of the recipe, `module:function`, that is held to its contract."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise RecipeUnusable(f"the filter {name} is not there: {error}", where="filters") from error
+
+    def change(model: FLModel) -> FLModel:
+        changed = found(model)
+        if not isinstance(changed, FLModel):
+            raise RecipeUnusable(
+                f"the filter {name} gave back a {type(changed).__name__}", where="filters", do="Return an FLModel."
+            )
+        return changed
+
+    return change
 
 
 _session: _Session | None = None
@@ -121,6 +197,9 @@ def receive() -> FLModel | None:
 def send(model: FLModel) -> None:
     """Hand over this round's update: parameters of the model's own names, shapes and dtypes, with metrics and meta.
 
+    Differences and whole parameters are made of each other where the job wants the other. Of the answer to an
+    evaluation only the metrics are sent; a site's own model is always sent whole.
+
     Raises RecipeUnusable if no received model is unanswered, MalformedTensors for metrics or meta that may not travel.
     """
     session = _joined()
@@ -128,10 +207,13 @@ def send(model: FLModel) -> None:
         raise RecipeUnusable(
             "there is no received model to answer", where="flare.send", do="Send once after each receive."
         )
-    tensors = tensors_of(model.params)
+    for change in session.send_filters:
+        model = change(model)
+    params, params_type = session.answer(model)
+    tensors = tensors_of(params)
     answer = Answer(
         round=session.working_on,
-        params_type=ParamsType(model.params_type).value,
+        params_type="DIFF" if params_type == "DIFF" else "FULL",
         metrics=check_metrics(model.metrics),
         weight=check_weight(model.meta),
     )
@@ -144,6 +226,22 @@ def send(model: FLModel) -> None:
     finally:
         os.close(descriptor)
     session.working_on = None
+    session.forget()
+
+
+def is_train() -> bool:
+    """Whether the task is to train the model."""
+    return _joined().task == "train"
+
+
+def is_evaluate() -> bool:
+    """Whether the task is to evaluate the model: the answer needs metrics alone."""
+    return _joined().task == "evaluate"
+
+
+def is_submit_model() -> bool:
+    """Whether the task is to hand over the site's own model, as it trained it last."""
+    return _joined().task == "submit_model"
 
 
 def log(key: str, value: float, step: int = 0) -> None:

@@ -143,7 +143,8 @@ def status(job: JobName, kit: KitFolder, as_json: AsJson = False) -> None:
 @app.command(epilog="Example: seal job watch trial-20260131-120000-0a1b2c3d --kit kit/")
 def watch(job: JobName, kit: KitFolder, as_json: AsJson = False) -> None:
     """Follow a job until it is over: live in a terminal, a line for each event else; ends with 1 if it failed."""
-    from fl.environments.display import Display, line_of
+    from fl.environments.display import Display
+    from fl.jobs.progress import line_of
 
     with _env(kit).connected() as (client, _):
         report = client.report(job)

@@ -40,8 +40,8 @@ class WeightedMean:
         self.count = 0
         """How many updates were folded."""
 
-    def fold(self, update: TensorFile, weight: float) -> None:
-        """Add an admitted update with `weight` > 0."""
+    def fold(self, update: TensorFile, weight: float, site: str = "") -> None:
+        """Add an admitted update with `weight` > 0; a mean does not ask of which site."""
         for name, total in self._sums.items():
             factor = total.dtype.type(weight)
             scratch = np.empty(min(BLOCK, total.size), dtype=total.dtype)
@@ -55,6 +55,10 @@ class WeightedMean:
                 part += scaled
         self._total += weight
         self.count += 1
+
+    def close(self) -> None:
+        """Give the sums back."""
+        self._sums.clear()
 
     def result(self, model: TensorFile, step: ServerStep | None = None) -> SealedMemory:
         """The next global model: the mean itself, or `model` plus the mean of differences; floats by `step` if given.

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from fl.errors import ScriptFailed
+from fl.site.script import ScriptSession
 from fl.transport.local import ScriptSocket
 
 REPORT_SECONDS: Final = 5.0
@@ -46,8 +47,21 @@ class ClientProcesses:
         self._reader = threading.Thread(target=self._read_exits, name="clients' exits", daemon=True)
         self._reader.start()
 
-    def start(self, name: str, *, folder: Path, script: str, arguments: Sequence[str], work: Path) -> socket.socket:
-        """Start a client; the site's end of its script socket."""
+    def start(
+        self,
+        name: str,
+        *,
+        folder: Path,
+        script: str,
+        arguments: Sequence[str],
+        work: Path,
+        environment: Mapping[str, str] | None = None,
+        log_config: Mapping[str, Any] | None = None,
+    ) -> socket.socket:
+        """Start a client; the site's end of its script socket.
+
+        `environment` is added to this process's own; `log_config` is given to `logging.config.dictConfig`.
+        """
         log = work / "log.txt"
         ours, theirs = ScriptSocket.pair()
         request = {
@@ -58,6 +72,8 @@ class ClientProcesses:
             "work": str(work),
             "log": str(log),
             "threads": self._threads,
+            "environment": dict(environment or {}),
+            "log_config": log_config,
         }
         try:
             rights = array.array("i", [theirs.fileno()])
@@ -69,6 +85,11 @@ class ClientProcesses:
             theirs.close()
         self._logs[name] = log
         return ours
+
+    def session(self, name: str, **client: Any) -> ScriptSession:
+        """Start a client, by `start`'s arguments; the conversation with its script."""
+        sock = self.start(name, **client)
+        return ScriptSession(sock, site=name, how_it_ended=lambda: self.how_it_ended(name))
 
     def how_it_ended(self, name: str) -> str:
         """What became of a client whose socket has closed, with its last words."""

@@ -1,9 +1,11 @@
-"""A job's live progress in a terminal; nothing at all where there is no terminal."""
+"""A job's live progress in a terminal or a notebook; nothing at all where there is neither."""
 
 from __future__ import annotations
 
+import io
+import sys
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from fl.jobs.progress import JobEvent
 
@@ -12,10 +14,40 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+def in_notebook() -> bool:
+    """Whether this code runs in a notebook's kernel."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and type(shell).__name__ == "ZMQInteractiveShell"
+
+
+class Page:
+    """One output of a notebook that is written anew."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, table: Table) -> None:
+        """Show `table` in the place of what was shown last."""
+        from IPython.display import HTML, display
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), record=True, width=100)
+        console.print(table)
+        page = HTML(console.export_html(inline_styles=True, code_format="<pre>{code}</pre>"))
+        if self._handle is None:
+            self._handle = display(page, display_id=True)
+        else:
+            self._handle.update(page)
+
+
 class Display:
     """Shows rounds, sites and mean metrics while a job runs."""
 
-    def __init__(self, name: str, num_rounds: int, stream: TextIO) -> None:
+    def __init__(self, name: str, num_rounds: int, stream: TextIO, *, shown: bool = True) -> None:
+        """`shown` False: nothing is shown, whatever `stream` is."""
+        self._shown = shown
+        self._page: Page | None = None
         self._name = name
         self._num_rounds = num_rounds
         self._stream = stream
@@ -43,13 +75,17 @@ class Display:
             self._sites[event.site] = f"[red]{event.kind}[/red]: {escape(event.text)}"
         elif event.kind == "aggregated" and event.round is not None:
             self._metrics.append((event.round, event.values))
-        if self._live is not None and event.kind != "value":
+        if event.kind == "value":
+            return
+        if self._live is not None:
             self._live.update(self._render())
+        elif self._page is not None:
+            self._page.show(self._render())
 
     @property
     def live(self) -> bool:
-        """Whether there is a terminal that shows the progress."""
-        return self._live is not None
+        """Whether there is a terminal or a notebook that shows the progress."""
+        return self._live is not None or self._page is not None
 
     def _render(self) -> Table:
         from rich.markup import escape
@@ -67,7 +103,12 @@ class Display:
         return table
 
     def __enter__(self) -> Self:
-        if self._stream.isatty():
+        if not self._shown:
+            return self
+        if in_notebook():
+            self._page = Page()
+            self._page.show(self._render())
+        elif self._stream.isatty():
             from rich.console import Console
             from rich.live import Live
 
@@ -81,20 +122,3 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-
-def line_of(event: JobEvent) -> str:
-    """An event as one line of plain text; empty for values that scripts log."""
-    values = ", ".join(f"{name} {value:.4g}" for name, value in list(event.values.items())[:6])
-    round_ = "" if event.round is None else f"round {event.round + 1}"
-    return {
-        "status": f"the job is {event.text}",
-        "joined": f"{event.site} has joined",
-        "lost": f"{event.site} is lost: {event.text}",
-        "refused": f"{event.site} is refused: {event.text}",
-        "paused": f"{event.site} pauses: {event.text}",
-        "resumed": f"{event.site} goes on",
-        "round": f"{round_} begins",
-        "update": f"{round_}: {event.site} sent its update {values}".rstrip(),
-        "aggregated": f"{round_} is done: {values or 'no metrics'}",
-    }.get(event.kind, "")

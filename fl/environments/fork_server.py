@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import logging.config
 import os
 import runpy
 import selectors
@@ -109,6 +110,9 @@ def _run_script(request: dict[str, Any], descriptor: int) -> int:
         os.dup2(source, target)
     os.chdir(work)
     os.environ[SOCKET_VARIABLE] = str(descriptor)
+    os.environ.update(request["environment"])
+    if request["log_config"] is not None:
+        logging.config.dictConfig(request["log_config"])
     script = str(folder / request["script"])
     sys.argv = [script, *request["args"]]
     sys.path[:0] = [str(Path(script).parent), str(folder)]

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fl.environments.kit import CurrentCharter, Kit, current_charter, open_kit
 from fl.environments.sim import default_workspace
 from fl.environments.user_client import UserClient
-from fl.errors import JobAborted, JobFailed, KitUnusable
-from fl.jobs.bundle import Bundle, make_bundle
+from fl.errors import JobAborted, JobFailed, KitUnusable, PeerLost
+from fl.jobs.bundle import Bundle
 from fl.jobs.progress import JobEvent, Status
+from fl.jobs.results import JOB_FILE
 from fl.run import Run
+from fl.tracking import track_result
 from fl.transport.memory import SealedMemory
 
 if TYPE_CHECKING:
     from fl.recipes.recipe import Recipe
+
+SO_FAR_SECONDS: Final = 2.0
+"""How long what happened so far may take to come; what comes later is not waited for."""
 
 
 class ProdEnv:
@@ -54,7 +60,7 @@ class ProdEnv:
 
     def execute(self, recipe: Recipe) -> Run:
         """Submit the job. Its bundle has to be approved in the charter."""
-        bundle = make_bundle(recipe.folder, recipe.settings)
+        bundle = recipe.bundle()
         with recipe.first_model() as model:
             return self.submit(bundle, model)
 
@@ -101,6 +107,20 @@ class _SubmittedJob:
                 observe(event)
             return client.report(self._job).status
 
+    def events(self) -> list[JobEvent]:
+        found: list[JobEvent] = []
+        with self._env.connected() as (client, _):
+            try:
+                for event in client.watch(self._job, timeout=SO_FAR_SECONDS):
+                    found.append(event)  # noqa: PERF402 - what came before the time was up counts
+            except PeerLost:
+                if client.report(self._job).status.over:
+                    raise  # it was no wait for what is to come
+        return found
+
+    def logs(self) -> dict[str, str]:
+        return {}
+
     def result(self, timeout: float | None) -> Path:
         with self._env.connected() as (client, _):
             for _event in client.watch(self._job, timeout=timeout):
@@ -114,4 +134,6 @@ class _SubmittedJob:
         from attestation.client import ledger_keys
 
         with self._env.connected() as (client, current):
-            return client.download(self._job, self._folder, ledgers=ledger_keys(current.charter))
+            folder = client.download(self._job, self._folder, ledgers=ledger_keys(current.charter))
+        track_result(folder, json.loads((folder / JOB_FILE).read_bytes()))
+        return folder

@@ -8,34 +8,48 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
+from fl.aggregation.custom import ScriptAggregation
+from fl.environments.checkpoint import FolderKeeper
 from fl.environments.clients import ClientProcesses
 from fl.environments.display import Display
+from fl.environments.logging_modes import LogMode, read_log_config
 from fl.errors import JobAborted, JobFailed, OutputRefused, RecipeUnusable, ScriptFailed, UpdateRefused
 from fl.guard.disclosure import LoggedNumbers, disclose
 from fl.guard.gate import max_update_size
-from fl.jobs.progress import JobEvent, Status
-from fl.jobs.results import JOB_FILE, MODEL_FILE, JobHistory, write_file, write_json
+from fl.jobs.progress import JobEvent, Status, line_of
+from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, JobHistory, write_file, write_json
 from fl.jobs.settings import NAME_PATTERN, JobSettings
 from fl.local.dp_sgd import what_runs
 from fl.model import ParamsType
 from fl.run import Run
-from fl.server.federation import Federation, Task
-from fl.server.workflows import WORKFLOWS
-from fl.site.script import END_SECONDS, ScriptSession
+from fl.server.federation import Aggregation, Federation, Task
+from fl.server.workflows import run_workflow
+from fl.site.script import END_SECONDS, Session
+from fl.tracking import start_tracking, track_result
 
 if TYPE_CHECKING:
+    from fl.environments.ray_clients import RayClients
     from fl.recipes.recipe import Recipe
 
 MAX_CLIENTS: Final = 10_000
 NAME: Final = re.compile(NAME_PATTERN)
+NAME_OF_RUN: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+GPUS: Final = re.compile(r"(\d{1,4}|\[\d{1,4}(,\d{1,4})*\])(,(\d{1,4}|\[\d{1,4}(,\d{1,4})*\]))*")
+LOG_BYTES: Final = 1 << 20
+"""So much of the end of a client's log is shown."""
+AGGREGATOR: Final = "aggregator"
+"""The folder, in a run's, of an aggregator of one's own."""
 
 
 class SimEnv:
@@ -47,6 +61,10 @@ class SimEnv:
         num_clients: int | None = None,
         *,
         num_threads: int | None = None,
+        gpu_config: str | None = None,
+        log_config: str | Path | None = None,
+        backend: Literal["processes", "ray"] = "processes",
+        resume: str | None = None,
         data: str | Path | Mapping[str, str | Path] | None = None,
         workspace_root: str | Path | None = None,
     ) -> None:
@@ -54,6 +72,11 @@ class SimEnv:
 
         - `clients` or `num_clients`: the clients' names, or how many (then `site-1`, `site-2`, ...).
         - `num_threads`: how many clients train at the same time (default: the machine's cores).
+        - `gpu_config`: which GPUs clients see, dealt to them in turn: "0,1" gives each client one, "[0,1],[2,3]" two.
+        - `log_config`: "concise" (live progress in a terminal or a notebook; the default), "full" (a line for each
+          event), "verbose" (what clients print too), or a JSON file for the clients' `logging.config.dictConfig`.
+        - `backend`: "processes" of this machine, or "ray": actors of a Ray cluster, one for each client.
+        - `resume`: a run's id: it goes on in its folder after its last whole round.
         - `data`: what `flare.data_path` finds: a folder with one subfolder per client, or a folder for each client.
         - `workspace_root`: where results go (default: `~/.local/share/sealwright/runs`).
 
@@ -69,6 +92,16 @@ class SimEnv:
         for name in names:
             if not NAME.fullmatch(name):
                 raise RecipeUnusable(f"client name {name!r} does not match {NAME_PATTERN}", where="SimEnv")
+        if backend not in ("processes", "ray"):
+            raise RecipeUnusable(f'backend is {backend!r}, not "processes" or "ray"', where="backend")
+        if num_threads is not None and num_threads < 1:
+            raise RecipeUnusable(f"num_threads is {num_threads}, not at least 1", where="num_threads")
+        if resume is not None and not NAME_OF_RUN.fullmatch(resume):
+            raise RecipeUnusable(f"{resume!r} is no run's id", where="resume")
+        self.gpus = gpus_of(names, gpu_config)
+        self.log_mode: LogMode = read_log_config(log_config)
+        self.backend = backend
+        self.resume = resume
         cores = len(os.sched_getaffinity(0))
         self.clients = names
         self.at_once = max(1, num_threads if num_threads is not None else cores)
@@ -84,9 +117,12 @@ class SimEnv:
                 where="min_clients",
             )
         started = datetime.now(UTC)
-        job_id = f"{recipe.name}-{started:%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
+        job_id = self.resume or f"{recipe.name}-{started:%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
         folder = self.workspace_root / job_id
-        folder.mkdir(mode=0o700, parents=True)
+        if self.resume is None:
+            folder.mkdir(mode=0o700, parents=True)
+        elif not folder.is_dir():
+            raise RecipeUnusable(f"there is no run {job_id} in {self.workspace_root}", where="resume")
         simulation = _Simulation(self, recipe, job_id, folder, started)
         simulation.run()
         return Run(job_id, simulation)
@@ -106,12 +142,11 @@ class _Simulation:
     def run(self) -> None:
         settings = self._recipe.settings
         observers: list[Callable[[JobEvent], None]] = [self.history.observe, self._events.append]
-        tracking = None
-        if settings.tracking == "tensorboard":
-            from fl.tracking.tensorboard import TensorBoardTracking
-
-            tracking = TensorBoardTracking(self._folder / "events")
+        tracking = start_tracking(settings, self._folder)
+        if tracking is not None:
             observers.append(tracking.observe)
+        if self._env.log_mode.lines:
+            observers.append(_write_line)
         lock = threading.Lock()
 
         def observe(event: JobEvent) -> None:
@@ -127,9 +162,14 @@ class _Simulation:
             round_seconds=settings.round_seconds,
             observe=observe,
             at_once=self._env.at_once,
+            keeper=FolderKeeper(
+                self._folder, self.history, resume=self._env.resume is not None, best=lambda: federation.best
+            ),
+            aggregation=self._aggregation if settings.aggregator is not None else None,
         )
         try:
-            with Display(settings.name, settings.num_rounds, sys.stderr) as display:
+            shown = not self._env.log_mode.lines
+            with Display(settings.name, settings.num_rounds, sys.stderr, shown=shown) as display:
                 observers.append(display.observe)
                 self._run_workflow(federation)
         except JobFailed as failure:
@@ -141,19 +181,27 @@ class _Simulation:
             self._end(Status.ABORTED, reasons=(f"interrupted by {type(error).__name__}",))
             raise
         finally:
+            if federation.best is not None:
+                federation.best.close()
             if tracking is not None:
                 tracking.close()
+            if self._env.log_mode.output:
+                for name, text in sorted(self.logs().items()):
+                    sys.stderr.write("".join(f"{name}: {line}\n" for line in text.splitlines()))
 
     def _run_workflow(self, federation: Federation) -> None:
         settings = self._recipe.settings
         preload = ["torch"] if settings.framework == "pytorch" else []
-        with ClientProcesses(preload, threads=self._env.threads_each) as processes:
+        with self._processes(preload) as processes:
+            self._started = processes
             clients = [self._start_client(name, processes, federation) for name in self._env.clients]
             try:
                 with self._recipe.first_model() as first:
-                    result = WORKFLOWS[settings.recipe](federation, settings, first)
+                    result = run_workflow(federation, settings, first)
                 with result:
                     write_file(self._folder / MODEL_FILE, result.view)
+                    if federation.best is not None:
+                        write_file(self._folder / BEST_FILE, federation.best.view)
                     self._end(Status.FINISHED, model=result.digest)
             finally:
                 federation.finish("the job is over")
@@ -161,17 +209,36 @@ class _Simulation:
                     client.stop()
             processes.wait_for_exits(END_SECONDS)  # after a failure nobody is waited for: leaving ends them all
 
-    def _start_client(self, name: str, processes: ClientProcesses, federation: Federation) -> _Client:
+    def _processes(self, preload: Sequence[str]) -> ClientProcesses | RayClients:
+        if self._env.backend == "ray":
+            from fl.environments.ray_clients import RayClients
+
+            return RayClients(preload, threads=self._env.threads_each)
+        return ClientProcesses(preload, threads=self._env.threads_each)
+
+    def _aggregation(self) -> Aggregation:
+        """The recipe's own aggregator, in a process as clients have it."""
+        settings, processes = self._recipe.settings, self._started
+        if settings.aggregator is None or not isinstance(processes, ClientProcesses):
+            raise RecipeUnusable("an aggregator of one's own needs the processes backend", where="backend")
+        work = self._folder / AGGREGATOR
+        work.mkdir(mode=0o700, exist_ok=True)
+        session = processes.session(AGGREGATOR, folder=self._code, script=settings.aggregator, arguments=(), work=work)
+        return ScriptAggregation(session, settings, self.history.job_id)
+
+    def _start_client(self, name: str, processes: ClientProcesses | RayClients, federation: Federation) -> _Client:
         work = self._folder / name
-        work.mkdir(mode=0o700)
-        sock = processes.start(
+        work.mkdir(mode=0o700, exist_ok=True)
+        script, arguments = self._recipe.settings.script_of(name)
+        session = processes.session(
             name,
             folder=self._code,
-            script=self._script,
-            arguments=self._recipe.settings.train_args,
+            script=script if self._recipe.settings.privacy is None else self._script,
+            arguments=arguments,
             work=work,
+            environment={} if self._env.gpus is None else {"CUDA_VISIBLE_DEVICES": self._env.gpus[name]},
+            log_config=self._env.log_mode.clients,
         )
-        session = ScriptSession(sock, site=name, how_it_ended=lambda: processes.how_it_ended(name))
         data = self._env.data[name]
         client = _Client(name, session, federation, self._recipe.settings)
         session.greet(
@@ -187,7 +254,10 @@ class _Simulation:
     def _end(self, status: Status, *, reasons: tuple[str, ...] = (), model: str | None = None) -> None:
         if not self.history.status.over:
             self.history.end(status, datetime.now(UTC), reasons=reasons, model=model)
-            write_json(self._folder / JOB_FILE, self.history.document())
+            record = self.history.document()
+            write_json(self._folder / JOB_FILE, record)
+            if status is Status.FINISHED:
+                track_result(self._folder, record)
 
     def status(self) -> Status:
         return self.history.status
@@ -202,6 +272,13 @@ class _Simulation:
     def abort(self) -> None:
         return
 
+    def events(self) -> list[JobEvent]:
+        return list(self._events)
+
+    def logs(self) -> dict[str, str]:
+        found = {name: _tail(self._folder / name / "log.txt") for name in self._env.clients}
+        return {name: text for name, text in found.items() if text}
+
     def watch(self, observe: Callable[[JobEvent], None]) -> Status:
         for event in self._events:
             observe(event)
@@ -211,7 +288,7 @@ class _Simulation:
 class _Client:
     """A simulated client: a thread that carries tasks to its script and updates back."""
 
-    def __init__(self, name: str, session: ScriptSession, federation: Federation, settings: JobSettings) -> None:
+    def __init__(self, name: str, session: Session, federation: Federation, settings: JobSettings) -> None:
         self.name = name
         self._session = session
         self._federation = federation
@@ -224,7 +301,8 @@ class _Client:
         self._thread.start()
 
     def give(self, task: Task) -> None:
-        self._tasks.put(task)
+        # The model may be closed with its job while this client still works on it: it has a share of its own.
+        self._tasks.put(replace(task, model=task.model.share()))
 
     def end(self, why: str) -> None:  # a script learns that the job is over, not why
         self._tasks.put(None)
@@ -234,8 +312,10 @@ class _Client:
 
     def _carry(self) -> None:
         federation = self._federation
+        held = ExitStack()
         try:
             while (task := self._tasks.get()) is not None:
+                held.callback(task.model.close)
                 self._logged.begin_round()
                 answer, memory = self._session.train(
                     task.round,
@@ -243,6 +323,7 @@ class _Client:
                     task.model,
                     seconds=federation.round_seconds,
                     value=self._log,
+                    task=task.kind,
                 )
                 with memory:
                     shown = disclose(
@@ -253,6 +334,7 @@ class _Client:
                         model=task.model,
                         settings=self._settings,
                         site=self.name,
+                        task=task.kind,
                     )
                 federation.submit(
                     self.name,
@@ -262,6 +344,7 @@ class _Client:
                     weight=shown.weight,
                     metrics=shown.metrics,
                 )
+                held.close()
         except UpdateRefused:
             pass  # the federation has noted it and put the client out of the job
         except OutputRefused as refusal:
@@ -269,6 +352,10 @@ class _Client:
         except ScriptFailed as failure:
             federation.lose(self.name, failure.what)
         finally:
+            held.close()
+            while not self._tasks.empty():
+                if (task := self._tasks.get()) is not None:
+                    task.model.close()
             self._session.end()
             self._session.close()
 
@@ -276,15 +363,48 @@ class _Client:
         self._federation.value(self.name, key, self._logged.disclosed(key, value), step)
 
 
+def gpus_of(names: Sequence[str], gpu_config: str | None) -> dict[str, str] | None:
+    """Each client's CUDA_VISIBLE_DEVICES, the groups of `gpu_config` dealt in turn. Raises RecipeUnusable."""
+    if gpu_config is None:
+        return None
+    text = gpu_config.replace(" ", "")
+    if not GPUS.fullmatch(text):
+        raise RecipeUnusable(
+            f"gpu_config {gpu_config!r} is no list of GPUs", where="gpu_config", do='Write "0,1" or "[0,1],[2,3]".'
+        )
+    groups = [one.strip("[]") for one in re.findall(r"\[[\d,]+\]|\d+", text)]
+    return {name: groups[number % len(groups)] for number, name in enumerate(names)}
+
+
+def _write_line(event: JobEvent) -> None:
+    if line := line_of(event):
+        sys.stderr.write(line + "\n")
+
+
+def _tail(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_BYTES))
+            return file.read(LOG_BYTES).decode(errors="replace")
+    except OSError:
+        return ""  # the client has printed nothing
+
+
 def _code_of(recipe: Recipe, folder: Path) -> tuple[Path, str]:
     """The folder of what each client runs, and the script in it: the recipe's own, or the trusted loop's."""
     settings = recipe.settings
+    if settings.privacy is None and recipe.added:
+        code = folder / "code"
+        shutil.copytree(recipe.folder, code, ignore=shutil.ignore_patterns(".*", "__pycache__"), dirs_exist_ok=True)
+        for path, content in recipe.added.items():
+            write_file(code / path, content)
+        return code, settings.train_script
     if settings.privacy is None:
         return recipe.folder, settings.train_script
     graph = (recipe.folder / settings.train_script).read_bytes()
     files, script = what_runs({settings.train_script: graph}, settings, settings.train_script)
     code = folder / "loop"
-    code.mkdir(mode=0o700)
+    code.mkdir(mode=0o700, exist_ok=True)
     for name, content in files.items():
         write_file(code / name, content)
     return code, script

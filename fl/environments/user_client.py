@@ -27,7 +27,7 @@ from fl.jobs.bundle import Bundle
 from fl.jobs.command import SignedVerb, parse_command, sign_command
 from fl.jobs.progress import JobEvent
 from fl.jobs.record import JobRecord, record_digest, sign_record
-from fl.jobs.results import JOB_FILE, MODEL_FILE, rfc3339, write_file
+from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, rfc3339, write_file
 from fl.jobs.sealing import open_result, seal_first_model
 from fl.jobs.statement import verify_statement
 from fl.transport.channel import ServerConnection, connect, peer_error
@@ -195,7 +195,7 @@ class UserClient:
             signed = read_record(head.record, self._charter)
             if signed.record.job != job or self._kit.user not in signed.record.recipients:
                 raise StatementRefused(job, ("its record is of another job, or names other recipients",))
-            limit = signed.record.model_size + MAX_EVENTS_FILES
+            limit = 2 * signed.record.model_size + MAX_EVENTS_FILES  # the last model, and perhaps the best one
             if not 0 < head.size <= limit:
                 raise MalformedMessage(f"the result has {head.size} bytes, more than {limit}", where=self._where)
             statement = verify_statement(head.statement, signed.record, self._charter, self._now())
@@ -216,7 +216,7 @@ class UserClient:
         if hashlib.sha256(files.get(MODEL_FILE, b"")).hexdigest() != statement.model_sha256:
             raise StatementRefused(job, ("its model is not the one that the statement names",))
         for name, data in files.items():
-            target = folder / name if name in {MODEL_FILE, JOB_FILE} else folder / "events" / name
+            target = folder / name if name in {MODEL_FILE, BEST_FILE, JOB_FILE} else folder / "events" / name
             write_file(target, data)
         folder.chmod(0o700)
         proof = {"record": head.record, **head.statement.model_dump(mode="json")}

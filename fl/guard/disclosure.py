@@ -24,10 +24,10 @@ from fl.errors import MalformedTensors, OutputRefused, UpdateRefused
 from fl.guard.gate import admit_update
 from fl.guard.keystream import KEY_SIZE, Keystream
 from fl.jobs.outputs import Outputs, rounded
-from fl.jobs.settings import FedStatsOptions, JobSettings
+from fl.jobs.settings import FedStatsOptions, JobSettings, TaskKind
 from fl.local.statistics import below_floor
 from fl.model import ParamsType, check_metrics
-from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, TensorFile, layout, narrow_bf16, parse, widen_bf16
+from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, TensorFile, encode, layout, narrow_bf16, parse, widen_bf16
 from fl.transport.memory import DraftMemory, SealedMemory
 
 Array = npt.NDArray[Any]
@@ -51,9 +51,17 @@ def disclose(
     model: SealedMemory,
     settings: JobSettings,
     site: str,
+    task: TaskKind = "train",
     random: Callable[[int], bytes] = os.urandom,
 ) -> Disclosure:
-    """What may leave of an answer to `model`. Raises OutputRefused."""
+    """What may leave of an answer to `model`. Raises OutputRefused.
+
+    Of an evaluation metrics leave and no tensor; a site's own model leaves as an update does, whole.
+    """
+    if task == "evaluate":
+        return _evaluation(raw, weight, metrics, settings, site)
+    if task == "submit_model":
+        settings = settings.model_copy(update={"params_type": "FULL"})
     if params_type != settings.params_type:
         raise OutputRefused(site, "its parameters are not of the job's kind", (f"they are {params_type}",))
     numbers = disclosed_metrics(metrics, settings.outputs, site)
@@ -74,6 +82,18 @@ def disclose(
     finally:
         update.raw.release()
     return Disclosure(memory, shown, numbers)
+
+
+def _evaluation(
+    raw: SealedMemory, weight: float, metrics: Mapping[str, Any], settings: JobSettings, site: str
+) -> Disclosure:
+    numbers = disclosed_metrics(metrics, settings.outputs, site)
+    shown = disclosed_weight(weight, settings, site)
+    try:
+        admit_update(raw.view, {}, site=site).raw.release()
+    except UpdateRefused as error:
+        raise OutputRefused(site, "an evaluation has no tensors", error.reasons) from error
+    return Disclosure(SealedMemory.of(encode({})), shown, numbers)
 
 
 class LoggedNumbers:

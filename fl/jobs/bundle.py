@@ -70,8 +70,9 @@ class Manifest(BaseModel):
         folders = {"/".join(path.split("/")[:depth]) for path in paths for depth in range(1, path.count("/") + 1)}
         if folders & set(paths):
             raise ValueError("a file's path is also a folder")
-        if self.job.train_script not in paths:
-            raise ValueError(f"train_script {self.job.train_script!r} is not among the files")
+        for script in sorted(self.job.scripts):
+            if script not in paths:
+                raise ValueError(f"script {script!r} is not among the files")
         return self
 
 
@@ -90,12 +91,12 @@ class Bundle:
         return self.manifest.job
 
 
-def make_bundle(folder: Path, settings: JobSettings) -> Bundle:
-    """The bundle of every file under `folder` but hidden ones and `__pycache__`.
+def make_bundle(folder: Path, settings: JobSettings, added: Mapping[str, bytes] | None = None) -> Bundle:
+    """The bundle of every file under `folder` but hidden ones and `__pycache__`, and of `added`, by path.
 
     Raises RecipeUnusable for links, special files, paths that are not allowed, and what is over a limit.
     """
-    files = {path: _read(folder, path) for path in _listed(folder)}
+    files = {**{path: _read(folder, path) for path in _listed(folder)}, **(added or {})}
     manifest: dict[str, Any] = {
         "version": VERSION,
         "files": [

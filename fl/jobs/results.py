@@ -2,6 +2,7 @@
 
 job.json            what was asked for and what happened, round by round
 model.safetensors   the last global model
+best_model.safetensors   the best one, if the recipe selects by a metric
 events/             tracking (TensorBoard event files), if the recipe asked for it
 <site>/log.txt      a site's own output (simulation only: a real site's output stays at the site)
 statement.jws, receipt.json   who vouches for it (attested jobs only)
@@ -21,6 +22,7 @@ from fl.jobs.progress import JobEvent, Status
 from fl.jobs.settings import JobSettings
 
 MODEL_FILE: Final = "model.safetensors"
+BEST_FILE: Final = "best_model.safetensors"
 JOB_FILE: Final = "job.json"
 MAX_HISTORY: Final = 100_000
 
@@ -39,6 +41,8 @@ class JobHistory:
         self.rounds: list[dict[str, Any]] = []
         self.values: list[dict[str, Any]] = []
         self.sites: dict[str, str] = {}
+        self.best: dict[str, Any] = {}
+        self.evaluations: dict[str, dict[str, Mapping[str, float]]] = {}
 
     def observe(self, event: JobEvent) -> None:
         """Take one event into account."""
@@ -54,6 +58,10 @@ class JobHistory:
             self.rounds[-1]["updates"][event.site] = {"weight": event.weight, "metrics": event.values}
         elif event.kind == "aggregated" and self.rounds:
             self.rounds[-1]["metrics"] = event.values
+        elif event.kind == "best":
+            self.best = {"round": event.round, **event.values}
+        elif event.kind == "evaluated" and event.site:
+            self.evaluations.setdefault(event.site, {})[event.text] = event.values
         elif event.kind == "value" and len(self.values) < MAX_HISTORY:
             self.values.append({"site": event.site, "step": event.round, **event.values})
 
@@ -74,7 +82,10 @@ class JobHistory:
             "num_rounds": self.settings.num_rounds,
             "min_clients": self.settings.min_clients,
             "sites": self.sites,
+            "tracking": self.settings.tracking,
             "rounds": self.rounds,
+            "best": self.best,
+            "cross_site_evaluation": self.evaluations,
             "values": self.values,
             "model_sha256": self.model,
             **changes,

@@ -17,6 +17,15 @@ Digest: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 MAX_MODEL: Final = 1 << 40
 """No model of a job is larger, in bytes."""
 
+TaskKind: TypeAlias = Literal["train", "evaluate", "submit_model"]
+"""What a script is asked for: an update of the model; metrics of it and nothing else; the site's own last model."""
+Tracking: TypeAlias = Literal["tensorboard", "mlflow"]
+Words: TypeAlias = Annotated[tuple[Annotated[str, Field(max_length=4096)], ...], Field(max_length=256, strict=False)]
+FilterName: TypeAlias = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$", max_length=200)
+]
+"""`module:function` of the bundle."""
+
 
 class TensorSettings(BaseModel):
     """One tensor of the model: safetensors dtype and shape."""
@@ -99,7 +108,50 @@ class FedStatsOptions(_Options):
         return self
 
 
-Options: TypeAlias = FedProxOptions | FedOptOptions | CyclicOptions | ScaffoldOptions | NewtonOptions | FedStatsOptions
+class FedEvalOptions(_Options):
+    """An evaluation has nothing to be told but its model."""
+
+    recipe: Literal["fedeval"] = "fedeval"
+
+
+class Selection(_Options):
+    """How rounds are judged: by the mean of one metric of the model that the sites received in them.
+
+    `patience`: the job ends after so many rounds without a better one; `stop_at`: with the first round whose metric
+    reaches this.
+    """
+
+    metric: str = Field(min_length=1, max_length=128)
+    mode: Literal["max", "min"] = "max"
+    patience: int | None = Field(default=None, ge=1, le=100_000)
+    stop_at: float | None = None
+
+    def better(self, value: float, than: float | None) -> bool:
+        """Whether `value` beats `than`."""
+        return than is None or (value > than if self.mode == "max" else value < than)
+
+    def reached(self, value: float) -> bool:
+        """Whether `value` ends the job."""
+        return self.stop_at is not None and (value >= self.stop_at if self.mode == "max" else value <= self.stop_at)
+
+
+class SiteSettings(_Options):
+    """What one site does otherwise than the others: its script, its command line."""
+
+    train_script: str | None = Field(default=None, min_length=1, max_length=1024)
+    train_args: Words | None = None
+
+
+class Filters(_Options):
+    """Functions of the bundle that a script's client API applies to what it receives and to what it sends, in order."""
+
+    receive: Annotated[tuple[FilterName, ...], Field(max_length=16, strict=False)] = ()
+    send: Annotated[tuple[FilterName, ...], Field(max_length=16, strict=False)] = ()
+
+
+Options: TypeAlias = (
+    FedProxOptions | FedOptOptions | CyclicOptions | ScaffoldOptions | NewtonOptions | FedStatsOptions | FedEvalOptions
+)
 
 
 PRIVATE: Final = frozenset(
@@ -117,21 +169,28 @@ class JobSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Name
-    recipe: Literal["fedavg", "fedprox", "fedopt", "cyclic", "scaffold", "lr-newton", "fedstats"]
+    recipe: Literal["fedavg", "fedprox", "fedopt", "cyclic", "scaffold", "lr-newton", "fedstats", "fedeval"]
     options: Annotated[Options, Field(discriminator="recipe")] | None = None
     """What this recipe has beyond the others; None for FedAvg, which has nothing."""
     num_rounds: int = Field(ge=1, le=100_000)
     min_clients: int = Field(ge=1, le=10_000)
     train_script: str = Field(min_length=1, max_length=1024)
-    train_args: Annotated[tuple[Annotated[str, Field(max_length=4096)], ...], Field(max_length=256, strict=False)] = ()
+    train_args: Words = ()
     framework: Literal["numpy", "pytorch"]
     params_type: Literal["FULL", "DIFF"] = "FULL"
     model: dict[Annotated[str, Field(min_length=1, max_length=MAX_NAME)], TensorSettings] = Field(max_length=100_000)
     round_seconds: int = Field(default=3600, ge=1, le=7 * 86400)
-    tracking: Literal["tensorboard"] | None = None
+    tracking: Tracking | None = None
     outputs: Outputs = Outputs()
     privacy: DpSgd | None = None
     """With it `train_script` is a graph (`fl.local.graph`), which each site's own loop trains privately."""
+    selection: Selection | None = None
+    cross_site_evaluation: bool = False
+    """After the rounds every site evaluates the global model and every site's own."""
+    sites: Annotated[dict[Name, SiteSettings], Field(max_length=1000)] = {}
+    filters: Filters = Filters()
+    aggregator: str | None = Field(default=None, min_length=1, max_length=1024)
+    """A script of the bundle that folds the updates in the mean's place."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -143,6 +202,8 @@ class JobSettings(BaseModel):
             raise ValueError(f"options are not those of {self.recipe}")
         if sum(spec.size for spec in self.schema_of_model.values()) > MAX_MODEL:
             raise ValueError(f"the model has more than {MAX_MODEL} bytes")
+        if self.aggregator is not None and self.recipe not in {"fedavg", "fedprox"}:
+            raise ValueError(f"{self.recipe} aggregates by its own rule: an aggregator of one's own is for fedavg")
         whole = [name for name, entry in self.model.items() if entry.dtype not in FLOATS]
         if self.outputs.transforms and whole:
             raise ValueError(
@@ -171,6 +232,30 @@ class JobSettings(BaseModel):
         if isinstance(self.options, FedStatsOptions):
             return {"fedstats_min_count": float(self.options.min_count)}
         return {}
+
+    @property
+    def scripts(self) -> frozenset[str]:
+        """Every script of the bundle that the job starts."""
+        own = {site.train_script for site in self.sites.values() if site.train_script is not None}
+        return frozenset({self.train_script, *own, *([] if self.aggregator is None else [self.aggregator])})
+
+    def script_of(self, site: str) -> tuple[str, tuple[str, ...]]:
+        """A site's script and its command line."""
+        own = self.sites.get(site, SiteSettings())
+        return own.train_script or self.train_script, self.train_args if own.train_args is None else own.train_args
+
+    def asks_for(self, task: TaskKind, round_: int, sites: int) -> bool:
+        """Whether the job may ask a site of so many for this task in this round.
+
+        After the rounds of training come, where there is a cross-site evaluation, one in which sites hand over their
+        own models and one for each model that is evaluated: the global one, the best if one is selected, every site's.
+        """
+        if 0 <= round_ < self.num_rounds:
+            return task == ("evaluate" if self.recipe == "fedeval" else "train")
+        models = 1 + (self.selection is not None) + sites
+        if not self.cross_site_evaluation or not self.num_rounds <= round_ <= self.num_rounds + models:
+            return False
+        return task == ("submit_model" if round_ == self.num_rounds else "evaluate")
 
     @property
     def fixed_weight(self) -> bool:

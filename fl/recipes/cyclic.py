@@ -13,10 +13,10 @@ import numpy as np
 
 from fl.aggregation.weighted_mean import WeightedMean
 from fl.errors import JobFailed
-from fl.jobs.progress import JobEvent
 from fl.jobs.settings import CyclicOptions, JobSettings
 from fl.recipes.fedavg import MeanOfMetrics
 from fl.recipes.recipe import TrainingArguments, TrainingRecipe
+from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
 from fl.tensors import parse
 from fl.transport.memory import SealedMemory
@@ -45,12 +45,14 @@ def cyclic(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
     options = settings.options
     if not isinstance(options, CyclicOptions):
         raise ValueError("the settings are not those of cyclic weight transfer")
-    random = np.random.default_rng(options.seed)
     mean = WeightedMean(sites.schema, sites.params_type)  # of one: it turns an update, FULL or DIFF, into a model
-    for round_ in range(settings.num_rounds):
+    rounds = Rounds(sites, settings, model)
+    model = rounds.model
+    for round_ in rounds:
         order = list(sites.sites)
         if options.order == "random":
-            random.shuffle(order)
+            np.random.default_rng([options.seed, round_]).shuffle(order)
+        received = model.share()
         metrics = MeanOfMetrics()
         updates = 0
         for site in order:
@@ -66,5 +68,6 @@ def cyclic(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
             lost = tuple(f"{name}: {reason}" for name, reason in sorted(sites.lost.items()))
             fact = f"round {round_} has {updates} updates, {settings.min_clients} are needed"
             raise JobFailed(sites.job, (fact, *lost))
-        sites.observe(JobEvent(kind="aggregated", round=round_, values=metrics.result()))
+        with received:
+            rounds.end(round_, metrics.result(), received=received, following=model)
     return model

@@ -6,66 +6,43 @@ weighted by the number of steps that each says it took.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
+from contextlib import closing
+from typing import Unpack
 
-from fl.aggregation.weighted_mean import WeightedMean
-from fl.errors import RecipeUnusable
-from fl.jobs.progress import JobEvent
 from fl.jobs.settings import JobSettings
 from fl.model import MAX_METRICS
-from fl.recipes.recipe import InitialModel, Recipe, find_script, make_settings
+from fl.recipes.recipe import TrainingArguments, TrainingRecipe
+from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
 from fl.tensors import parse
 from fl.transport.memory import SealedMemory
 
 
-class FedAvgRecipe(Recipe):
+class FedAvgRecipe(TrainingRecipe):
     """Train one model over all sites by federated averaging."""
 
-    def __init__(
-        self,
-        *,
-        name: str = "fedavg",
-        initial_model: InitialModel | None = None,
-        model: InitialModel | None = None,
-        min_clients: int,
-        num_rounds: int = 2,
-        train_script: str,
-        train_args: str | Sequence[str] = "",
-        params_type: Literal["FULL", "DIFF"] = "FULL",
-        round_seconds: int = 3600,
-    ) -> None:
-        """Arguments:
+    def __init__(self, **training: Unpack[TrainingArguments]) -> None:
+        """Arguments, which the other recipes of training share (docs/reference/recipes.md has each):
 
         - `name`: the job's name: lower-case letters, digits, `.`, `_`, `-`.
         - `initial_model` or `model` (one of them): a torch module, `{"class_path", "args"}` for one, or arrays by name.
+        - `initial_ckpt`: a file, `.safetensors` or `.npy`, whose numbers the first model has.
         - `min_clients`: a round needs at least so many updates; with fewer the job fails.
         - `num_rounds`: how many rounds.
         - `train_script`: the training script, relative to the folder of the file that makes the recipe.
         - `train_args`: its command line.
-        - `params_type`: whether the script sends whole parameters or differences from what it received.
+        - `per_site_config`: what a site does otherwise: `{"site-1": {"train_script": ..., "train_args": ...}}`.
+        - `params_type`: whether updates travel as whole parameters or as differences from what was received.
         - `round_seconds`: a site that takes longer for a round is out of the job.
+        - `key_metric`, `key_metric_mode`: the metric by which the best model is kept, and its best: "max" or "min".
+        - `stop_cond`: the job ends when the metric reaches this, as "accuracy >= 0.9".
+        - `patience`: the job ends after so many rounds without a better metric.
+        - `aggregator`: a script that folds updates in the mean's place (`fl.aggregation.custom`).
 
         Raises RecipeUnusable with the argument that is wrong.
         """
-        chosen = initial_model if initial_model is not None else model
-        if chosen is None or (initial_model is not None and model is not None):
-            raise RecipeUnusable("give exactly one of initial_model and model", where="initial_model")
-        folder, script = find_script(train_script)
-        settings, tensors = make_settings(
-            recipe="fedavg",
-            name=name,
-            num_rounds=num_rounds,
-            min_clients=min_clients,
-            train_script=script,
-            train_args=train_args,
-            params_type=params_type,
-            round_seconds=round_seconds,
-            model=chosen,
-            folder=folder,
-        )
-        super().__init__(settings, folder, tensors)
+        super().__init__("fedavg", None, training)
 
 
 def fedavg(sites: Federation, settings: JobSettings, model: SealedMemory) -> SealedMemory:
@@ -73,17 +50,19 @@ def fedavg(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
 
     Raises JobFailed and JobAborted as `Federation.train` does.
     """
-    mean = WeightedMean(sites.schema, sites.params_type)
-    for round_ in range(settings.num_rounds):
-        metrics = MeanOfMetrics()
-        for update in sites.train(Task(round_, settings.num_rounds, model)):
-            mean.fold(update.tensors, update.weight)
-            metrics.add(update.metrics, update.weight)
-            update.close()
-        following = mean.result(parse(model.view, max_size=model.size))
-        model.close()
-        model = following
-        sites.observe(JobEvent(kind="aggregated", round=round_, values=metrics.result()))
+    rounds = Rounds(sites, settings, model)
+    model = rounds.model
+    with closing(sites.aggregation()) as mean:
+        for round_ in rounds:
+            metrics = MeanOfMetrics()
+            for update in sites.train(Task(round_, settings.num_rounds, model)):
+                mean.fold(update.tensors, update.weight, update.site)
+                metrics.add(update.metrics, update.weight)
+                update.close()
+            following = mean.result(parse(model.view, max_size=model.size))
+            rounds.end(round_, metrics.result(), received=model, following=following)
+            model.close()
+            model = following
     return model
 
 

@@ -14,16 +14,17 @@ Tensors of integers and booleans, which have no gradient, take the plain mean.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from fl.aggregation.weighted_mean import WeightedMean
-from fl.jobs.progress import JobEvent
 from fl.jobs.settings import FedOptOptions, JobSettings
 from fl.recipes.fedavg import MeanOfMetrics
 from fl.recipes.recipe import TrainingArguments, TrainingRecipe
+from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
 from fl.tensors import FLOATS, Schema, parse
 from fl.transport.memory import SealedMemory
@@ -64,16 +65,19 @@ def fedopt(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
         raise ValueError("the settings are not FedOpt's")
     optimizer = ServerOptimizer(settings.options, sites.schema)
     mean = WeightedMean(sites.schema, sites.params_type)
-    for round_ in range(settings.num_rounds):
+    rounds = Rounds(sites, settings, model)
+    model = rounds.model
+    optimizer.load(rounds.state)
+    for round_ in rounds:
         metrics = MeanOfMetrics()
         for update in sites.train(Task(round_, settings.num_rounds, model)):
             mean.fold(update.tensors, update.weight)
             metrics.add(update.metrics, update.weight)
             update.close()
         following = mean.result(parse(model.view, max_size=model.size), step=optimizer.step)
+        rounds.end(round_, metrics.result(), received=model, following=following, state=optimizer.state)
         model.close()
         model = following
-        sites.observe(JobEvent(kind="aggregated", round=round_, values=metrics.result()))
     return model
 
 
@@ -91,6 +95,19 @@ class ServerOptimizer:
                 self._m[name] = np.zeros(spec.elements, dtype=dtype)
                 if adaptive:
                     self._v[name] = np.full(spec.elements, options.tau**2, dtype=dtype)
+
+    @property
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """m and v by `m/NAME` and `v/NAME`; the optimizer's own arrays, which the next step changes."""
+        moments = {"m": self._m, "v": self._v}
+        return {f"{kind}/{name}": array for kind, of in moments.items() for name, array in of.items()}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go on from an earlier `state`; from the beginning if it is empty."""
+        if not state:
+            return
+        for key, array in self.state.items():
+            np.copyto(array, state[key], casting="no")
 
     def step(self, name: str, start: int, current: npt.NDArray[Any], delta: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """x_{t+1} of one block of a tensor, from x_t (`current`) and Delta_t (`delta`); the state follows."""

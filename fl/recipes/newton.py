@@ -18,11 +18,11 @@ import numpy as np
 from fl.aggregation.weighted_mean import WeightedMean
 from fl.errors import JobFailed, RecipeUnusable
 from fl.guard.gate import MAX_MAGNITUDE
-from fl.jobs.progress import JobEvent
 from fl.jobs.settings import JobSettings, NewtonOptions
 from fl.model import tensors_of
 from fl.recipes.fedavg import MeanOfMetrics
 from fl.recipes.recipe import TrainingRecipe
+from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
 from fl.tensors import encode, parse
 from fl.transport.memory import SealedMemory
@@ -83,10 +83,12 @@ def newton(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
     if not isinstance(options, NewtonOptions):
         raise ValueError("the settings are not those of Newton's method")
     mean = WeightedMean(sites.schema, sites.params_type)
+    rounds = Rounds(sites, settings, model)
+    model = rounds.model
     weights = parse(model.view, max_size=model.size).array("weights").copy()
     penalty = np.full(weights.size, options.l2)
     penalty[-1] = 0.0
-    for round_ in range(settings.num_rounds):
+    for round_ in rounds:
         metrics = MeanOfMetrics()
         for update in sites.train(Task(round_, settings.num_rounds, model)):
             mean.fold(update.tensors, update.weight)
@@ -96,14 +98,15 @@ def newton(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
             file = parse(means.view, max_size=means.size)
             gradient, hessian = file.array("gradient").copy(), file.array("hessian").copy()
             del file
-        model.close()
         step = np.linalg.lstsq(hessian + np.diag(penalty), gradient - penalty * weights, rcond=None)[0]
         weights = weights + options.damping_factor * step
         if not (np.abs(weights) <= MAX_MAGNITUDE).all():
             raise JobFailed(sites.job, (f"the step of round {round_} is not finite: the sites' Hessians are unusable",))
-        model = SealedMemory.of(
+        following = SealedMemory.of(
             encode(tensors_of({"weights": weights, "gradient": gradient * 0, "hessian": hessian * 0}))
         )
-        sites.observe(JobEvent(kind="aggregated", round=round_, values=metrics.result()))
+        rounds.end(round_, metrics.result(), received=model, following=following)
+        model.close()
+        model = following
     model.close()
     return SealedMemory.of(encode(tensors_of({"weights": weights})))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +15,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Required, TypeA
 
 from pydantic import ValidationError
 
-from fl.errors import RecipeUnusable
+from fl.errors import MalformedTensors, RecipeUnusable
 from fl.jobs.settings import JobSettings, TensorSettings
-from fl.model import Framework, tensors_of
-from fl.tensors import Buffer, TensorSpec, encode_into, layout
+from fl.model import Framework, params_of, tensors_of
+from fl.tensors import Buffer, TensorSpec, encode_into, layout, parse
 from fl.transport.memory import DraftMemory, SealedMemory
 
 if TYPE_CHECKING:
     import torch
 
+    from fl.jobs.bundle import Bundle
     from fl.run import Run
 
 InitialModel: TypeAlias = "torch.nn.Module | Mapping[str, Any]"
@@ -34,6 +37,36 @@ MoreTensors: TypeAlias = Callable[
 
 EXPORT_VARIABLE: Final = "SEAL_EXPORT_BUNDLE"
 """With this environment variable set, `execute` writes the job's bundle and first model there instead of running it."""
+EXPORT_FOLDER: Final = "exported-job"
+"""Where `--export` writes them without `--export-dir`."""
+
+
+def take_export_flag(argv: list[str]) -> Path | None:
+    """Take `--export` and `--export-dir DIR` out of a command line; the folder, or None without `--export`.
+
+    A command line that is wrong about them stays as it is: the script's own parser tells.
+    """
+    left: list[str] = []
+    folder, asked = EXPORT_FOLDER, False
+    words = iter(argv)
+    for word in words:
+        if word == "--export":
+            asked = True
+        elif word == "--export-dir":
+            following = next(words, None)
+            if following is None:
+                return None
+            folder = following
+        elif word.startswith("--export-dir="):
+            folder = word.partition("=")[2]
+        else:
+            left.append(word)
+    argv[:] = left
+    return Path(folder) if asked else None
+
+
+# At import, before the author's own argument parser sees the words: any script that executes a recipe has this option.
+_EXPORT_TO: Final = take_export_flag(sys.argv)
 
 
 class Environment(Protocol):
@@ -49,6 +82,8 @@ class Recipe:
     def __init__(self, settings: JobSettings, folder: Path, tensors: Mapping[str, tuple[TensorSpec, Buffer]]) -> None:
         self.settings = settings
         self.folder = folder
+        self.added: dict[str, bytes] = {}
+        """Files of the job that are not in its folder, by their path in the bundle."""
         self._tensors = tensors
 
     @property
@@ -67,15 +102,85 @@ class Recipe:
         """Run the job in `env`. SimEnv returns when it has ended, ProdEnv when it is submitted."""
         target = os.environ.get(EXPORT_VARIABLE)
         if target:
-            self.export(Path(target))
+            self.export(target)
+            raise SystemExit(0)
+        if _EXPORT_TO is not None:
+            digest = self.export(_EXPORT_TO)
+            sys.stdout.write(f"{_EXPORT_TO / 'job.bundle'}: {digest}\n")
             raise SystemExit(0)
         return env.execute(self)
 
-    def export(self, folder: Path) -> str:
-        """Write `job.bundle` and `model.safetensors` into `folder`; the bundle's digest."""
+    def bundle(self) -> Bundle:
+        """The job's bundle: its folder, its added files and its settings."""
         from fl.jobs.bundle import make_bundle
 
-        bundle = make_bundle(self.folder, self.settings)
+        return make_bundle(self.folder, self.settings, self.added)
+
+    def add_file(self, path: str | Path) -> None:
+        """Add a file, or every file of a folder, to the bundle: beside the script, under its own name.
+
+        Server and sites have one bundle, so every site gets it. Raises RecipeUnusable.
+        """
+        source = Path(path)
+        source = (
+            source
+            if source.is_absolute()
+            else next((folder / source for folder in (self.folder, Path.cwd()) if (folder / source).exists()), source)
+        )
+        if source.is_dir():
+            found = {f"{source.name}/{one.relative_to(source).as_posix()}": one for one in sorted(source.rglob("*"))}
+            files = {name: one for name, one in found.items() if one.is_file() and "__pycache__" not in one.parts}
+        elif source.is_file():
+            files = {source.name: source}
+        else:
+            raise RecipeUnusable(f"there is no file {path}", where="add_file")
+        for name, one in files.items():
+            data = one.read_bytes()
+            there = self.folder / name
+            if there.is_file() and there.read_bytes() != data:
+                raise RecipeUnusable(f"the recipe's folder has another file {name}", where="add_file")
+            self.added[name] = data
+
+    def add_client_file(self, file_path: str | Path) -> None:
+        """`add_file`, by FLARE's name."""
+        self.add_file(file_path)
+
+    def add_server_file(self, file_path: str | Path) -> None:
+        """`add_file`, by FLARE's name."""
+        self.add_file(file_path)
+
+    def add_client_input_filter(self, function: str | Callable[..., Any]) -> None:
+        """Have the client API apply a function, FLModel to FLModel, to each model before the script receives it.
+
+        `function` is `"module:name"` or the function itself, in a module of the recipe's folder. It runs in the
+        script's own process: what must hold whatever a script does belongs into the declared outputs, not here.
+        """
+        self._add_filter("receive", function)
+
+    def add_client_output_filter(self, function: str | Callable[..., Any]) -> None:
+        """Have the client API apply a function, FLModel to FLModel, to each answer that the script sends."""
+        self._add_filter("send", function)
+
+    def _add_filter(self, way: str, function: str | Callable[..., Any]) -> None:
+        name = function if isinstance(function, str) else _importable(function)
+        now = self.settings.filters.model_dump()
+        self.change(filters={**now, way: (*now[way], name)})
+
+    def set_per_site_config(self, config: Mapping[str, Mapping[str, Any]]) -> None:
+        """What sites do otherwise than the others: `{"site-1": {"train_script": ..., "train_args": ...}}`.
+
+        Raises RecipeUnusable.
+        """
+        self.change(sites=_site_settings(config))
+
+    def change(self, **settings: Any) -> None:
+        """Change settings, checked as all are. Raises RecipeUnusable."""
+        self.settings = _checked_settings({**self.settings.model_dump(), **settings})
+
+    def export(self, folder: str | Path) -> str:
+        """Write `job.bundle` and `model.safetensors` into `folder`; the bundle's digest."""
+        folder = Path(folder)
+        bundle = self.bundle()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / "job.bundle").write_bytes(bundle.raw)
         with self.first_model() as model:
@@ -89,6 +194,13 @@ class TrainingArguments(TypedDict, total=False):
     name: str
     initial_model: InitialModel | None
     model: InitialModel | None
+    initial_ckpt: str | Path | None
+    per_site_config: Mapping[str, Mapping[str, Any]] | None
+    key_metric: str | None
+    key_metric_mode: Literal["max", "min"] | None
+    stop_cond: str | None
+    patience: int | None
+    aggregator: str | None
     min_clients: Required[int]
     num_rounds: int
     train_script: Required[str]
@@ -109,10 +221,18 @@ class TrainingRecipe(Recipe):
         more_tensors: MoreTensors | None = None,
     ) -> None:
         """Raises RecipeUnusable with the argument that is wrong."""
+        for name in arguments:
+            if name not in TrainingArguments.__annotations__:
+                raise RecipeUnusable(f"there is no argument {name}", where=name, do="See docs/reference/recipes.md.")
+        for name in ("min_clients", "train_script"):
+            if name not in arguments:
+                raise RecipeUnusable(f"{name} is missing", where=name)
         given = [model for model in (arguments.get("initial_model"), arguments.get("model")) if model is not None]
-        if len(given) != 1:
+        checkpoint = arguments.get("initial_ckpt")
+        if len(given) > 1 or not (given or checkpoint):
             raise RecipeUnusable("give exactly one of initial_model and model", where="initial_model")
         folder, script = find_script(arguments["train_script"])
+        loaded = None if checkpoint is None else load_checkpoint(folder, checkpoint)
         settings, tensors = make_settings(
             recipe=recipe,
             options=options,
@@ -123,9 +243,15 @@ class TrainingRecipe(Recipe):
             train_args=arguments.get("train_args", ""),
             params_type=arguments.get("params_type", "FULL"),
             round_seconds=arguments.get("round_seconds", 3600),
-            model=given[0],
+            model=given[0] if given else loaded or {},
+            loaded=loaded,
             folder=folder,
             more_tensors=more_tensors,
+            more={
+                "selection": _selection(arguments),
+                "sites": _site_settings(arguments.get("per_site_config") or {}),
+                "aggregator": arguments.get("aggregator"),
+            },
         )
         super().__init__(settings, folder, tensors)
 
@@ -144,43 +270,142 @@ def make_settings(
     folder: Path,
     options: Mapping[str, Any] | None = None,
     more_tensors: MoreTensors | None = None,
+    loaded: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> tuple[JobSettings, dict[str, tuple[TensorSpec, Buffer]]]:
     """Settings and first tensors from a recipe's arguments. Raises RecipeUnusable with the argument that is wrong.
 
-    `options` are the recipe's own settings; `more_tensors` says what travels beside the model's own tensors.
+    `options` are the recipe's own settings; `more_tensors` says what travels beside the model's own tensors; `loaded`
+    are the numbers of a checkpoint, which the model gets; `more` are settings that all recipes can have.
     """
     model = _made(model, folder)
     params, framework = _params_of_model(model)
     tensors = tensors_of(params, where="initial_model")
+    if loaded is not None:
+        tensors = _with_numbers(tensors, tensors_of(loaded, where="initial_ckpt"))
     if more_tensors is not None:
         tensors = {**tensors, **more_tensors(model, tensors)}
     try:
         words = tuple(shlex.split(train_args)) if isinstance(train_args, str) else tuple(train_args)
-        settings = JobSettings.model_validate(
-            {
-                "name": name,
-                "recipe": recipe,
-                "options": None if options is None else {"recipe": recipe, **options},
-                "num_rounds": num_rounds,
-                "min_clients": min_clients,
-                "train_script": train_script,
-                "train_args": words,
-                "framework": framework,
-                "params_type": params_type,
-                "round_seconds": round_seconds,
-                "model": {
-                    key: TensorSettings(dtype=spec.dtype, shape=spec.shape) for key, (spec, _) in tensors.items()
-                },
-            }
-        )
+    except ValueError as error:
+        raise RecipeUnusable(f"train_args cannot be split into words: {error}", where="train_args") from error
+    settings = _checked_settings(
+        {
+            "name": name,
+            "recipe": recipe,
+            "options": None if options is None else {"recipe": recipe, **options},
+            "num_rounds": num_rounds,
+            "min_clients": min_clients,
+            "train_script": train_script,
+            "train_args": words,
+            "framework": framework,
+            "params_type": params_type,
+            "round_seconds": round_seconds,
+            "model": {key: TensorSettings(dtype=spec.dtype, shape=spec.shape) for key, (spec, _) in tensors.items()},
+            **(more or {}),
+        }
+    )
+    return settings, tensors
+
+
+def _checked_settings(document: Mapping[str, Any]) -> JobSettings:
+    try:
+        return JobSettings.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeUnusable(
             f"{first['msg']} (got {first['input']!r:.80})", where=".".join(map(str, first["loc"]))
         ) from error
-    except ValueError as error:
-        raise RecipeUnusable(f"train_args cannot be split into words: {error}", where="train_args") from error
-    return settings, tensors
+
+
+def _selection(arguments: TrainingArguments) -> dict[str, Any] | None:
+    """How rounds are judged, from FLARE's arguments."""
+    metric, mode, stop_at = arguments.get("key_metric"), arguments.get("key_metric_mode"), None
+    condition = arguments.get("stop_cond")
+    if condition is not None:
+        found = re.fullmatch(r"\s*([^<>=]+?)\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*", condition)
+        try:
+            stop_at = float(found[3]) if found else math.nan
+        except ValueError:
+            stop_at = math.nan
+        if found is None or not math.isfinite(stop_at):
+            raise RecipeUnusable(
+                f"stop_cond {condition!r} is no condition", where="stop_cond", do='Write it as "accuracy >= 0.9".'
+            )
+        if metric not in (None, found[1]) or mode not in (None, "max" if found[2].startswith(">") else "min"):
+            raise RecipeUnusable("stop_cond is not about key_metric and its mode", where="stop_cond")
+        metric, mode = found[1], "max" if found[2].startswith(">") else "min"
+    if metric is None:
+        for name in ("key_metric_mode", "patience"):
+            if arguments.get(name) is not None:
+                raise RecipeUnusable(f"{name} needs key_metric", where=name)
+        return None
+    return {"metric": metric, "mode": mode or "max", "patience": arguments.get("patience"), "stop_at": stop_at}
+
+
+def _site_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for site, own in config.items():
+        if unknown := sorted(set(own) - {"train_script", "train_args"}):
+            raise RecipeUnusable(
+                f"{unknown[0]} cannot be set for one site", where="per_site_config", do="train_script, train_args can."
+            )
+        words = own.get("train_args")
+        try:
+            found[site] = {**own, "train_args": tuple(shlex.split(words)) if isinstance(words, str) else words}
+        except ValueError as error:
+            raise RecipeUnusable(f"train_args of {site}: {error}", where="per_site_config") from error
+    return found
+
+
+def load_checkpoint(folder: Path, path: str | Path) -> dict[str, Any]:
+    """The arrays of a checkpoint by name; an `.npy` file is one array, `numpy_key`. Raises RecipeUnusable.
+
+    Safetensors and NumPy's arrays alone: a `.pt` file is a pickle, which may hold code.
+    """
+    file = Path(path) if Path(path).is_absolute() else folder / path
+    where = "initial_ckpt"
+    if not file.is_file():
+        raise RecipeUnusable(f"there is no file {path}", where=where)
+    if file.suffix == ".npy":
+        import numpy as np
+
+        try:
+            return {"numpy_key": np.load(file, allow_pickle=False)}
+        except (OSError, ValueError) as error:
+            raise RecipeUnusable(f"{file.name} is no array: {error}", where=where) from error
+    if file.suffix != ".safetensors":
+        raise RecipeUnusable(
+            f"{file.name} is neither .safetensors nor .npy",
+            where=where,
+            do="Convert it once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE).",
+        )
+    raw = file.read_bytes()
+    try:
+        return params_of(parse(raw, max_size=len(raw), where=file.name), "numpy")
+    except MalformedTensors as error:
+        raise RecipeUnusable(error.what, where=where) from error
+
+
+def _with_numbers(
+    tensors: Mapping[str, tuple[TensorSpec, Buffer]], loaded: Mapping[str, tuple[TensorSpec, Buffer]]
+) -> dict[str, tuple[TensorSpec, Buffer]]:
+    different = [name for name in {**tensors, **loaded} if name not in tensors or name not in loaded]
+    different += [name for name in tensors if name in loaded and tensors[name][0] != loaded[name][0]]
+    if different:
+        raise RecipeUnusable(f"tensor {different[0]!r} is not as in the model", where="initial_ckpt")
+    return {name: loaded[name] for name in tensors}
+
+
+def _importable(function: Callable[..., Any]) -> str:
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if module in (None, "__main__") or not name.isidentifier():
+        raise RecipeUnusable(
+            f"{name or function!r} is in no module that a script can import",
+            where="filter",
+            do="Put the function into a module of its own in the recipe's folder.",
+        )
+    return f"{module}:{name}"
 
 
 def find_script(train_script: str) -> tuple[Path, str]:

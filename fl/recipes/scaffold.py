@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from fl.aggregation.weighted_mean import WeightedMean
 from fl.errors import RecipeUnusable
-from fl.jobs.progress import JobEvent
 from fl.jobs.settings import JobSettings, ScaffoldOptions
 from fl.local.scaffold import CONTROL
 from fl.recipes.fedavg import MeanOfMetrics
 from fl.recipes.recipe import InitialModel, TrainingArguments, TrainingRecipe
+from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
 from fl.tensors import FLOATS, Buffer, TensorSpec, encode_into, layout, parse
 from fl.transport.memory import DraftMemory, SealedMemory
@@ -67,7 +67,9 @@ def scaffold(sites: Federation, settings: JobSettings, model: SealedMemory) -> S
         raise ValueError("the settings are not SCAFFOLD's")
     everyone = len(sites.sites)
     mean = WeightedMean(sites.schema, sites.params_type)
-    for round_ in range(settings.num_rounds):
+    rounds = Rounds(sites, settings, model)
+    model = _with_fresh_control_variates(rounds.model) if rounds.resumed else rounds.model
+    for round_ in rounds:
         metrics = MeanOfMetrics()
         for update in sites.train(Task(round_, settings.num_rounds, model)):
             mean.fold(update.tensors, 1.0)  # the paper's mean is over sites, whatever their numbers of steps
@@ -83,11 +85,25 @@ def scaffold(sites: Federation, settings: JobSettings, model: SealedMemory) -> S
             return following
 
         following = mean.result(parse(model.view, max_size=model.size), step=step)
+        rounds.end(round_, metrics.result(), received=model, following=following)
         model.close()
         model = following
-        sites.observe(JobEvent(kind="aggregated", round=round_, values=metrics.result()))
     with model:
         return without_control_variates(model)
+
+
+def _with_fresh_control_variates(model: SealedMemory) -> SealedMemory:
+    """`model`, which is closed, with c = 0: the sites' scripts have started anew and know of no c_i."""
+    with model:
+        file = parse(model.view, max_size=model.size)
+        fresh: dict[str, tuple[TensorSpec, Buffer]] = {
+            name: (spec, bytes(spec.size) if name.startswith(CONTROL) else file.bytes_of(name))
+            for name, spec in file.schema.items()
+        }
+        _, _, size = layout(file.schema)
+        with DraftMemory(size) as draft:
+            encode_into(draft.view, fresh)
+            return SealedMemory(*draft.seal())
 
 
 def without_control_variates(model: SealedMemory) -> SealedMemory:

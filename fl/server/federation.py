@@ -17,12 +17,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 from attestation.client import PAUSE_SECONDS
+from fl.aggregation.weighted_mean import WeightedMean
 from fl.errors import JobAborted, JobFailed, MalformedTensors, UpdateRefused
 from fl.guard.gate import admit_update
 from fl.jobs.progress import JobEvent
+from fl.jobs.settings import TaskKind
 from fl.model import MAX_WEIGHT, ParamsType, check_metrics
 from fl.tensors import Schema, TensorFile
 from fl.transport.memory import SealedMemory
@@ -30,11 +32,36 @@ from fl.transport.memory import SealedMemory
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Train the model of one round."""
+    """Do with the model of one round what `kind` says."""
 
     round: int
     total_rounds: int
     model: SealedMemory
+    kind: TaskKind = "train"
+
+
+class Keeper(Protocol):
+    """What keeps a job's state from round to round, so that it can go on after its server or its author stopped."""
+
+    def saved(self) -> Saved | None:
+        """Where the job stood, if it is to go on from there."""
+
+    def save(self, saved: Saved) -> None:
+        """Keep where the job stands; the memory stays the algorithm's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Where a job stands between two rounds: the next one, its model, and what the algorithm remembers beside it.
+
+    `state` holds the algorithm's own arrays (an optimizer's moments) by name; `judged` the best metric so far and the
+    rounds since, if rounds are judged.
+    """
+
+    round: int
+    model: SealedMemory
+    state: Mapping[str, Any]
+    judged: Mapping[str, float]
 
 
 @dataclass(slots=True)
@@ -68,6 +95,19 @@ class Site(Protocol):
         """Tell the site that it is out of the job, or that the job is over."""
 
 
+class Aggregation(Protocol):
+    """Makes the next model of the updates of a round; `result` ends one round, the next `fold` begins another."""
+
+    def fold(self, update: TensorFile, weight: float, site: str = "") -> None:
+        """Add an admitted update with `weight` > 0."""
+
+    def result(self, model: TensorFile) -> SealedMemory:
+        """The next global model, after `model`."""
+
+    def close(self) -> None:
+        """End it."""
+
+
 class Federation:
     """The sites of one job.
 
@@ -85,8 +125,17 @@ class Federation:
         observe: Callable[[JobEvent], None],
         at_once: int | None = None,
         pause_seconds: float = PAUSE_SECONDS,
+        keeper: Keeper | None = None,
+        aggregation: Callable[[], Aggregation] | None = None,
     ) -> None:
-        """`at_once` bounds how many sites train at the same time (None: all)."""
+        """`at_once` bounds how many sites train at the same time (None: all).
+
+        `keeper` keeps the job's state between rounds; `aggregation` makes what folds updates, instead of a mean.
+        """
+        self.keeper = keeper
+        self.best: SealedMemory | None = None
+        """The best model so far, where rounds are judged; the environment's to close."""
+        self._aggregation = aggregation
         self.job = job
         self.schema = schema
         self.params_type = params_type
@@ -205,12 +254,14 @@ class Federation:
                 )
             self._pending.discard(name)
             self._checking.add(name)
+            task = self._task
+        assert task is not None  # noqa: S101 - a round is on
         try:
-            reasons = tuple(self._reasons_about(params_type, weight))
+            reasons = tuple(self._reasons_about(task, params_type, weight))
             if reasons:
                 raise UpdateRefused(name, reasons)
             checked = check_metrics(metrics)
-            tensors = admit_update(memory.view, self.schema, site=name)
+            tensors = admit_update(memory.view, {} if task.kind == "evaluate" else self.schema, site=name)
         except (UpdateRefused, MalformedTensors) as error:
             memory.close()
             refusal = error if isinstance(error, UpdateRefused) else UpdateRefused(name, (error.what,))
@@ -236,9 +287,10 @@ class Federation:
         self.observe(JobEvent(kind="refused", site=name, text=reason))
         return UpdateRefused(name, (reason,))
 
-    def _reasons_about(self, params_type: ParamsType, weight: float) -> Iterator[str]:
-        if params_type is not self.params_type:
-            yield f"its parameters are {params_type}, the job's are {self.params_type}"
+    def _reasons_about(self, task: Task, params_type: ParamsType, weight: float) -> Iterator[str]:
+        wanted = ParamsType.FULL if task.kind == "submit_model" else self.params_type
+        if params_type is not wanted:
+            yield f"its parameters are {params_type}, the job's are {wanted}"
         if not 0 < weight <= MAX_WEIGHT:
             yield f"its weight {weight} is not above 0 and at most {MAX_WEIGHT:.0f}"
 
@@ -266,6 +318,10 @@ class Federation:
             joined = len(self._sites)
         self._need(joined, f"{joined} of {len(expected)} sites joined")
 
+    def aggregation(self) -> Aggregation:
+        """What folds this job's updates: a weighted mean, or the job's own aggregator. The caller's to close."""
+        return WeightedMean(self.schema, self.params_type) if self._aggregation is None else self._aggregation()
+
     @property
     def sites(self) -> tuple[str, ...]:
         """The names of the sites that are in the job, sorted."""
@@ -275,9 +331,11 @@ class Federation:
     def train(self, task: Task, only: str | None = None) -> Iterator[Update]:
         """Give every site the task; yield the admitted updates as they come, each to be closed by the caller.
 
-        With `only`, that site alone gets it, and the round may go on with another; an update of it is not demanded.
+        With `only`, that site alone gets it, and the round may go on with another; an update of it is not demanded, and
+        none is after the rounds of training, where only an evaluation can suffer.
         Raises JobFailed when fewer than `min_sites` updates are possible, JobAborted when someone stops the job.
         """
+        demanded = only is None and task.round < task.total_rounds
         with self._lock:
             self._round, self._task = task.round, task
             self._pending.clear()
@@ -285,10 +343,11 @@ class Federation:
             self._back.clear()
             left = len(self._sites)
             waiting = deque(sorted(self._sites) if only is None else [only] if only in self._sites else [])
-        if task.round != self._begun:
+        if task.round != self._begun and task.round < task.total_rounds:
             self._begun = task.round
             self.observe(JobEvent(kind="round", round=task.round))
-        self._need(left, f"{left} sites are left at round {task.round}")
+        if task.round < task.total_rounds:
+            self._need(left, f"{left} sites are left at round {task.round}")
         with self._lock:
             self._deadline = self._stopped_at = time.monotonic()
             self._deadline += self.round_seconds
@@ -301,7 +360,7 @@ class Federation:
                 unread = not self._inbox.empty()
             if not unread and not open_:
                 break
-            if not unread and only is None:
+            if not unread and demanded:
                 self._need(possible, f"at most {possible} updates are possible in round {task.round}")
             event = self._next()
             if event is None:
@@ -309,20 +368,21 @@ class Federation:
                 break
             if isinstance(event, Update):
                 counted += 1
-                self.observe(
-                    JobEvent(
-                        kind="update",
-                        site=event.site,
-                        round=task.round,
-                        weight=event.weight,
-                        values=dict(event.metrics),
+                if task.round < task.total_rounds:
+                    self.observe(
+                        JobEvent(
+                            kind="update",
+                            site=event.site,
+                            round=task.round,
+                            weight=event.weight,
+                            values=dict(event.metrics),
+                        )
                     )
-                )
                 yield event
             self._feed(waiting, task)
         with self._lock:
             self._round = None
-        if only is None:
+        if demanded:
             self._need(counted, f"round {task.round} has {counted} updates")
 
     def finish(self, why: str) -> None:

@@ -20,13 +20,14 @@ from fl.guard.gate import admit_update
 from fl.jobs.bundle import Bundle
 from fl.jobs.progress import JobEvent, Status
 from fl.jobs.record import record_digest
-from fl.jobs.results import JOB_FILE, MODEL_FILE, JobHistory, rfc3339
+from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, JobHistory, rfc3339
 from fl.jobs.sealing import SealedResult, open_first_model, seal_result
 from fl.jobs.statement import SignedStatement, Statement, sign_statement
 from fl.model import ParamsType
 from fl.party import Party
+from fl.server.aggregator import SandboxedAggregation
 from fl.server.federation import Federation, Task
-from fl.server.workflows import WORKFLOWS
+from fl.server.workflows import run_workflow
 from fl.transport.frames import Deliver, Finish, JobReport, Prepare, Told, Train
 from fl.transport.memory import SealedMemory
 from policies.errors import Refused, SealwrightError
@@ -58,6 +59,7 @@ class RemoteSite:
         self.attendance.send(
             Train(
                 job=self._job.id,
+                task=task.kind,
                 round=task.round,
                 total_rounds=task.total_rounds,
                 model_sha256=task.model.digest,
@@ -109,6 +111,7 @@ class ServerJob:
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
             observe=self._observe,
+            aggregation=None if settings.aggregator is None else lambda: SandboxedAggregation(bundle, self.id),
         )
 
     # what the service calls
@@ -285,6 +288,8 @@ class ServerJob:
             raise
         finally:
             self._federation.finish("the job is over")
+            if self._federation.best is not None:
+                self._federation.best.close()
             self._served = None
             self._sealed_model = b""
 
@@ -305,7 +310,7 @@ class ServerJob:
                 for attendance in attending():
                     self.connected(attendance)
                 self._federation.gather(record.roster, JOIN_SECONDS)
-                model = WORKFLOWS[settings.recipe](self._federation, settings, first)
+                model = run_workflow(self._federation, settings, first)
         finally:
             self._tracking = None
             if tracking is not None:
@@ -348,7 +353,10 @@ class ServerJob:
                 raise ApprovalRefused(self.id, (f"the recipient {recipient} may not download results any more",))
             recipients[recipient] = unb64(user.results_key, where=recipient)
         text = json.dumps(document, indent=2, ensure_ascii=False).encode()
+        best = self._federation.best
         files = {MODEL_FILE: bytes(model.view), JOB_FILE: text, **events}
+        if best is not None:
+            files[BEST_FILE] = bytes(best.view)
         sealed = seal_result(files, recipients, self.id, random=os.urandom)
         gate = ExportGate(self._party, record, ("server", self._server))
         for recipient in recipients:

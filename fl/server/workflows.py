@@ -1,4 +1,4 @@
-"""Which algorithm runs a recipe's job."""
+"""Which algorithm runs a recipe's job, and what follows it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Final, TypeAlias
 
 from fl.jobs.settings import JobSettings
 from fl.recipes.cyclic import cyclic
+from fl.recipes.evaluation import evaluate_across_sites, fedeval
 from fl.recipes.fedavg import fedavg
 from fl.recipes.fedopt import fedopt
 from fl.recipes.fedprox import fedprox
@@ -21,9 +22,25 @@ Workflow: TypeAlias = Callable[[Federation, JobSettings, SealedMemory], SealedMe
 WORKFLOWS: Final[Mapping[str, Workflow]] = {
     "cyclic": cyclic,
     "fedavg": fedavg,
+    "fedeval": fedeval,
     "fedopt": fedopt,
     "fedprox": fedprox,
     "fedstats": statistics,
     "lr-newton": newton,
     "scaffold": scaffold,
 }
+
+
+def run_workflow(sites: Federation, settings: JobSettings, model: SealedMemory) -> SealedMemory:
+    """Run a job's algorithm from its first model, and the evaluation across sites if it has one; the last global model.
+
+    Raises JobFailed, JobAborted.
+    """
+    result = WORKFLOWS[settings.recipe](sites, settings, model)
+    if settings.cross_site_evaluation:
+        try:
+            evaluate_across_sites(sites, settings, result)
+        except BaseException:
+            result.close()
+            raise
+    return result

@@ -19,6 +19,7 @@ from fl.guard.export import ExportGate, size_of_numbers
 from fl.jobs.bundle import Bundle
 from fl.jobs.outputs import capacity
 from fl.jobs.record import JobRecord
+from fl.jobs.settings import TaskKind
 from fl.party import Party
 from fl.transport.local import Answer
 from fl.transport.memory import SealedMemory
@@ -81,7 +82,7 @@ class SiteExports:
         else:
             self._held.append((key, shown, step))
 
-    def update(self, answer: Answer, raw: SealedMemory, model: SealedMemory) -> Disclosure:
+    def update(self, answer: Answer, raw: SealedMemory, model: SealedMemory, task: TaskKind = "train") -> Disclosure:
         """What leaves of the script's answer to `model`, now. Raises OutputRefused, ExportRefused."""
         shown = disclose(
             raw,
@@ -91,6 +92,7 @@ class SiteExports:
             model=model,
             settings=self._settings,
             site=self._site,
+            task=task,
         )
         try:
             if shown.metrics:

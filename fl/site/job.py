@@ -88,6 +88,7 @@ class SiteJob:
         self._ready = False
         self._given = -1
         self._resumed = False
+        self._roster = 0
         self.thread = threading.Thread(target=self._run, name=f"job {self.id}", daemon=True)
 
     def train(self, task: Train) -> None:
@@ -161,6 +162,7 @@ class SiteJob:
         if signed.record.job != self.id:
             raise ApprovalRefused(self.id, (f"its record is that of job {signed.record.job}",))
         self.submitter = signed.record.submitter
+        self._roster = len(signed.record.roster)
         if not 0 < prepare.bundle_size <= MAX_BUNDLE:
             raise MalformedMessage(f"the bundle has {prepare.bundle_size} bytes", where="bundle")
         request = Fetch(job=self.id, what="bundle", sha256=signed.record.bundle, offset=0)
@@ -187,8 +189,9 @@ class SiteJob:
 
     def _run_script(self, bundle: Bundle, exports: SiteExports, check: Callable[[], None]) -> None:
         settings = bundle.settings
-        files, script = what_runs(bundle.files, settings, settings.train_script)
-        sandbox = Sandbox(files, script, settings.train_args, self._data, limits=self._limits)
+        own_script, arguments = settings.script_of(self._site)
+        files, script = what_runs(bundle.files, settings, own_script)
+        sandbox = Sandbox(files, script, arguments, self._data, limits=self._limits)
         ours, theirs = ScriptSocket.pair()
         with theirs:
             process = sandbox.start(theirs)
@@ -237,9 +240,11 @@ class SiteJob:
     def _train(
         self, session: ScriptSession, settings: JobSettings, task: Train, limit: int, exports: SiteExports
     ) -> None:
-        if task.total_rounds != settings.num_rounds or not self._next_round <= task.round < settings.num_rounds:
+        turn = task.total_rounds == settings.num_rounds and task.round >= self._next_round
+        if not turn or not settings.asks_for(task.task, task.round, self._roster):
             raise MalformedMessage(
-                f"the server asks for round {task.round} of {task.total_rounds}, out of turn: each is approved once",
+                f"the server asks for round {task.round} of {task.total_rounds} ({task.task}), out of turn: each is "
+                "approved once",
                 where="task",
             )
         self._next_round = task.round + 1
@@ -249,9 +254,11 @@ class SiteJob:
         request = Fetch(job=self.id, what="model", sha256=task.model_sha256, offset=0)
         with self._link.fetch(request, size=task.model_size, seconds=seconds) as model:
             exports.begin_round(task.round)
-            answer, memory = session.train(task.round, task.total_rounds, model, seconds=seconds, value=exports.value)
+            answer, memory = session.train(
+                task.round, task.total_rounds, model, seconds=seconds, value=exports.value, task=task.task
+            )
             with memory:
-                shown = exports.update(answer, memory, model)
+                shown = exports.update(answer, memory, model, task.task)
         with shown.memory:
             verdict = self._link.deliver(self._head(task, settings, shown), shown.memory, seconds=seconds)
         if not verdict.accepted:
@@ -264,7 +271,7 @@ class SiteJob:
         return Deliver(
             job=self.id,
             round=task.round,
-            params_type=settings.params_type,
+            params_type="FULL" if task.task == "submit_model" else settings.params_type,
             weight=shown.weight,
             metrics=dict(shown.metrics),
             size=shown.memory.size,

@@ -10,11 +10,11 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from fl.errors import MalformedMessage, ScriptFailed
-from fl.jobs.settings import JobSettings
-from fl.transport.local import Answer, End, Hello, ScriptSocket, Training
+from fl.jobs.settings import JobSettings, TaskKind
+from fl.transport.local import Answer, End, FoldedUpdate, Hello, ScriptSocket, Training
 from fl.transport.memory import SealedMemory
 
 MAX_VALUES_A_ROUND: Final = 10_000
@@ -22,8 +22,37 @@ END_SECONDS: Final = 30.0
 """How long a script may take to finish after its job is over."""
 
 
+class Session(Protocol):
+    """The conversation with one script, wherever the script is."""
+
+    def greet(self, job_id: str, settings: JobSettings, *, data: str | None, max_update: int) -> None:
+        """Tell the script who and where it is."""
+
+    def train(
+        self,
+        round_: int,
+        total: int,
+        model: SealedMemory,
+        *,
+        seconds: float,
+        value: Callable[[str, float, int], None],
+        task: TaskKind = "train",
+        update: FoldedUpdate | None = None,
+    ) -> tuple[Answer, SealedMemory]:
+        """Give the script a task, or an aggregator an update; its answer and tensors, the caller's.
+
+        Raises ScriptFailed.
+        """
+
+    def end(self) -> None:
+        """Tell the script that the job is over."""
+
+    def close(self) -> None:
+        """Close the site's end."""
+
+
 class ScriptSession:
-    """The conversation with one script."""
+    """The conversation with one script of this machine."""
 
     def __init__(self, sock: socket.socket, *, site: str, how_it_ended: Callable[[], str]) -> None:
         """`how_it_ended` tells, after the script's end of the socket has closed, what became of the script."""
@@ -45,6 +74,9 @@ class ScriptSession:
             data=data,
             max_update=max_update,
             parameters=settings.parameters,
+            params_type=settings.params_type,
+            receive_filters=settings.filters.receive,
+            send_filters=settings.filters.send,
         )
         try:
             self._socket.send(hello)
@@ -52,9 +84,19 @@ class ScriptSession:
             raise ScriptFailed(self._site, self._how_it_ended()) from error
 
     def train(
-        self, round_: int, total: int, model: SealedMemory, *, seconds: float, value: Callable[[str, float, int], None]
+        self,
+        round_: int,
+        total: int,
+        model: SealedMemory,
+        *,
+        seconds: float,
+        value: Callable[[str, float, int], None],
+        task: TaskKind = "train",
+        update: FoldedUpdate | None = None,
     ) -> tuple[Answer, SealedMemory]:
-        """Give the script the model of a round; its answer and its update, the caller's to close.
+        """Give the script the model of a round and its `task`, or an aggregator an `update`; its answer and tensors.
+
+        These are the caller's to close.
 
         Raises ScriptFailed if it ends, takes more than `seconds`, or says something malformed.
         """
@@ -62,7 +104,7 @@ class ScriptSession:
         self._raw.settimeout(seconds)
         values = 0
         try:
-            self._socket.send(Training(round=round_, total_rounds=total), model.descriptor)
+            self._socket.send(Training(task=task, round=round_, total_rounds=total, update=update), model.descriptor)
             while True:
                 self._raw.settimeout(max(0.001, deadline - time.monotonic()))
                 message, descriptor = self._socket.receive_from_script()

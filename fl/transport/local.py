@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fl.errors import MalformedMessage
+from fl.jobs.settings import TaskKind
 
 MAX_MESSAGE: Final = 32 << 10
 
@@ -39,14 +40,29 @@ class Hello(_Message):
     """The most bytes that an update may have."""
     parameters: dict[str, float] = Field(default={}, max_length=64)
     """The recipe's constants that the script needs."""
+    params_type: Literal["FULL", "DIFF"] = "FULL"
+    """What the job's updates are; the client API makes one of the other."""
+    receive_filters: Annotated[tuple[str, ...], Field(max_length=16, strict=False)] = ()
+    send_filters: Annotated[tuple[str, ...], Field(max_length=16, strict=False)] = ()
+
+
+class FoldedUpdate(_Message):
+    """Of an update that an aggregator gets: whose it is, its weight, what its numbers are."""
+
+    site: str
+    weight: float
+    params_type: Literal["FULL", "DIFF"]
 
 
 class Training(_Message):
-    """The site hands its script the global model of a round; the model comes as a descriptor."""
+    """The site hands its script the model of a round, and says for what; the model comes as a descriptor."""
 
     kind: Literal["train"] = "train"
+    task: TaskKind = "train"
     round: int
     total_rounds: int
+    update: FoldedUpdate | None = None
+    """For an aggregator of the job's own: the descriptor is not the model but this update's tensors."""
 
 
 class End(_Message):

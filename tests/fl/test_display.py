@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 
-from fl.environments.display import Display, line_of
-from fl.jobs.progress import JobEvent
+from fl.environments.display import Display
+from fl.jobs.progress import JobEvent, line_of
 
 EVENTS = [
     JobEvent(kind="status", text="running"),
