@@ -175,7 +175,8 @@ def changed_bundle(bundle: Bundle, first_model: Callable[[], SealedMemory]) -> A
     def play(title: str, setting: Setting, _: Processes) -> Repelled:
         altered, kit = _with_changed_bit(bundle, "train.py"), open_kit(setting.kit)
         with current_charter(kit, timeout=CONTACT_SECONDS) as current, first_model() as model:
-            approval = next(iter(current.charter.bundles())).model_copy(update={"bundle": altered.digest})
+            approved = next(one for one in current.charter.bundles() if one.bundle == bundle.digest)
+            approval = approved.model_copy(update={"bundle": altered.digest})
             forged = replace(current.charter, documents={**current.charter.documents, path_of(approval): approval})
             with UserClient.connected(kit, forged, current.at) as client:
                 try:

@@ -82,17 +82,22 @@ def found_consortium(setting: Setting) -> None:
     shutil.copy(setting.charter_folder / "metadata/1.root.json", setting.folder / ROOT)
 
 
-def admit(setting: Setting, bundle: str, job: str) -> None:
-    """Two members sign for the image, the three guests' places, the scientist, and the job's bundle."""
-    approval = setting.shared / "approval.toml"
-    approval.write_text(
-        f'job = "{job}"\nsites = {json.dumps(list(SITES))}\nnote = "reviewed by two members"\n'
-        f"expires = {format_time(now() + timedelta(days=APPROVAL_DAYS))}\n"
-    )
+def admit(setting: Setting, bundles: Mapping[str, tuple[str, int | None]]) -> None:
+    """Two members sign for the image, the three guests' places, the scientist, and the jobs' bundles.
+
+    `bundles`: by digest the job's name, and how many bits its jobs may let out of each member's sites (None: any).
+    """
+    words: list[str] = []
+    for digest, (job, bits) in bundles.items():
+        approval = setting.shared / f"{job}.approval.toml"
+        approval.write_text(
+            f'job = "{job}"\nsites = {json.dumps(list(SITES))}\nnote = "reviewed by two members"\n'
+            f"expires = {format_time(now() + timedelta(days=APPROVAL_DAYS))}\n"
+            + ("" if bits is None else f"budget = {{ bits = {bits} }}\n")
+        )
+        words += ["--put", f"code/{digest}.json={approval}"]
     proposal = setting.shared / "places.json"
-    code = f"code/{bundle}.json={approval}"
-    words = ("--charter", setting.charter_folder, "--put", code, "--out", proposal)
-    setting.seal("charter", "enrol", setting.plan, *words)
+    setting.seal("charter", "enrol", setting.plan, "--charter", setting.charter_folder, *words, "--out", proposal)
     sign_and_publish(setting, proposal, SIGNERS)
 
 

@@ -22,6 +22,7 @@ from appliance.demo.founding import (
     seal_site_data,
     split_model_key,
 )
+from appliance.demo.guarded_jobs import endless_job, overspent, revoked
 from appliance.demo.guests import BOOT_SECONDS, START_SECONDS, start_broker, start_guest, wait_for_event
 from appliance.demo.setting import (
     BROKERS,
@@ -40,6 +41,7 @@ from appliance.processes import Processes
 from attestation.ledger.audits import verify_audits
 from fl.environments.prod import ProdEnv
 from fl.jobs.bundle import make_bundle
+from fl.jobs.outputs import capacity
 from policies.errors import Refused
 from policies.kits import LOCAL, ROOT
 
@@ -136,8 +138,10 @@ def _tell(setting: Setting, processes: Processes, display: Display) -> Report:
         if booted is not None:  # the image holds no TensorBoard
             recipe.settings = recipe.settings.model_copy(update={"tracking": None})
         bundle = make_bundle(recipe.folder, recipe.settings)
-        admit(setting, bundle.digest, recipe.name)
-        step.detail = f"{len(GUESTS)} guests, bundle {bundle.digest[:12]}"
+        endless, endless_model = endless_job()
+        bits = capacity(bundle).job
+        admit(setting, {bundle.digest: (recipe.name, bits), endless.digest: (endless.settings.name, None)})
+        step.detail = f"{len(GUESTS)} guests, bundle {bundle.digest[:12]} with {bits} bits for each member"
     with display.step("Every host gets a signed kit") as step:
         kits = deliver(setting)
         seal_site_data(setting, job.split_patients())
@@ -167,7 +171,8 @@ def _tell(setting: Setting, processes: Processes, display: Display) -> Report:
         report.accuracy, report.pooled_accuracy = measured["accuracy"], measured["pooled_accuracy"]
         step.detail = f"accuracy {report.accuracy:.4f}, pooled {report.pooled_accuracy:.4f}"
         check_accuracy(report)
-    played = () if booted else (*attacks.ATTACKS, attacks.changed_bundle(bundle, recipe.first_model))
+    guarded = (overspent(bundle, recipe.first_model), revoked(endless, endless_model))
+    played = () if booted else (*attacks.ATTACKS, attacks.changed_bundle(bundle, recipe.first_model), *guarded)
     for attack in played:
         with display.step(f"Attack: {attack.title}") as step:
             repelled = attack(setting, processes)

@@ -33,6 +33,8 @@ ATTACKS = {
     "a charter has one signature where two are needed": "needs 2 signatures, has 1",
     "a guest may be debugged by its host": "policy-debug",
     "a bundle is changed by one bit after its approval": "is not approved",
+    "a job is run once more than its budget allows": "is spent",
+    "a job goes on after its code was revoked": "is not approved",
 }
 """Every attack of the demonstration, and words of the reason for which it must be refused."""
 
