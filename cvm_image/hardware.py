@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +20,29 @@ from cvm_image.build.guest.disks import write_init_data
 from cvm_image.errors import UnusableImage
 from cvm_image.files import read_file
 from cvm_image.manifest import ImageManifest
-from cvm_image.qemu import VAULT, Forward, HardwareLaunch, Machine, hardware_command
+from cvm_image.qemu import GPU_WINDOW_MIB, VAULT, Forward, HardwareLaunch, Machine, hardware_command
 from cvm_image.verify import load_image
 
 INIT_DATA_DISK = "initdata"
 """Serial of the disk on which a guest finds its init-data."""
 
 MAX_ID_FILE = 1024 * ID_AUTH_SIZE
+MAX_GPUS = 16
+_PCI = re.compile(r"([0-9a-f]{4}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the host gives the guest: measured (model and vCPUs) and not (memory, forwarded ports)."""
+    """What the host gives the guest: measured (model and vCPUs) and not (memory, forwarded ports, GPUs).
+
+    `gpus` are PCI addresses on the host; the guest shows its GPUs by their own evidence.
+    """
 
     vcpu_model: str = "EPYC-v4"
     vcpus: int = 2
     memory_mib: int = 4096
     forwards: tuple[Forward, ...] = ()
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,13 @@ def plan_hardware(
             where=str(image),
             do="Build it with `--variant hardware`.",
         )
+    wrong = [address for address in shape.gpus if not _PCI.fullmatch(address)]
+    if wrong or len(shape.gpus) > MAX_GPUS or len(set(shape.gpus)) != len(shape.gpus):
+        raise UnusableImage(
+            f"{wrong[0]!r} is no PCI address" if wrong else f"these are no 1 to {MAX_GPUS} different GPUs",
+            where="GPUs",
+            do="Write each once, like 0000:41:00.0 (lspci -D).",
+        )
     id_block, id_auth = _id_block(image, manifest, shape)
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
     disk = run.absolute() / "init-data.disk"
@@ -92,6 +106,7 @@ def plan_hardware(
         id_auth=id_auth,
         cpu=shape.vcpu_model,
         author_key=manifest.author_key_digest is not None,
+        gpus=shape.gpus,
     )
     return HardwarePlan(manifest.name, machine, launch, read_file(image / "cmdline", MAX_CMDLINE).decode("ascii"))
 
@@ -119,7 +134,10 @@ def libvirt_domain(plan: HardwarePlan) -> str:
     _add(cpu, "model", launch.cpu, fallback="forbid")
     for event in ("on_poweroff", "on_reboot", "on_crash"):
         _add(domain, event, "destroy")
-    _add_devices(_add(domain, "devices"), machine)
+    devices = _add(domain, "devices")
+    _add_devices(devices, machine)
+    if launch.gpus:
+        _add_gpus(domain, devices, launch.gpus)
     security = _add(
         domain,
         "launchSecurity",
@@ -160,6 +178,20 @@ def _add_devices(devices: ElementTree.Element, machine: Machine) -> None:
         for forward in machine.forwards:
             _add(ports, "range", start=str(forward.host), to=str(forward.guest))
     _add(devices, "memballoon", model="none")
+
+
+def _add_gpus(domain: ElementTree.Element, devices: ElementTree.Element, addresses: tuple[str, ...]) -> None:
+    """Add each GPU without its option ROM, and the window that the firmware sets aside for their memory."""
+    for address in addresses:
+        found = _PCI.fullmatch(address)
+        parts = found.groups() if found else ()
+        device = _add(devices, "hostdev", mode="subsystem", type="pci", managed="yes")
+        names = ("domain", "bus", "slot", "function")
+        numbers = {name: f"0x{part}" for name, part in zip(names, parts, strict=True)}
+        _add(_add(device, "source"), "address", **numbers)
+        _add(device, "rom", enabled="no")
+    entries = _add(domain, "sysinfo", type="fwcfg")
+    _add(entries, "entry", str(GPU_WINDOW_MIB), name="opt/ovmf/X-PciMmio64Mb")
 
 
 def _add(parent: ElementTree.Element, tag: str, text: str | None = None, **attributes: str) -> ElementTree.Element:

@@ -32,6 +32,8 @@ EMULATED_CPU = "max,-avx,-avx2,-fma,-f16c"
 """Everything TCG can do but the vector units that it emulates slowly."""
 VAULT = "vault"
 """Serial of the one disk that a guest writes to: its sealed volume."""
+GPU_WINDOW_MIB = 262144
+"""Addresses that the firmware sets aside for a GPU's memory (NVIDIA's deployment guide for confidential computing)."""
 GRACE_SECONDS = 5.0
 
 
@@ -74,6 +76,8 @@ class HardwareLaunch:
     cpu: str = "EPYC-v4"
     cbit: int = 51
     author_key: bool = True
+    gpus: tuple[str, ...] = ()
+    """PCI addresses on the host (`0000:41:00.0`), each bound to vfio-pci there."""
 
 
 def virtual_command(machine: Machine, *, cmdline: str, hash_table: Path, table_address: int, kvm: bool) -> list[str]:
@@ -112,7 +116,17 @@ def hardware_command(machine: Machine, launch: HardwareLaunch, *, cmdline: str) 
         *("-cpu", launch.cpu),
         *_measured(machine, cmdline),
         *_devices(machine),
+        *_gpus(launch.gpus),
     ]
+
+
+def _gpus(addresses: tuple[str, ...]) -> list[str]:
+    """Each GPU behind a port of its own, without its option ROM, which nobody has measured."""
+    words = ["-fw_cfg", f"name=opt/ovmf/X-PciMmio64Mb,string={GPU_WINDOW_MIB}"] if addresses else []
+    for number, address in enumerate(addresses, 1):
+        words += ["-device", f"pcie-root-port,id=gpu{number},bus=pcie.0,chassis={number}"]
+        words += ["-device", f"vfio-pci,host={address},bus=gpu{number},romfile="]
+    return words
 
 
 def _measured(machine: Machine, cmdline: str) -> list[str]:

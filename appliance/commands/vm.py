@@ -49,6 +49,9 @@ def launch(
     forward: Annotated[
         list[str] | None, typer.Option(metavar="HOST:GUEST", help="A port that leads to a machine.")
     ] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(metavar="ADDRESS", help="A GPU of this host, as 0000:41:00.0 (hardware).")
+    ] = None,
     id_block: Annotated[
         bool, typer.Option("--id-block/--no-id-block", help="Start with the image's ID block, as signed.")
     ] = True,
@@ -65,7 +68,7 @@ def launch(
     from policies.kits import is_kit
 
     if is_kit(image):
-        raise typer.Exit(_launch_kit(image, role, print_qemu=print_qemu, print_libvirt=print_libvirt))
+        raise typer.Exit(_launch_kit(image, role, tuple(gpu or ()), print_qemu=print_qemu, print_libvirt=print_libvirt))
     if init_data is None:
         raise typer.BadParameter("a guest that is started from an image's folder needs --init-data")
     raw, disks = read_init_data(init_data), parse_disks(disk or [])
@@ -74,7 +77,7 @@ def launch(
     if print_qemu or print_libvirt:
         from cvm_image.hardware import Shape, plan_hardware
 
-        shape = Shape(vcpu_model, vcpus, memory, tuple(_forward(word) for word in forward or ()))
+        shape = Shape(vcpu_model, vcpus, memory, tuple(_forward(word) for word in forward or ()), tuple(gpu or ()))
         plan = plan_hardware(image, raw, run or image.with_name(f"{image.name}.run"), shape, disks)
         typer.echo(plan.domain() if print_libvirt else shlex.join(plan.command()), nl=print_qemu)
         return
@@ -85,7 +88,7 @@ def launch(
     raise typer.Exit(_launch_virtual(image, raw, vendor, chip, run, disks, settings, board))
 
 
-def _launch_kit(folder: Path, role: str | None, *, print_qemu: bool, print_libvirt: bool) -> int:
+def _launch_kit(folder: Path, role: str | None, gpus: tuple[str, ...], *, print_qemu: bool, print_libvirt: bool) -> int:
     from appliance.kits.starting import guest_start, hardware_plan, launch_virtual_guest
 
     start = guest_start(folder)
@@ -93,7 +96,7 @@ def _launch_kit(folder: Path, role: str | None, *, print_qemu: bool, print_libvi
         _check_role(start.init_data, role, folder)
     if not (print_qemu or print_libvirt):
         return launch_virtual_guest(start)
-    plan = hardware_plan(start)
+    plan = hardware_plan(start, gpus)
     typer.echo(plan.domain() if print_libvirt else shlex.join(plan.command()), nl=print_qemu)
     return 0
 

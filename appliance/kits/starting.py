@@ -176,12 +176,21 @@ def _forwards(start: GuestStart) -> tuple[Forward, ...]:
     return tuple(Forward(port, port) for port in ports)
 
 
-def hardware_plan(start: GuestStart) -> HardwarePlan:
-    """The guest as QEMU or libvirt is to start it on SEV-SNP hardware; its ports keep their numbers."""
+def hardware_plan(start: GuestStart, gpus: tuple[str, ...] = ()) -> HardwarePlan:
+    """The guest as QEMU or libvirt is to start it on SEV-SNP hardware; its ports keep their numbers.
+
+    `gpus` are PCI addresses of this host, as many as the plan gives the guest: Unusable for another number.
+    """
     from cvm_image.hardware import Shape, plan_hardware
 
     settings = start.settings
-    shape = Shape(settings.vcpu_model, settings.vcpus, settings.memory_mib, _forwards(start))
+    if len(gpus) != settings.gpus:
+        raise Unusable(
+            f"the guest has {settings.gpus} GPUs, and {len(gpus)} are named",
+            where=start.kit.manifest.place,
+            do="Name each by its address on this host: --gpu 0000:41:00.0.",
+        )
+    shape = Shape(settings.vcpu_model, settings.vcpus, settings.memory_mib, _forwards(start), gpus)
     return plan_hardware(start.image, start.init_data, start.run, shape, start.disks)
 
 

@@ -103,6 +103,28 @@ def test_libvirt_is_told_the_same(image: Path, tmp_path: Path) -> None:
         assert domain.find(f"devices/{absent}") is None
 
 
+def test_gpus_are_passed_through_without_their_option_roms(image: Path, tmp_path: Path) -> None:
+    shape = Shape("EPYC-Genoa", 4, 8192, gpus=("0000:41:00.0", "0000:c1:00.0"))
+    plan = plan_hardware(image, INIT_DATA, tmp_path / "run", shape)
+    words = " ".join(plan.command())
+    assert "vfio-pci,host=0000:41:00.0,bus=gpu1,romfile=" in words
+    assert "vfio-pci,host=0000:c1:00.0,bus=gpu2,romfile=" in words
+    assert "opt/ovmf/X-PciMmio64Mb" in words
+    domain = ElementTree.fromstring(plan.domain())  # noqa: S314  # our own words
+    addresses = [address.attrib for address in domain.iterfind("devices/hostdev/source/address")]
+    assert addresses[1] == {"domain": "0x0000", "bus": "0xc1", "slot": "0x00", "function": "0x0"}
+    assert [rom.get("enabled") for rom in domain.iterfind("devices/hostdev/rom")] == ["no", "no"]
+    assert domain.findtext("sysinfo/entry") == "262144"
+
+
+@pytest.mark.parametrize(
+    "gpus", [("41:00.0",), ("0000:41:00.0,x-no-mmap=on",), ("0000:41:00.0", "0000:41:00.0"), ("0000:41:00.8",)]
+)
+def test_what_is_no_gpu_s_address_is_refused(image: Path, tmp_path: Path, gpus: tuple[str, ...]) -> None:
+    with pytest.raises(UnusableImage, match=r"PCI address|different GPUs"):
+        plan_hardware(image, INIT_DATA, tmp_path / "run", Shape("EPYC-Genoa", 4, gpus=gpus))
+
+
 def test_settings_that_were_not_signed_are_refused(image: Path, tmp_path: Path) -> None:
     with pytest.raises(UnusableImage, match="not signed for EPYC-v4 with 3 vCPUs") as refused:
         plan_hardware(image, INIT_DATA, tmp_path, Shape(vcpus=3))
