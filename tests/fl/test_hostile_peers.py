@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from federation_world import (
     SITES,
@@ -225,8 +225,8 @@ def test_what_is_fetched_is_the_callers_own_jobs(
 # --- updates ----------------------------------------------------------------------------------------------------------
 
 
-def chunk(offset: int, data: bytes, crc: int | None = None) -> bytes:
-    return pack(Chunk(offset=offset, crc32=zlib.crc32(data) if crc is None else crc), data)
+def chunk(offset: int, data: bytes, xxh3: int | None = None) -> bytes:
+    return pack(Chunk(offset=offset, xxh3=xxhash.xxh3_64_intdigest(data) if xxh3 is None else xxh3), data)
 
 
 def tensors(**params: Any) -> bytes:
@@ -245,7 +245,7 @@ ACTS: dict[str, tuple[Callable[[RawSite, Train], Any], str]] = {
     "cut": (lambda s, t: s.deliver(t, GOOD, []), "ended after 0"),
     "long chunk": (lambda s, t: s.deliver(t, GOOD, [chunk(0, GOOD + b"x")]), "a chunk of"),
     "out of place": (lambda s, t: s.deliver(t, GOOD, [chunk(7, GOOD)]), "came at 0"),
-    "damaged": (lambda s, t: s.deliver(t, GOOD, [chunk(0, GOOD, crc=1)]), "is damaged"),
+    "damaged": (lambda s, t: s.deliver(t, GOOD, [chunk(0, GOOD, xxh3=1)]), "is damaged"),
     "garbage": (lambda s, t: s.deliver(t, GOOD, [b"garbage"]), "frame"),
     "kind": (lambda s, t: s.deliver(t, GOOD, params_type="DIFF"), "parameters are DIFF"),
     "weight": (lambda s, t: s.deliver(t, GOOD, weight=-1.0), "weight -1.0"),
