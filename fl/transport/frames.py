@@ -17,7 +17,7 @@ from fl.errors import MalformedMessage
 from fl.jobs.command import MAX_COMMAND
 from fl.jobs.progress import JobEvent, Line, Status
 from fl.jobs.record import JobId, Time, UserName
-from fl.jobs.settings import MAX_MODEL, Digest, Name
+from fl.jobs.settings import MAX_MODEL, Digest, Name, TaskKind
 from fl.jobs.statement import SignedStatement
 from fl.tensors import Buffer
 
@@ -73,9 +73,10 @@ class Ready(Frame):
 
 
 class Train(Frame):
-    """Server to site: train this model."""
+    """Server to site: train this model, or what else `task` says."""
 
     kind: Literal["train"] = "train"
+    task: TaskKind = "train"
     job: JobId
     round: Annotated[int, Field(ge=0)]
     total_rounds: int
