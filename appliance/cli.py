@@ -28,6 +28,7 @@ NOUNS: dict[str, str] = {
     "job": "Bundle, approve, submit, watch and download federated jobs.",
     "audit": "Check a ledger, its receipts and its evidence offline.",
     "demo": "One attested federated job and its attacks, end to end.",
+    "poc": "All services of production on this machine, for one author.",
     "doctor": "Tell what this machine lacks, step by step.",
 }
 """Each is a module `appliance.commands.<noun>` with a Typer application (or command) named `app`."""
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _stopped(words: list[str], how: str, status: int) -> int:
     """Say that the command was ended from outside; the exit status is a shell's for the signal."""
     noun = next((word for word in words if word in NOUNS), "")
-    verb = words[words.index(noun) + 1 : words.index(noun) + 2] if noun not in {"", "demo", "doctor"} else []
+    verb = words[words.index(noun) + 1 : words.index(noun) + 2] if noun not in {"", "demo", "doctor", "poc"} else []
     stream = sys.__stderr__ or sys.stderr  # whatever the verb has put in its place
     stream.write(f"seal: {' '.join([noun, *verb]).strip() or 'the command'} was {how} before it was done.\n")
     return status

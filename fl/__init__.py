@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from fl.environments.poc import PocEnv
     from fl.environments.prod import ProdEnv
     from fl.environments.sim import SimEnv
     from fl.recipes.cyclic import CyclicRecipe
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CyclicRecipe", "FedAvgLrRecipe", "FedAvgRecipe", "FedEvalRecipe", "FedOptRecipe", "FedProxRecipe",
-    "FedStatsRecipe", "ProdEnv", "ScaffoldRecipe", "SimEnv", "add_cross_site_evaluation", "add_experiment_tracking",
+    "FedStatsRecipe", "PocEnv", "ProdEnv", "ScaffoldRecipe", "SimEnv", "add_cross_site_evaluation", "add_experiment_tracking",
     "declare_outputs", "train_privately",
 ]  # fmt: skip
 
@@ -36,6 +37,7 @@ _HOMES: Final = {
     "FedOptRecipe": "fl.recipes.fedopt",
     "FedProxRecipe": "fl.recipes.fedprox",
     "FedStatsRecipe": "fl.recipes.statistics",
+    "PocEnv": "fl.environments.poc",
     "ProdEnv": "fl.environments.prod",
     "ScaffoldRecipe": "fl.recipes.scaffold",
     "SimEnv": "fl.environments.sim",

@@ -82,16 +82,7 @@ class SimEnv:
 
         Raises RecipeUnusable with the argument that is wrong.
         """
-        if clients is None and num_clients is None:
-            raise RecipeUnusable("give clients or num_clients", where="SimEnv")
-        names = list(clients) if clients is not None else [f"site-{number + 1}" for number in range(num_clients or 0)]
-        if num_clients is not None and num_clients != len(names):
-            raise RecipeUnusable(f"num_clients is {num_clients}, but clients names {len(names)}", where="SimEnv")
-        if not 1 <= len(names) <= MAX_CLIENTS or len(set(names)) != len(names):
-            raise RecipeUnusable(f"there must be 1 to {MAX_CLIENTS} clients, each with its own name", where="SimEnv")
-        for name in names:
-            if not NAME.fullmatch(name):
-                raise RecipeUnusable(f"client name {name!r} does not match {NAME_PATTERN}", where="SimEnv")
+        names = client_names(clients, num_clients, most=MAX_CLIENTS, where="SimEnv")
         if backend not in ("processes", "ray"):
             raise RecipeUnusable(f'backend is {backend!r}, not "processes" or "ray"', where="backend")
         if num_threads is not None and num_threads < 1:
@@ -106,7 +97,7 @@ class SimEnv:
         self.clients = names
         self.at_once = max(1, num_threads if num_threads is not None else cores)
         self.threads_each = max(1, cores // min(self.at_once, len(names)))
-        self.data = {name: _data_folder(data, name) for name in names}
+        self.data = {name: data_folder(data, name) for name in names}
         self.workspace_root = (Path(workspace_root) if workspace_root is not None else default_workspace()).absolute()
 
     def execute(self, recipe: Recipe) -> Run:
@@ -363,6 +354,21 @@ class _Client:
         self._federation.value(self.name, key, self._logged.disclosed(key, value), step)
 
 
+def client_names(clients: Sequence[str] | None, num_clients: int | None, *, most: int, where: str) -> list[str]:
+    """The clients' names, given or counted. Raises RecipeUnusable."""
+    if clients is None and num_clients is None:
+        raise RecipeUnusable("give clients or num_clients", where=where)
+    names = list(clients) if clients is not None else [f"site-{number + 1}" for number in range(num_clients or 0)]
+    if num_clients is not None and num_clients != len(names):
+        raise RecipeUnusable(f"num_clients is {num_clients}, but clients names {len(names)}", where=where)
+    if not 1 <= len(names) <= most or len(set(names)) != len(names):
+        raise RecipeUnusable(f"there must be 1 to {most} clients, each with its own name", where=where)
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise RecipeUnusable(f"client name {name!r} does not match {NAME_PATTERN}", where=where)
+    return names
+
+
 def gpus_of(names: Sequence[str], gpu_config: str | None) -> dict[str, str] | None:
     """Each client's CUDA_VISIBLE_DEVICES, the groups of `gpu_config` dealt in turn. Raises RecipeUnusable."""
     if gpu_config is None:
@@ -410,7 +416,8 @@ def _code_of(recipe: Recipe, folder: Path) -> tuple[Path, str]:
     return code, script
 
 
-def _data_folder(data: str | Path | Mapping[str, str | Path] | None, name: str) -> Path | None:
+def data_folder(data: str | Path | Mapping[str, str | Path] | None, name: str) -> Path | None:
+    """The folder of a client's data. Raises RecipeUnusable if it is named and not there."""
     if data is None:
         return None
     if isinstance(data, Mapping):
