@@ -85,7 +85,7 @@ def export_image(folder: Path, layout: Path) -> str:
         digest = file_digest(folder / name)
         shutil.copyfile(folder / name, blobs / digest)
         layers.append(_describe(FILE, digest, (folder / name).stat().st_size) | {"annotations": {TITLE: name}})
-    document = {
+    document: dict[str, Any] = {
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
         "artifactType": ARTEFACT,
@@ -94,7 +94,7 @@ def export_image(folder: Path, layout: Path) -> str:
     }
     described = _put(blobs, MANIFEST_TYPE, rfc8785.dumps(document))
     entry = described | {"artifactType": ARTEFACT, "annotations": {REFERENCE: image.name}}
-    index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [entry]}
+    index: dict[str, Any] = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [entry]}
     (layout / "index.json").write_bytes(rfc8785.dumps(index))
     (layout / "oci-layout").write_bytes(LAYOUT)
     return str(described["digest"])

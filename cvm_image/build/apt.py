@@ -74,7 +74,9 @@ def _host_mirrors(log: Path) -> dict[str, str]:
 class Apt:
     """apt for one suite, in a folder of its own."""
 
-    def __init__(self, folder: Path, archives: Archives, suite: str, *, log: Path) -> None:
+    def __init__(
+        self, folder: Path, archives: Archives, suite: str, *, log: Path, components: Sequence[str] = ("main",)
+    ) -> None:
         self._archives = archives
         self._log = log
         self._config = folder / "apt.conf"
@@ -85,7 +87,7 @@ class Apt:
         lines = []
         for archive, url in archives.urls.items():
             named = f"{suite}-security" if archive == "debian-security" else suite
-            lines.append(f"deb [signed-by={archives.keyring} arch=amd64] {url} {named} main")
+            lines.append(f"deb [signed-by={archives.keyring} arch=amd64] {url} {named} {' '.join(components)}")
         (folder / "sources.list").write_text("\n".join(lines) + "\n")
         self._config.write_text(_configuration(folder, _host_transport(log)))
 

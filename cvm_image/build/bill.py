@@ -27,6 +27,7 @@ def bill_of_materials(lock: Lock, files: Mapping[str, File], *, version: str) ->
         *_packages(lock.kernel, "kernel"),
         *_packages(lock.firmware, "firmware"),
         *_packages(in_initrd, "initrd"),
+        *_packages(lock.driver, "driver"),
     ]
     parts += [
         _part("library", f"pkg:pypi/{wheel.name}@{wheel.version}", wheel.name, wheel.version, wheel.sha256, "root")

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from cvm_image.build import entry
 from cvm_image.build.apt import Archives, fetch_packages, find_archives
 from cvm_image.build.bill import bill_of_materials
 from cvm_image.build.container import CONTAINER, take_container, unpack_container
 from cvm_image.build.disk import Root, join_layers, make_layer
+from cvm_image.build.drivers import add_driver_files, signed_drivers
 from cvm_image.build.errors import BuildFailed, UnusableRecipe
-from cvm_image.build.initrd import ROOT_MODULES, make_initrd, modules_folder, pick_modules
+from cvm_image.build.gpu import GPUS
+from cvm_image.build.initrd import ROOT_MODULES, LoadableModule, make_initrd, module_name, modules_folder, pick_modules
 from cvm_image.build.lock import Lock, LockedPackage, Purpose, load_lock
 from cvm_image.build.netfilter import RULES_FILE, packet_filter
 from cvm_image.build.provenance import read_source
@@ -49,9 +52,11 @@ ARGUMENTS = (
     "panic=-1",
     "oops=panic",
     "loglevel=5",
+    *entry.ARGUMENTS,
 )
 """Every image's command line begins with these: no unsigned module, no way to change the running kernel, the random
-pool seeded from the processor and never from the host's seed, and an end instead of an unsure state."""
+pool seeded from the processor and never from the host's seed, an end instead of an unsure state, and no windows from
+ACPI, whose AML is ours."""
 
 MEASURED = ("kernel", "initrd", "cmdline", "firmware.fd")
 PARTS = (*MEASURED, "rootfs.erofs", "rootfs.verity")
@@ -117,7 +122,9 @@ def make_parts(build: Build, folder: Path) -> Root:
     tools = make_tools(build)
     shutil.copyfile(_firmware(build, tools), folder / "firmware.fd")
     kernel = _kernel(build, tools)
-    shutil.copyfile(_kernel_file(kernel), folder / "kernel")
+    (folder / "kernel").write_bytes(
+        entry.wrap_kernel(entry.program(), _kernel_file(kernel).read_bytes(), certificate=None)
+    )
     shutil.copyfile(_initrd(build, tools, kernel), folder / "initrd")
     base = _base_layer(build, tools)
     files = collect(build.recipe, build.recipe_path)
@@ -224,9 +231,20 @@ def _kernel_file(kernel: Path) -> Path:
     return found[0]
 
 
+def _drivers(build: Build, tools: Tools) -> dict[str, bytes]:
+    if build.recipe.gpu is None:
+        return {}
+    for purpose in ("compiler", "driver"):
+        _fetched(build, purpose)
+    with _step(build, "drivers"):
+        return signed_drivers(build.recipe, build.lock, build.store, tools, build.log)
+
+
 def _initrd(build: Build, tools: Tools, kernel: Path) -> Path:
-    wanted = (*ROOT_MODULES, *build.recipe.modules())
+    gpu = () if build.recipe.gpu is None else GPUS[build.recipe.gpu].before
+    wanted = (*ROOT_MODULES, *build.recipe.modules(), *gpu)
     optional = build.recipe.kernel.hardware_modules
+    drivers = _drivers(build, tools)
     script = (Path(__file__).parent / "guest" / "initrd-init").read_bytes()
     key = content_key(
         "initrd",
@@ -235,12 +253,15 @@ def _initrd(build: Build, tools: Tools, kernel: Path) -> Path:
         tools=_tools_key(build),
         modules=list(wanted),
         optional=list(optional),
+        drivers={name: hashlib.sha256(data).hexdigest() for name, data in drivers.items()},
         script=hashlib.sha256(script).hexdigest(),
     )
     made = build.store.made(key)
     if made is None:
         with _step(build, "initrd"), build.store.making(key) as folder:
-            (folder / "result").write_bytes(make_initrd(tools, pick_modules(kernel, wanted, optional)))
+            picked = pick_modules(kernel, wanted, optional)
+            picked += [LoadableModule(module_name(name), data, optional=True) for name, data in drivers.items()]
+            (folder / "result").write_bytes(make_initrd(tools, picked))
         made = build.store.made(key)
     return _present(made)
 
@@ -248,10 +269,11 @@ def _initrd(build: Build, tools: Tools, kernel: Path) -> Path:
 def _base_key(build: Build) -> str:
     return content_key(
         "base",
-        rules=("trees", "disk"),
+        rules=("trees", "disk", "gpu"),
         packages=[one.sha256 for one in build.lock.base],
         remove=list(build.recipe.base.remove),
         programs=list(build.recipe.base.programs),
+        gpu=None if build.recipe.gpu is None else [build.recipe.gpu, *(one.sha256 for one in build.lock.driver)],
         suite=build.lock.suite,
         epoch=build.lock.epoch,
         tools=_tools_key(build),
@@ -274,6 +296,7 @@ def _base_layer(build: Build, tools: Tools) -> Path:
                 tools=tools,
             )
             settle(tree, remove=build.recipe.base.remove, programs=build.recipe.base.programs)
+            add_driver_files(build.recipe, build.lock, build.store, tools, tree)
             tree.rename(folder / "tree")
             make_layer(tools, folder / "tree", folder / "result", name="base", epoch=build.lock.epoch, all_root=False)
         layer = build.store.made(f"{key}.erofs")

@@ -15,17 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvm_image.build.disk import SALT, Root
+from cvm_image.build.entry import program, read_kernel
 from cvm_image.build.errors import BuildFailed
 from cvm_image.build.image import ARGUMENTS
+from cvm_image.build.modules import MAGIC, is_signed_by
 from cvm_image.build.netfilter import RULES_FILE, packet_filter
 from cvm_image.build.opening import Opened, opened
 from cvm_image.build.recipe import Network
 from cvm_image.build.tools import Mount, Tools
 from cvm_image.build.trees import installed_packages
-from cvm_image.build.workload import GUEST, INIT, WORLD_FILE
+from cvm_image.build.workload import GUEST, INIT, OURS, WORLD_FILE
 from cvm_image.verify import load_image
 
-SIGNED_MODULE = b"~Module signature appended~\n"
 SHELLS = frozenset({"ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "mksh", "rbash", "sh", "tcsh", "zsh"})
 LOGIN = frozenset(
     {
@@ -48,6 +49,10 @@ INSTALLERS = frozenset(
     {"apt", "apt-get", "dpkg", "insmod", "kexec", "kmod", "make", "modprobe", "pip", "pip3", "swapon"}
 )
 _PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/local/bin", "usr/local/sbin", "bin", "sbin")
+_OTHER_WORLD = re.compile(
+    rf"({re.escape(GUEST)}|{re.escape(OURS)}/attestation/attester)/(__pycache__/)?(relay|virtual_port)\..+"
+)
+"""What a hardware image must not hold: the code that asks the virtual platform's processor."""
 _HERE = Path(__file__).parent / "guest"
 _MAX_LISTED = 5
 
@@ -96,6 +101,16 @@ def _arguments(image: Opened) -> tuple[bool, str]:
     return True, " ".join(ARGUMENTS)
 
 
+def _kernel(image: Opened) -> tuple[bool, str]:
+    try:
+        wrapped = read_kernel((image.folder / "kernel").read_bytes())
+    except BuildFailed as error:
+        return False, error.what
+    same = wrapped.program == program()
+    drivers = "no key of drivers" if wrapped.certificate is None else "the key of its own drivers"
+    return same, f"this version's entry, {drivers}" if same else "another entry than this version's"
+
+
 def _initrd_script(image: Opened) -> tuple[bool, str]:
     script = next((entry.data for entry in image.initrd if entry.name == "init"), None)
     same = script == (_HERE / "initrd-init").read_bytes()
@@ -104,9 +119,15 @@ def _initrd_script(image: Opened) -> tuple[bool, str]:
 
 def _modules(image: Opened) -> tuple[bool, str]:
     modules = [entry for entry in image.initrd if entry.name.startswith("modules/") and entry.name.endswith(".ko")]
-    unsigned = [entry.name for entry in modules if not (entry.data or b"").endswith(SIGNED_MODULE)]
+    try:
+        certificate = read_kernel((image.folder / "kernel").read_bytes()).certificate
+    except BuildFailed:
+        certificate = None  # another check says so
+    ours = set() if certificate is None else {one.name for one in modules if is_signed_by(one.data or b"", certificate)}
+    unsigned = [entry.name for entry in modules if not (entry.data or b"").endswith(MAGIC)]
     names = [re.sub(r"^modules/\d+-|\.ko$", "", entry.name) for entry in modules]
-    return not unsigned, f"unsigned: {_listed(unsigned)}" if unsigned else ", ".join(names)
+    told = ", ".join(names) + (f"; by the image's own key: {_listed(sorted(ours))}" if ours else "")
+    return not unsigned, f"unsigned: {_listed(unsigned)}" if unsigned else told
 
 
 def _no_modules_in_root(image: Opened) -> tuple[bool, str]:
@@ -233,8 +254,7 @@ def _world(image: Opened) -> tuple[bool, str]:
     named = load_image(image.folder).platform
     foreign = []
     if world == "hardware":
-        names = {"virtual_port.py", "relay.py", "virtual_port.cpython", "relay.cpython"}
-        foreign = [name for name, path in image.walk() if any(path.name.startswith(one) for one in names)]
+        foreign = [name for name, _ in image.walk() if _OTHER_WORLD.fullmatch(name)]
     return (
         world == named and not foreign,
         f"{world}; the manifest says {named}{'; ' + _listed(foreign) if foreign else ''}",
@@ -269,8 +289,9 @@ def _packages(image: Opened) -> tuple[bool, str]:
 
 CHECKS: tuple[tuple[str, Callable[[Opened], tuple[bool, str]]], ...] = (
     ("the command line locks the kernel down", _arguments),
+    ("the kernel starts under our AML, never the host's", _kernel),
     ("the initrd's program is this version's: drivers by list, then none, root by verity", _initrd_script),
-    ("every driver is signed by the kernel's maker", _modules),
+    ("every driver is signed, by the kernel's maker or the image's own key", _modules),
     ("the root holds no kernel module", _no_modules_in_root),
     ("the first program is this version's: memory-backed writes, packet filter, fewer rights", _first_program),
     ("there is no shell", _no_program_of(SHELLS)),

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from cvm_image.build.apt import Apt, Archives, fetch_packages, find_archives
 from cvm_image.build.container import lock_container
+from cvm_image.build.drivers import lock_drivers
 from cvm_image.build.errors import UnusableRecipe
-from cvm_image.build.image import PROJECT, new_log
+from cvm_image.build.image import PROJECT, Build, make_tools, new_log
 from cvm_image.build.lock import Lock, lock_path, write_lock
 from cvm_image.build.provenance import read_source
 from cvm_image.build.recipe import load_recipe
 from cvm_image.build.store import Store
-from cvm_image.build.tools import PACKAGES
+from cvm_image.build.tools import PACKAGES, Tools
 from cvm_image.build.wheels import lock_wheels
 
 _PROVIDED = {"python3-torch": ("torch", "numpy"), "python3-numpy": ("numpy",)}
@@ -76,6 +77,14 @@ def _lock_recipe(recipe_path: Path, *, store: Store, say: Callable[[str], None])
         wheels=wheels,
         containers=[] if container is None else [lock_container(container, recipe_path, store)],
     )
+    if recipe.gpu is not None:
+        say(f"compiling and signing drivers for {recipe.gpu}")
+
+    def tools_of(now: Lock) -> Tools:
+        fetch_packages(now.tools, store, archives, folder=store.root / "apt" / "fetch", log=log)
+        return make_tools(Build(recipe, recipe_path, now, store, archives, log, say))
+
+    lock = lock_drivers(recipe, lock, archives, store=store, tools=tools_of, log=log)
     target = lock_path(recipe_path)
     partial = target.with_suffix(".partial")
     partial.write_text(write_lock(lock))

@@ -98,7 +98,8 @@ class Recipe(_Part):
     """One image.
 
     `init` is the first program of the verified root, `entry` the module of ours whose `main(guest)` it runs (None: the
-    recipe brings an init of its own), `python` the version of the root's interpreter, if it has one.
+    recipe brings an init of its own), `python` the version of the root's interpreter, if it has one. `gpu` adds the
+    drivers of a maker's GPUs, compiled for the image's kernel and signed (`cvm_image.build.gpu`).
     """
 
     name: Name
@@ -106,6 +107,7 @@ class Recipe(_Part):
     variant: Literal["hardware", "virtual"] = "hardware"
     mirrors: dict[Name, str] = Field(default_factory=lambda: {"debian": HOST, "debian-security": HOST})
     keyring: str = HOST
+    gpu: Literal["nvidia"] | None = None
     init: Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9_./-]{1,120}$")]
     entry: Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_.]{0,80}$")] | None = None
     python: Annotated[str, StringConstraints(pattern=r"^3\.1[1-3]$")] | None = None

@@ -5,6 +5,7 @@ These need root, mmdebstrap and bubblewrap, and packages from the mirror that th
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ from building import build_or_skip, copy_recipe, say
 from attestation.evidence.launch import measure_launch
 from cvm_image.build.contents import diff_contents
 from cvm_image.build.disk import SECTOR, read_argument
+from cvm_image.build.entry import dsdt, read_kernel
 from cvm_image.build.errors import BootFailed, MissingInput, NotReproduced, UnusableLock
 from cvm_image.build.image import build_image
 from cvm_image.build.inspection import inspect_image
-from cvm_image.build.launching import booted, find_tools
+from cvm_image.build.launching import boot_command, booted, find_tools
 from cvm_image.build.lock import load_lock, lock_path
 from cvm_image.build.locking import archive_inputs
 from cvm_image.build.provenance import PROVENANCE, verify_provenance
@@ -28,7 +30,7 @@ from cvm_image.build.tools import Tools
 from cvm_image.difference import diff_images
 from cvm_image.errors import ImageRefused
 from cvm_image.manifest import MANIFEST, verify_manifest
-from cvm_image.qemu import Guest
+from cvm_image.qemu import Guest, running
 from cvm_image.signing import SigningKeys, create_signing_keys
 from cvm_image.verify import file_digest, load_image, verify_image
 
@@ -234,12 +236,47 @@ def test_the_provenance_names_every_input_and_is_checked_with_the_image(
         verify_provenance(raw, others, stranger)
 
 
+TELLING = """#!/usr/bin/busybox sh
+echo "tables: $(cd /sys/firmware/acpi/tables && echo [A-Z]*)"
+echo "dsdt: $(/usr/bin/busybox sha256sum < /sys/firmware/acpi/tables/DSDT)"
+exec /usr/bin/busybox poweroff -f
+"""
+
+
+def test_the_hosts_aml_reaches_a_bare_kernel_and_never_ours(
+    image: Path, recipe: Path, keys: SigningKeys, tools: Tools, tmp_path: Path
+) -> None:
+    other = copy_recipe(recipe.parent, "minimal", tmp_path / "other")
+    (other.parent / "minimal/usr/lib/sealwright/init").write_text(TELLING)
+    telling = tmp_path / "telling"
+    build_image(other, telling, store=Store(default_cache()), keys=keys, say=say, offline=True)
+
+    def tables(run: Path) -> str:
+        run.mkdir()
+        (run / "aml").write_bytes(b"\x08EVIL\x01")  # Name (EVIL, 1): any AML may do anything
+        words = [*boot_command(tools, telling, run), "-acpitable", "sig=SSDT,data=/build/run/aml"]
+        with running(words, serial=run / "serial.log", words=run / "qemu.log") as guest:
+            return guest.wait(within=BOOT_SECONDS, what="telling its tables")
+
+    console = tables(tmp_path / "run")
+    assert "tables: APIC DSDT FACP FACS MCFG WAET" in console, console
+    assert f"dsdt: {hashlib.sha256(dsdt()).hexdigest()}" in console
+    (telling / "kernel").write_bytes(read_kernel((telling / "kernel").read_bytes()).kernel)
+    console = tables(tmp_path / "bare")
+    assert "SSDT" in console.partition("tables: ")[2].partition("\n")[0], console
+
+
+def test_inspection_sees_a_changed_root(tools: Tools, changed: Callable[[str, int], Path]) -> None:
+    found = {finding.check: finding for finding in inspect_image(changed("rootfs.verity", 4096 + 100), tools)}
+    assert not found["the command line's root hash is that of root and verity tree"].ok
+
+
 def test_inspection_names_what_is_open_in_an_image_that_has_a_shell(image: Path, tools: Tools) -> None:
     found = {finding.check: finding for finding in inspect_image(image, tools)}
     open_checks = {check for check, finding in found.items() if not finding.ok}
     assert "there is no shell" in open_checks
     assert "there is no way to log in" in open_checks
     assert "bash" in found["there is no shell"].seen
-    assert found["every driver is signed by the kernel's maker"].ok
+    assert found["every driver is signed, by the kernel's maker or the image's own key"].ok
     assert found["the command line's root hash is that of root and verity tree"].ok
     assert found["the packages are those of the bill of materials"].ok
