@@ -225,7 +225,7 @@ class TrainingRecipe(Recipe):
             if name not in TrainingArguments.__annotations__:
                 raise RecipeUnusable(f"there is no argument {name}", where=name, do="See docs/reference/recipes.md.")
         for name in ("min_clients", "train_script"):
-            if name not in arguments:
+            if arguments.get(name) is None:
                 raise RecipeUnusable(f"{name} is missing", where=name)
         given = [model for model in (arguments.get("initial_model"), arguments.get("model")) if model is not None]
         checkpoint = arguments.get("initial_ckpt")
