@@ -78,6 +78,16 @@ class GuestVault:
         return f"GuestVault({self.name!r}, generation {self._store.generation})"
 
     @property
+    def keys(self) -> VaultKeys:
+        """All that is derived from the vault's key: who has it needs no broker to read the volume and the store."""
+        return self._keys
+
+    @property
+    def number(self) -> int:
+        """Which deal of its key it was opened with."""
+        return self._deal.number
+
+    @property
     def generation(self) -> int:
         """The store's generation: it grows with each change."""
         return self._store.generation
@@ -129,7 +139,7 @@ class GuestVault:
             self.save({})
             return
         self._store = store
-        self._settled = len(self._deal.brokers) - len(judged.behind) >= self._deal.k
+        self._settled = not set(judged.behind) & set(states)
         with self._lock:
             self._settle()
 
