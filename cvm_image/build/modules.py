@@ -35,7 +35,7 @@ from cvm_image.build.lock import LockedModule
 from cvm_image.build.tools import Mount, Tools
 
 MAGIC = b"~Module signature appended~\n"
-_TRAILER = struct.Struct(">BBBBB3xI")
+_TRAILER = struct.Struct(">BBBBB3sI")
 _PKCS7 = 2
 _RSA_BITS = 4096
 _OPTIONS = [
@@ -146,7 +146,7 @@ def put_signatures(
                 do="Compile with the lock's packages, or renew it: seal image lock.",
             )
         signature = base64.b64decode(one.signature, validate=True)
-        whole[one.name] = data + signature + _TRAILER.pack(0, 0, _PKCS7, 0, 0, len(signature)) + MAGIC
+        whole[one.name] = data + signature + _TRAILER.pack(0, 0, _PKCS7, 0, 0, bytes(3), len(signature)) + MAGIC
         if not is_signed_by(whole[one.name], certificate):
             raise BuildFailed(
                 f"the signature of {one.name} is not by the lock's certificate", where="lock", do="Renew the lock."
@@ -160,8 +160,8 @@ def is_signed_by(module: bytes, certificate: bytes) -> bool:
         if not module.endswith(MAGIC):
             return False
         end = len(module) - len(MAGIC) - _TRAILER.size
-        algorithm, digest, kind, signer, key, size = _TRAILER.unpack_from(module, end)
-        if (algorithm, digest, kind, signer, key) != (0, 0, _PKCS7, 0, 0) or not 0 < size < end:
+        *head, size = _TRAILER.unpack_from(module, end)
+        if head != [0, 0, _PKCS7, 0, 0, bytes(3)] or not 0 < size < end:
             return False
         info = cms.ContentInfo.load(module[end - size : end], strict=True)["content"]["signer_infos"]
         if len(info) != 1 or info[0]["signed_attrs"] or info[0]["digest_algorithm"]["algorithm"].native != "sha256":

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cvm_image.build.errors import MissingInput
 from cvm_image.build.lock import Lock, LockedPackage, lock_path, write_lock
-from cvm_image.build.recipe import Recipe, load_recipe
+from cvm_image.build.recipe import Recipe, base_of, load_recipe
 from cvm_image.build.workload import recipe_files
 from cvm_image.errors import ImageRefused
 from cvm_image.statement import MAX_STATEMENT, BuilderKey, read_statement, sign_statement, unusable, verify_envelope
@@ -29,26 +29,33 @@ PROVENANCE = "provenance.dsse.json"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "tag:sealwright,2026:image-build/v1"
 WHAT = "image provenance"
-_RECIPE, _LOCK, _FILES = "recipe", "lock", "files/"
+_RECIPE, _LOCK, _BASES, _FILES = "recipe", "lock", "recipes/", "files/"
 
 
 @dataclass(frozen=True)
 class RecipeSource:
-    """The recipe as it was read: its bytes and those of the files beside it that it names (path below it → bytes)."""
+    """The recipe as it was read: its bytes, those of the recipe that it is based on (by name, if any), and those of the
+    files beside it that it names (path below their folder → bytes, whether executable)."""
 
     recipe: bytes
+    bases: Mapping[str, bytes]
     files: Mapping[str, tuple[bytes, bool]]
 
     def inputs(self, lock: Lock) -> dict[str, bytes]:
         """Recipe, lock and files by digest, as an archive keeps them."""
-        contents = [self.recipe, write_lock(lock).encode(), *(data for data, _ in self.files.values())]
+        contents = [self.recipe, *self.bases.values(), write_lock(lock).encode()]
+        contents += [data for data, _ in self.files.values()]
         return {_digest(data): data for data in contents}
 
 
 def read_source(recipe: Recipe, recipe_path: Path) -> RecipeSource:
     """Read the recipe at `recipe_path` and the files that it lays over the root."""
     files = {} if recipe.workload.files is None else recipe_files(recipe_path.parent / recipe.workload.files)
-    return RecipeSource(recipe_path.read_bytes(), {name: (file.data, file.executable) for name, file in files.items()})
+    base = base_of(recipe_path)
+    bases = {} if base is None else {base.name: base.read_bytes()}
+    return RecipeSource(
+        recipe_path.read_bytes(), bases, {name: (file.data, file.executable) for name, file in files.items()}
+    )
 
 
 def sign_provenance(
@@ -96,7 +103,7 @@ def recall_recipe(raw: bytes, archive: Path, target: Path) -> Path:
         sources = [
             (one["name"], one["digest"]["sha256"], bool(one.get("annotations", {}).get("executable")))
             for one in wanted
-            if one["name"] in {_RECIPE, _LOCK} or one["name"].startswith(_FILES)
+            if one["name"] in {_RECIPE, _LOCK} or one["name"].startswith((_BASES, _FILES))
         ]
         if not isinstance(name, str) or "/" in name or len({one for one, _, _ in sources}) != len(sources):
             raise ValueError("its recipe has no name, or an input is there twice")
@@ -110,6 +117,9 @@ def recall_recipe(raw: bytes, archive: Path, target: Path) -> Path:
         raise unusable(WHAT, PROVENANCE, ValueError("it names no recipe or no lock"))
     recipe.write_bytes(kept[_RECIPE])
     lock_path(recipe).write_bytes(kept[_LOCK])
+    for source, data in kept.items():
+        if source.startswith(_BASES):
+            (target / source.rpartition("/")[2]).write_bytes(data)
     folder = target / (load_recipe(recipe).workload.files or "files")
     for source, _, executable in sources:
         if source.startswith(_FILES):
@@ -141,6 +151,8 @@ def _plain(name: str) -> bool:
 def _sources(source: RecipeSource, lock: Lock) -> Iterator[dict[str, Any]]:
     yield {"name": _RECIPE, "digest": {"sha256": _digest(source.recipe)}}
     yield {"name": _LOCK, "digest": {"sha256": _digest(write_lock(lock).encode())}}
+    for name, data in source.bases.items():
+        yield {"name": f"{_BASES}{name}", "digest": {"sha256": _digest(data)}}
     for name, (data, executable) in sorted(source.files.items()):
         entry: dict[str, Any] = {"name": f"{_FILES}{name}", "digest": {"sha256": _digest(data)}}
         yield entry | ({"annotations": {"executable": True}} if executable else {})

@@ -5,9 +5,10 @@ A recipe is read strictly: an unknown field is refused, so that a setting that w
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -127,20 +128,16 @@ class Recipe(_Part):
 def load_recipe(path: Path, *, variant: str | None = None) -> Recipe:
     """Read the recipe at `path`; `variant` overrides the one that it names.
 
-    Raises UnusableRecipe, naming each field that is wrong.
+    A recipe that says `based_on = "OTHER.toml"` takes from that one, which lies beside it, what it does not say itself
+    (settings, and in a table the table's settings). Raises UnusableRecipe, naming each field that is wrong.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UnusableRecipe(
-            f"the recipe cannot be read: {error.strerror}", where=str(path), do="Name a recipe file."
-        ) from None
-    if len(raw) > MAX_RECIPE:
-        raise UnusableRecipe("the recipe is too large", where=str(path), do=f"At most {MAX_RECIPE} bytes.")
-    try:
-        document = tomllib.loads(raw.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UnusableRecipe(f"the recipe is no TOML: {error}", where=str(path), do="Correct it.") from None
+    document = _read(path)
+    parent = base_of(path, document)
+    if parent is not None:
+        document = _over(_read(parent), document)
+        if base_of(parent, _read(parent)) is not None:
+            raise UnusableRecipe("a recipe is based on one that has a base", where=str(path), do="Base it on that one.")
+    document.pop("based_on", None)
     if variant is not None:
         document["variant"] = variant
     try:
@@ -152,3 +149,37 @@ def load_recipe(path: Path, *, variant: str | None = None) -> Recipe:
         if ".." in globbed.split("/"):
             raise UnusableRecipe(f"{globbed!r} climbs out of its folder", where=str(path), do="Use paths below it.")
     return recipe
+
+
+def base_of(path: Path, document: dict[str, Any] | None = None) -> Path | None:
+    """The recipe that the one at `path` is based on, if any. Raises UnusableRecipe for a name that is none."""
+    named = (_read(path) if document is None else document).get("based_on")
+    if named is None:
+        return None
+    if not isinstance(named, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}\.toml", named):
+        raise UnusableRecipe("based_on names no recipe", where=str(path), do='Write based_on = "NAME.toml".')
+    return path.parent / named
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UnusableRecipe(
+            f"the recipe cannot be read: {error.strerror}", where=str(path), do="Name a recipe file."
+        ) from None
+    if len(raw) > MAX_RECIPE:
+        raise UnusableRecipe("the recipe is too large", where=str(path), do=f"At most {MAX_RECIPE} bytes.")
+    try:
+        return tomllib.loads(raw.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UnusableRecipe(f"the recipe is no TOML: {error}", where=str(path), do="Correct it.") from None
+
+
+def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What `own` says, over what `base` says."""
+    merged = {**base, **own}
+    for name, table in base.items():
+        if isinstance(table, dict) and isinstance(own.get(name), dict):
+            merged[name] = {**table, **own[name]}
+    return merged

@@ -8,6 +8,8 @@ import pytest
 
 from cvm_image.build.errors import UnusableLock, UnusableRecipe
 from cvm_image.build.lock import Lock, LockedPackage, load_lock, lock_path, read_lock, write_lock
+from cvm_image.build.modules import sign_modules
+from cvm_image.build.provenance import read_source
 from cvm_image.build.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[3] / "cvm_image" / "recipes"
@@ -74,6 +76,21 @@ def test_a_recipe_that_is_no_toml_or_not_there_is_refused(tmp_path: Path) -> Non
         load_recipe(tmp_path / "none.toml")
 
 
+def test_a_recipe_says_what_differs_from_the_one_it_is_based_on(tmp_path: Path) -> None:
+    base = MINIMAL + '[base]\npackages = ["python3"]\nprograms = ["python3"]\n'
+    (tmp_path / "other.toml").write_text(base.replace("tiny", "other"))
+    path = recipe_file(tmp_path, 'based_on = "other.toml"\nname = "tiny"\n[base]\npackages = ["busybox"]\n')
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.init) == ("tiny", "/usr/lib/sealwright/init")
+    assert (recipe.base.packages, recipe.base.programs) == (("busybox",), ("python3",))
+    source = read_source(recipe, path)
+    assert source.bases == {"other.toml": (tmp_path / "other.toml").read_bytes()}
+    for wrong in ("../other.toml", "/other.toml", "none.toml", "tiny.toml", 7):
+        text = f"based_on = {wrong!r}\nname = 'tiny'\n"
+        with pytest.raises(UnusableRecipe):
+            load_recipe(recipe_file(tmp_path, text))
+
+
 def test_a_lock_is_read_only_as_it_is_written() -> None:
     lock = lock_of(package("zlib1g"), package("bash"))
     text = write_lock(lock)
@@ -101,6 +118,18 @@ def test_a_lock_with_a_wrong_field_is_refused(old: str, new: str) -> None:
         read_lock(text.replace(old, new).encode(), where="here")
 
 
+def test_what_a_lock_has_none_of_is_left_out_of_it() -> None:
+    lock = lock_of(package("bash"))
+    assert "modules" not in write_lock(lock)
+    certificate, signed = sign_modules({"x": b"code"}, "tiny")
+    more = lock.model_copy(update={"modules": signed, "certificate": certificate, "compiler": [package("gcc")]})
+    text = write_lock(more)
+    assert read_lock(text.encode(), where="here") == more
+    assert set(more.digests()) == {"a" * 64}
+    with pytest.raises(UnusableLock):
+        read_lock(write_lock(lock).replace('"base"', '"modules": [],\n  "base"').encode(), where="here")
+
+
 def test_a_lock_of_another_recipe_is_refused(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, MINIMAL)
     with pytest.raises(UnusableLock, match="no lock"):
@@ -119,4 +148,5 @@ def test_every_recipe_of_the_project_has_its_lock(path: Path) -> None:
     assert set(recipe.base.packages) <= names
     assert lock.kernel
     assert lock.firmware
+    assert (lock.certificate is not None) == bool(lock.modules) == (recipe.gpu is not None)
     assert "://" not in lock_path(path).read_text()
