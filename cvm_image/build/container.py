@@ -36,6 +36,8 @@ MAX_DOCUMENT = 4 << 20
 MAX_LAYERS = 256
 MAX_ENTRIES = 1_000_000
 MAX_BYTES = 32 << 30
+_MODE = 0o775
+"""What is kept of a file's mode: nothing by which somebody else may write it, or gain rights by starting it."""
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 _GZIP = b"\x1f\x8b"
 _DO = "Make it by `docker save NAME -o FILE`."
@@ -83,8 +85,9 @@ class _Image(BaseModel):
 def unpack_container(archive: Path, folder: Path) -> Start:
     """Lay the one image of a `docker save` archive out at `folder`/root and write `folder`/start.json.
 
-    Owners are not kept (the layer is root's), set-id bits are dropped. Raises UnusableRecipe for an archive that holds
-    no or several images, another architecture, a layer with another digest, or a name that no image may have.
+    Owners are not kept (the layer is root's); nor are set-id bits, and what lets all write. Raises UnusableRecipe for
+    an archive that holds no or several images, another architecture, a layer with another digest, or a name that no
+    image may have.
     """
     try:
         with tarfile.open(archive) as outer:
@@ -240,7 +243,7 @@ def _apply_entry(layer: tarfile.TarFile, entry: tarfile.TarInfo, root: Path) -> 
         if path.is_symlink() or not path.is_dir():
             _remove(path)
             path.mkdir()
-        path.chmod(entry.mode & 0o777)
+        path.chmod(entry.mode & _MODE)
         return
     _remove(path)
     if entry.isreg():
@@ -249,7 +252,7 @@ def _apply_entry(layer: tarfile.TarFile, entry: tarfile.TarInfo, root: Path) -> 
             raise ValueError(f"{entry.name} has no content")
         with path.open("xb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-        path.chmod(entry.mode & 0o777)
+        path.chmod(entry.mode & _MODE)
     elif entry.issym():
         path.symlink_to(entry.linkname)
     elif entry.islnk():

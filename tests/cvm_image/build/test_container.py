@@ -111,7 +111,7 @@ def test_layers_are_applied_in_order_with_what_they_take_away(tmp_path: Path, pa
 
 def test_rights_to_become_another_are_dropped(tmp_path: Path) -> None:
     def set_id(info: tarfile.TarInfo) -> None:
-        info.mode = 0o6755
+        info.mode = 0o6757
 
     unpack_container(saved(tmp_path / "a.tar", [layer(("su", set_id))]), tmp_path / "out")
     assert (tmp_path / "out/root/su").stat().st_mode & 0o7777 == 0o755
