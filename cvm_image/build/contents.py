@@ -6,17 +6,19 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from attestation.evidence.launch import MAX_CMDLINE
 from cvm_image.build.disk import read_argument
 from cvm_image.build.opening import Opened, opened
 from cvm_image.build.store import digest_file
 from cvm_image.build.tools import Tools
 from cvm_image.difference import Change, compare
-from cvm_image.files import read_measured
+from cvm_image.files import read_file
 
 
 def is_built(folder: Path) -> bool:
     """Whether the folder's command line names a root in the form of this build (a generated image's does not)."""
-    return read_argument(read_measured(folder)["cmdline"].decode("ascii", "replace")) is not None
+    path = folder / "cmdline"
+    return path.is_file() and read_argument(read_file(path, MAX_CMDLINE).decode("ascii", "replace")) is not None
 
 
 def diff_contents(one: Path, other: Path, tools: Tools) -> tuple[Change, ...]:
