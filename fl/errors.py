@@ -55,6 +55,17 @@ class OutputRefused(Refused):
         )
 
 
+class MaskingRefused(Refused):
+    """A step of secure aggregation that is not taken: it is malformed, out of turn, or would tell too much."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"secure aggregation stops: {what}",
+            where="secure aggregation",
+            do="See that enough members' sites take part; docs/explanation/secure-aggregation.md.",
+        )
+
+
 class BudgetSpent(Refused):
     """A job that stops at a site because what it would let out is not debited, with every reason."""
 

@@ -13,18 +13,29 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Literal
 
 from fl.aggregation.custom import ScriptAggregation
+from fl.aggregation.mask_talk import MaskingSite, Step
+from fl.aggregation.notary import SimulatedNotary
 from fl.environments.checkpoint import FolderKeeper
 from fl.environments.clients import ClientProcesses
 from fl.environments.display import Display
 from fl.environments.logging_modes import LogMode, read_log_config
-from fl.errors import JobAborted, JobFailed, OutputRefused, RecipeUnusable, ScriptFailed, UpdateRefused
+from fl.errors import (
+    JobAborted,
+    JobFailed,
+    MalformedMessage,
+    MaskingRefused,
+    OutputRefused,
+    RecipeUnusable,
+    ScriptFailed,
+    UpdateRefused,
+)
 from fl.guard.disclosure import LoggedNumbers, disclose
 from fl.guard.gate import max_update_size
 from fl.jobs.progress import JobEvent, Status, line_of
@@ -147,7 +158,7 @@ class _Simulation:
 
         federation = Federation(
             self.history.job_id,
-            settings.schema_of_model,
+            settings.schema_of_update,
             ParamsType(settings.params_type),
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
@@ -158,6 +169,7 @@ class _Simulation:
             ),
             aggregation=self._aggregation if settings.aggregator is not None else None,
         )
+        federation.notary = SimulatedNotary(self.history.job_id, self._env.clients)
         try:
             shown = not self._env.log_mode.lines
             with Display(settings.name, settings.num_rounds, sys.stderr, shown=shown) as display:
@@ -236,7 +248,7 @@ class _Simulation:
             self.history.job_id,
             self._recipe.settings,
             data=None if data is None else str(data),
-            max_update=max_update_size(federation.schema),
+            max_update=max_update_size(self._recipe.settings.schema_of_model),
         )
         federation.join(client)
         client.start()
@@ -276,6 +288,15 @@ class _Simulation:
         return self.history.status
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A step of secure aggregation that the server asks of a client."""
+
+    round: int
+    step: Step
+    body: str
+
+
 class _Client:
     """A simulated client: a thread that carries tasks to its script and updates back."""
 
@@ -285,7 +306,9 @@ class _Client:
         self._federation = federation
         self._settings = settings
         self._logged = LoggedNumbers(settings.outputs, name)
-        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        secure = settings.secure_aggregation
+        self._masking = None if secure is None else MaskingSite(name, settings, secure, federation.notary)
+        self._tasks: SimpleQueue[Task | Asked | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._carry, name=f"client {name}", daemon=True)
 
     def start(self) -> None:
@@ -294,6 +317,9 @@ class _Client:
     def give(self, task: Task) -> None:
         # The model may be closed with its job while this client still works on it: it has a share of its own.
         self._tasks.put(replace(task, model=task.model.share()))
+
+    def say(self, round_: int, step: Step, body: str) -> None:
+        self._tasks.put(Asked(round_, step, body))
 
     def end(self, why: str) -> None:  # a script learns that the job is over, not why
         self._tasks.put(None)
@@ -306,6 +332,11 @@ class _Client:
         held = ExitStack()
         try:
             while (task := self._tasks.get()) is not None:
+                if isinstance(task, Asked):
+                    if self._masking is not None:
+                        body = self._masking.hear(task.round, task.step, task.body)
+                        federation.hear(self.name, task.round, task.step, body)
+                    continue
                 held.callback(task.model.close)
                 self._logged.begin_round()
                 answer, memory = self._session.train(
@@ -327,6 +358,8 @@ class _Client:
                         site=self.name,
                         task=task.kind,
                     )
+                if self._masking is not None:
+                    shown = self._masking.masked(shown, task.model)
                 federation.submit(
                     self.name,
                     answer.round,
@@ -340,12 +373,12 @@ class _Client:
             pass  # the federation has noted it and put the client out of the job
         except OutputRefused as refusal:
             federation.lose(self.name, "; ".join(refusal.reasons), kind="refused")
-        except ScriptFailed as failure:
+        except (ScriptFailed, MaskingRefused, MalformedMessage) as failure:
             federation.lose(self.name, failure.what)
         finally:
             held.close()
             while not self._tasks.empty():
-                if (task := self._tasks.get()) is not None:
+                if isinstance(task := self._tasks.get(), Task):
                     task.model.close()
             self._session.end()
             self._session.close()

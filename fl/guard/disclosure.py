@@ -174,7 +174,7 @@ def _written(
                 draft.view[offsets[name] : offsets[name] + spec.size] = update.bytes_of(name)
                 continue
             target = np.frombuffer(draft.view, NUMPY_DTYPE[spec.dtype], spec.elements, offsets[name])
-            for start, difference, current in _differences(update, model, name, full):
+            for start, difference, current in differences(update, model, name, full):
                 shown = _transformed(difference, scale, outputs, noise)
                 if current is not None:
                     shown += current
@@ -192,13 +192,13 @@ def _scale(update: TensorFile, model: TensorFile, outputs: Outputs, full: bool) 
     squares = 0.0
     for name, spec in update.schema.items():
         if spec.dtype in FLOATS:
-            for _, difference, _ in _differences(update, model, name, full):
+            for _, difference, _ in differences(update, model, name, full):
                 squares += float(np.dot(difference, difference))
     norm = float(np.sqrt(squares))
     return min(1.0, outputs.clip_norm / norm) if norm > 0 else 1.0
 
 
-def _differences(
+def differences(
     update: TensorFile, model: TensorFile, name: str, full: bool
 ) -> Iterator[tuple[int, npt.NDArray[np.float64], npt.NDArray[np.float64] | None]]:
     """A tensor's difference from the model in flat float64 blocks, each with its first index and, if the update is

@@ -154,10 +154,22 @@ Options: TypeAlias = (
 )
 
 
+class SecureAggregation(_Options):
+    """The server sees the sum over at least `min_members` members' sites (None: more than half of the roster's).
+
+    Numbers of an update's difference from the model lie between -limit and limit, and become whole steps of `limit` /
+    (2**(bits-1) - 1).
+    """
+
+    limit: float = Field(default=16.0, gt=0, le=1e6)
+    bits: int = Field(default=28, ge=8, le=32)
+    min_members: int | None = Field(default=None, ge=2, le=255)
+
+
 PRIVATE: Final = frozenset(
     {
         "name", "recipe", "options", "num_rounds", "min_clients", "train_script", "framework", "model",
-        "round_seconds", "outputs", "privacy",
+        "round_seconds", "outputs", "privacy", "secure_aggregation",
     }
 )  # fmt: skip
 """The settings that a private training may have; all others are as they are by default."""
@@ -184,6 +196,7 @@ class JobSettings(BaseModel):
     outputs: Outputs = Outputs()
     privacy: DpSgd | None = None
     """With it `train_script` is a graph (`fl.local.graph`), which each site's own loop trains privately."""
+    secure_aggregation: SecureAggregation | None = None
     selection: Selection | None = None
     cross_site_evaluation: bool = False
     """After the rounds every site evaluates the global model and every site's own."""
@@ -211,7 +224,19 @@ class JobSettings(BaseModel):
             )
         if self.privacy is not None:
             self._check_private()
+        if self.secure_aggregation is not None:
+            self._check_masked()
         return self
+
+    def _check_masked(self) -> None:
+        if self.recipe not in {"fedavg", "fedprox"} or self.aggregator is not None or self.cross_site_evaluation:
+            raise ValueError(
+                "secure aggregation is of the means of FedAvg and FedProx: whatever looks at single updates excludes it"
+            )
+        if any(entry.dtype not in FLOATS for entry in self.model.values()):
+            raise ValueError("secure aggregation is of a model of floats")
+        if self.outputs.metrics is None or self.outputs.values:
+            raise ValueError("with secure aggregation metrics are declared by name, and none are logged")
 
     def _check_private(self) -> None:
         for name, field in type(self).model_fields.items():
@@ -261,6 +286,14 @@ class JobSettings(BaseModel):
     def fixed_weight(self) -> bool:
         """Whether every update has the weight 1, whatever its script says."""
         return self.recipe == "fedstats" or self.privacy is not None
+
+    @property
+    def schema_of_update(self) -> Schema:
+        """What a site delivers: the model's tensors, or one masked vector of their numbers, the metrics, the weight."""
+        if self.secure_aggregation is None:
+            return self.schema_of_model
+        elements = sum(spec.elements for spec in self.schema_of_model.values())
+        return {"masked": TensorSpec("U64", (elements + len(self.outputs.metrics or ()) + 1,))}
 
     @property
     def schema_of_model(self) -> Schema:

@@ -12,6 +12,7 @@ from typing import Unpack
 
 from fl.jobs.settings import JobSettings
 from fl.model import MAX_METRICS
+from fl.recipes.masked import masked_fedavg
 from fl.recipes.recipe import TrainingArguments, TrainingRecipe
 from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
@@ -38,6 +39,7 @@ class FedAvgRecipe(TrainingRecipe):
         - `key_metric`, `key_metric_mode`: the metric by which the best model is kept, and its best: "max" or "min".
         - `stop_cond`: the job ends when the metric reaches this, as "accuracy >= 0.9".
         - `patience`: the job ends after so many rounds without a better metric.
+        - `secure_aggregation`: True, and the server sees sums alone (docs/explanation/secure-aggregation.md).
         - `aggregator`: a script that folds updates in the mean's place (`fl.aggregation.custom`).
 
         Raises RecipeUnusable with the argument that is wrong.
@@ -50,6 +52,8 @@ def fedavg(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
 
     Raises JobFailed and JobAborted as `Federation.train` does.
     """
+    if settings.secure_aggregation is not None:
+        return masked_fedavg(sites, settings, settings.secure_aggregation, sites.notary, model)
     rounds = Rounds(sites, settings, model)
     model = rounds.model
     with closing(sites.aggregation()) as mean:

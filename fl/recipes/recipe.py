@@ -201,6 +201,7 @@ class TrainingArguments(TypedDict, total=False):
     stop_cond: str | None
     patience: int | None
     aggregator: str | None
+    secure_aggregation: bool | Mapping[str, Any]
     min_clients: Required[int]
     num_rounds: int
     train_script: Required[str]
@@ -251,9 +252,19 @@ class TrainingRecipe(Recipe):
                 "selection": _selection(arguments),
                 "sites": _site_settings(arguments.get("per_site_config") or {}),
                 "aggregator": arguments.get("aggregator"),
+                **_secure(arguments.get("secure_aggregation", False)),
             },
         )
         super().__init__(settings, folder, tensors)
+
+
+def _secure(wanted: bool | Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of secure aggregation: True, or some of `fl.jobs.settings.SecureAggregation`. Metrics, which would
+    be seen singly, are off until `declare_outputs` names them: then they are summed under masks, too."""
+    if wanted is False:
+        return {}
+    secure = {} if wanted is True else dict(wanted)
+    return {"secure_aggregation": secure, "outputs": {"metrics": (), "values": 0}}
 
 
 def make_settings(

@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 from attestation.errors import LeaseEnded, PeerLapsed
 from fl.errors import LeaseLapsed
 from fl.party import Party
-from fl.transport.frames import Finish, Frame, Lease, Prepare, Told, Train
+from fl.transport.frames import Finish, Frame, Lease, Masking, Prepare, Told, Train
 from fl.transport.lease import CHECK_SECONDS, OwnLease, PeerLease, paused
 from policies.errors import Refused, SealwrightError
 from policies.questions import Place
@@ -68,7 +68,7 @@ class Attendance:
         """Whether the connection ended because a lease did, so that the site may come back and go on."""
         return isinstance(self.cause, LeaseLapsed)
 
-    def send(self, frame: Prepare | Train | Finish | Lease | Told) -> None:
+    def send(self, frame: Prepare | Train | Finish | Lease | Told | Masking) -> None:
         """Send the site a frame; nothing happens if the connection has ended."""
         self._outbox.put(frame)
 

@@ -21,13 +21,18 @@ from typing import Any, Protocol
 
 from attestation.client import PAUSE_SECONDS
 from fl.aggregation.weighted_mean import WeightedMean
-from fl.errors import JobAborted, JobFailed, MalformedTensors, UpdateRefused
+from fl.aggregation.mask_talk import Notary, Step
+from fl.errors import JobAborted, JobFailed, MalformedMessage, MalformedTensors, UpdateRefused
 from fl.guard.gate import admit_update
 from fl.jobs.progress import JobEvent
 from fl.jobs.settings import TaskKind
 from fl.model import MAX_WEIGHT, ParamsType, check_metrics
 from fl.tensors import Schema, TensorFile
 from fl.transport.memory import SealedMemory
+
+
+ASK_SECONDS: Final = 30.0
+"""How long a site may take for one step of secure aggregation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +96,19 @@ class Site(Protocol):
     def give(self, task: Task) -> None:
         """Give the site a task; the answer comes through `Federation.submit` or `Federation.lose`."""
 
+    def say(self, round_: int, step: Step, body: str) -> None:
+        """Say something of secure aggregation; the answer comes through `Federation.hear` or `Federation.lose`."""
+
     def end(self, why: str) -> None:
         """Tell the site that it is out of the job, or that the job is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a site answered to what it was asked."""
+
+    site: str
+    body: str
 
 
 class Aggregation(Protocol):
@@ -157,7 +173,9 @@ class Federation:
         self._absence: dict[str, float] = {}  # seconds that a site was away so far
         self._deadline = 0.0  # of the round that is on
         self._stopped_at = 0.0  # since when the round's clock stands still, while a site is away
-        self._inbox: SimpleQueue[Update | str | JobAborted] = SimpleQueue()
+        self._inbox: SimpleQueue[Update | Heard | str | JobAborted] = SimpleQueue()
+        self._asked: tuple[int, Step, set[str]] = (-1, "keys", set())  # of whom an answer is expected, and to what
+        self._notary: Notary | None = None
 
     # the transport's side
 
@@ -278,6 +296,14 @@ class Federation:
         """A number that a site's script logged."""
         self.observe(JobEvent(kind="value", site=name, round=step, values={key: value}))
 
+    def hear(self, name: str, round_: int, step: Step, body: str) -> None:
+        """A site answers what it was asked, once. Raises MalformedMessage for an answer that nobody asked for."""
+        with self._lock:
+            if (round_, step) != self._asked[:2] or name not in self._asked[2]:
+                raise MalformedMessage(f"an answer about {step} of round {round_} comes out of turn", where=name)
+            self._asked[2].discard(name)
+        self._inbox.put(Heard(name, body))
+
     def abort(self, by: str) -> None:
         """Stop the job."""
         self._inbox.put(JobAborted(self.job, by))
@@ -385,6 +411,47 @@ class Federation:
         if demanded:
             self._need(counted, f"round {task.round} has {counted} updates")
 
+    @property
+    def notary(self) -> Notary:
+        """Who vouches for the sites' keys in secure aggregation. Raises ValueError if nobody was named."""
+        if self._notary is None:
+            raise ValueError("this federation has no notary")
+        return self._notary
+
+    @notary.setter
+    def notary(self, notary: Notary) -> None:
+        self._notary = notary
+
+    def ask(self, round_: int, step: Step, bodies: Mapping[str, str]) -> dict[str, str]:
+        """Say something to some sites, and wait for their answers, ASK_SECONDS at most; who has not answered then is
+        out of the job.
+
+        Raises JobFailed when fewer than `min_sites` have answered, JobAborted when someone stops the job.
+        """
+        answers: dict[str, str] = {}
+        with self._lock:
+            sites = [self._sites[name] for name in bodies if name in self._sites]
+            self._asked = (round_, step, {site.name for site in sites})
+            self._deadline = self._stopped_at = time.monotonic()
+            self._deadline += ASK_SECONDS
+        for site in sites:
+            site.say(round_, step, bodies[site.name])
+        while True:
+            with self._lock:
+                open_ = [site.name for site in sites if site.name in self._sites and site.name not in answers]
+            if not open_:
+                break
+            event = self._next()
+            if event is None:
+                for name in open_:
+                    self.lose(name, f"did not answer about {step} within {ASK_SECONDS:.0f} s")
+            elif isinstance(event, Heard):
+                answers[event.site] = event.body
+        with self._lock:
+            self._asked = (round_, step, set())
+        self._need(len(answers), f"{len(answers)} sites have answered about {step} of round {round_}")
+        return answers
+
     def finish(self, why: str) -> None:
         """The job is over: every site is told."""
         with self._lock:
@@ -418,7 +485,7 @@ class Federation:
             self.lose(name, f"did not answer within {self.round_seconds:.0f} s")
         waiting.clear()
 
-    def _next(self) -> Update | str | None:
+    def _next(self) -> Update | Heard | str | None:
         """The next event; None when the round's time is over, which it never is while a site is away."""
         while True:
             with self._lock:

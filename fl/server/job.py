@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from attestation.canonical import unb64
+from fl.aggregation.mask_talk import Step
+from fl.aggregation.notary import AttestedNotary
 from fl.errors import ApprovalRefused, JobAborted, MalformedMessage, UpdateRefused
 from fl.guard.approval import SignedRecord, approve
 from fl.guard.command import SignedCommand
@@ -28,7 +30,7 @@ from fl.party import Party
 from fl.server.aggregator import SandboxedAggregation
 from fl.server.federation import Federation, Task
 from fl.server.workflows import run_workflow
-from fl.transport.frames import Deliver, Finish, JobReport, Prepare, Told, Train
+from fl.transport.frames import Deliver, Finish, JobReport, Masking, Prepare, Told, Train
 from fl.transport.memory import SealedMemory
 from policies.errors import Refused, SealwrightError
 
@@ -66,6 +68,9 @@ class RemoteSite:
                 model_size=task.model.size,
             )
         )
+
+    def say(self, round_: int, step: Step, body: str) -> None:
+        self.attendance.send(Masking(job=self._job.id, round=round_, step=step, body=body))
 
     def end(self, why: str) -> None:
         self.attendance.send(Finish(job=self._job.id, why=why[:2000]))
@@ -106,13 +111,17 @@ class ServerJob:
         settings = bundle.settings
         self._federation = Federation(
             self.id,
-            settings.schema_of_model,
+            settings.schema_of_update,
             ParamsType(settings.params_type),
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
             observe=self._observe,
             aggregation=None if settings.aggregator is None else lambda: SandboxedAggregation(bundle, self.id),
         )
+
+        if settings.secure_aggregation is not None:
+            record = signed.record
+            self._federation.notary = AttestedNotary(party, record.roster, record_digest(signed.token))
 
     # what the service calls
 
@@ -150,6 +159,10 @@ class ServerJob:
                 self._federation.join(site)
             except UpdateRefused as refusal:
                 attendance.send(Finish(job=self.id, why=refusal.what[:2000]))
+
+    def heard(self, name: str, frame: Masking) -> None:
+        """A site answers in secure aggregation. Raises MalformedMessage if it was not asked."""
+        self._federation.hear(name, frame.round, frame.step, frame.body)
 
     def left(self, name: str, reason: str) -> None:
         """A site is out of the job."""

@@ -38,6 +38,7 @@ from fl.transport.frames import (
     Lease,
     Left,
     Logged,
+    Masking,
     Pull,
     Ready,
     Verdict,
@@ -160,6 +161,8 @@ class FederationService:
                     job.ready(attendance)
                 elif isinstance(frame, Left):
                     job.left(name, "; ".join(frame.reasons))
+                elif isinstance(frame, Masking):
+                    job.heard(name, frame)
                 elif isinstance(frame, Logged):
                     job.logged(name, frame.key, frame.value, frame.step, most=MAX_LOGGED_A_ROUND)
         except SealwrightError as error:
@@ -212,7 +215,7 @@ class FederationService:
         if job.has_counted(name, head.round):  # it came whole before a pause; its verdict did not
             yield pack(Verdict(accepted=True))
             return
-        limit = max_update_size(job.bundle.settings.schema_of_model)
+        limit = max_update_size(job.bundle.settings.schema_of_update)
         if not 0 < head.size <= limit:
             error = UpdateRefused(name, (f"it has {head.size} bytes, more than the {limit} of an update",))
             job.left(name, error.reasons[0])

@@ -9,6 +9,8 @@ from datetime import datetime
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
 
+from fl.aggregation.mask_talk import MaskingSite
+from fl.aggregation.notary import AttestedNotary
 from fl.errors import ApprovalRefused, MalformedMessage, ScriptFailed, UpdateRefused
 from fl.guard.approval import SignedRecord, approve, read_record
 from fl.guard.command_log import CommandLog
@@ -24,7 +26,7 @@ from fl.local.dp_sgd import what_runs
 from fl.party import Party
 from fl.site.exports import SiteExports, caused_by_script, words_that_leave
 from fl.site.script import END_SECONDS, ScriptSession
-from fl.transport.frames import Deliver, Fetch, Left, Logged, Prepare, Ready, Train, Verdict
+from fl.transport.frames import Deliver, Fetch, Left, Logged, Masking, Prepare, Ready, Train, Verdict
 from fl.transport.local import ScriptSocket
 from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
@@ -43,7 +45,7 @@ DATA_FOLDER: Final = "/data"
 class ServerLink(Protocol):
     """What a job needs from the site's connection to the server."""
 
-    def send(self, frame: Ready | Left | Logged) -> None:
+    def send(self, frame: Ready | Left | Logged | Masking) -> None:
         """Send a frame on the attendance."""
 
     def fetch(self, what: Fetch, *, size: int, seconds: float) -> SealedMemory:
@@ -78,7 +80,8 @@ class SiteJob:
         self._data = data
         self._limits = limits
         self._prepare = prepare
-        self._tasks: SimpleQueue[Train | None] = SimpleQueue()
+        self._tasks: SimpleQueue[Train | Masking | None] = SimpleQueue()
+        self._masking: MaskingSite | None = None
         self._stopped = threading.Event()
         self._process: SandboxedProcess | None = None
         self._exports: SiteExports | None = None
@@ -91,8 +94,11 @@ class SiteJob:
         self._roster = 0
         self.thread = threading.Thread(target=self._run, name=f"job {self.id}", daemon=True)
 
-    def train(self, task: Train) -> None:
+    def train(self, task: Train | Masking) -> None:
         """The server gave a task. After a pause it may give the last one again, which is at work already."""
+        if isinstance(task, Masking):
+            self._tasks.put(task)
+            return
         resumed, self._resumed = self._resumed, False
         if resumed and task.round == self._given:
             return
@@ -130,6 +136,10 @@ class SiteJob:
             exports = SiteExports(self._party, signed.record, bundle, self._site, send_value=self._log)
             self._exports = exports
             exports.begin_job()
+            secure = bundle.settings.secure_aggregation
+            if secure is not None:
+                notary = AttestedNotary(self._party, signed.record.roster, record_digest(signed.token))
+                self._masking = MaskingSite(self._site, bundle.settings, secure, notary)
             self._run_script(bundle, exports, lambda: self._approve(signed, bundle, received))
         except SealwrightError as failure:
             error = self._withdrawn or failure
@@ -205,6 +215,9 @@ class SiteJob:
                 self._link.send(Ready(job=self.id))
                 while (task := self._tasks.get()) is not None:
                     check()
+                    if isinstance(task, Masking):
+                        self._answer(task)
+                        continue
                     self._training = True
                     self._train(session, settings, task, limit, exports)
                     self._training = False
@@ -259,10 +272,19 @@ class SiteJob:
             )
             with memory:
                 shown = exports.update(answer, memory, model, task.task)
+            if self._masking is not None:
+                shown = self._masking.masked(shown, model)
         with shown.memory:
             verdict = self._link.deliver(self._head(task, settings, shown), shown.memory, seconds=seconds)
         if not verdict.accepted:
             raise UpdateRefused(self._site, verdict.reasons or ("the server gave no reason",))
+
+    def _answer(self, asked: Masking) -> None:
+        """Take a step of secure aggregation."""
+        if self._masking is None:
+            raise MalformedMessage("the server asks for secure aggregation, which the job does not have", where="task")
+        body = self._masking.hear(asked.round, asked.step, asked.body)
+        self._link.send(Masking(job=self.id, round=asked.round, step=asked.step, body=body))
 
     def _log(self, key: str, value: float, step: int) -> None:
         self._link.send(Logged(job=self.id, key=key, value=value, step=step))

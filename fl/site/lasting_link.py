@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 from fl.errors import PeerLost
 from fl.site.link import Attending
-from fl.transport.frames import Deliver, Fetch, Left, Logged, Ready, Verdict
+from fl.transport.frames import Deliver, Fetch, Left, Logged, Masking, Ready, Verdict
 from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
 
@@ -32,7 +32,7 @@ class LastingLink:
         self._changed = threading.Condition()
         self._attending: Attending | None = None
         self._over: SealwrightError | None = None
-        self._kept: list[Ready | Left | Logged] = []
+        self._kept: list[Ready | Left | Logged | Masking] = []
 
     def attach(self, attending: Attending) -> None:
         """The site attends: what was kept is sent, transfers go on."""
@@ -56,7 +56,7 @@ class LastingLink:
             self._over = self._over or error
             self._changed.notify_all()
 
-    def send(self, frame: Ready | Left | Logged) -> None:
+    def send(self, frame: Ready | Left | Logged | Masking) -> None:
         """Send a frame on the attendance, now or when there is one again."""
         with self._changed:
             if self._attending is not None:

@@ -23,6 +23,7 @@ from fl.transport.frames import (
     Lease,
     Left,
     Logged,
+    Masking,
     Prepare,
     Pull,
     Ready,
@@ -62,7 +63,7 @@ class Attending:
         self._watch = threading.Thread(target=self._watch_leases, name="leases", daemon=True)
         self._watch.start()
 
-    def frames(self, accepted: Callable[[], None]) -> Iterator[Prepare | Train | Finish | Told]:
+    def frames(self, accepted: Callable[[], None]) -> Iterator[Prepare | Train | Finish | Told | Masking]:
         """What the server says, until the connection ends; `accepted` is called when it has taken this site.
 
         Raises PeerRefused, Refused (by the server), LeaseLapsed if it may be begun anew, PeerLost, MalformedMessage.
@@ -92,7 +93,7 @@ class Attending:
         """Judge the server again, before a job begins. Raises PeerRefused, PeerLapsed."""
         self._connection.lease.check(anew=True)
 
-    def send(self, frame: Ready | Left | Logged) -> None:
+    def send(self, frame: Ready | Left | Logged | Masking) -> None:
         """Send a frame on the attendance."""
         self._outbox.put(pack(frame))
 

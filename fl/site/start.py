@@ -19,7 +19,7 @@ from fl.site.lasting_link import LastingLink
 from fl.site.link import Attending
 from fl.site.orders import Orders
 from fl.transport.channel import connect
-from fl.transport.frames import Finish, Left, Prepare, Told, Train
+from fl.transport.frames import Finish, Left, Masking, Prepare, Told, Train
 from fl.transport.route import Route
 from policies.documents import ServerAddress
 from policies.errors import SealwrightError
@@ -193,7 +193,7 @@ class _Site:
                 self._begin(frame, attending, taken)
             elif isinstance(frame, Told):
                 self._heed(frame, job)
-            elif job is not None and isinstance(frame, Train):
+            elif job is not None and isinstance(frame, Train | Masking):
                 job.train(frame)
             elif job is not None and isinstance(frame, Finish):
                 job.finish()

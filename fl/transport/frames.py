@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from attestation.ears import MAX_EAR, MAX_EARS
 from attestation.identity import MAX_CERTIFICATE
+from fl.aggregation.mask_talk import MAX_BODY, Step
 from fl.errors import MalformedMessage
 from fl.jobs.command import MAX_COMMAND
 from fl.jobs.progress import JobEvent, Line, Status
@@ -108,6 +109,16 @@ class Finish(Frame):
     kind: Literal["finish"] = "finish"
     job: JobId
     why: Line
+
+
+class Masking(Frame):
+    """Both ways: one step of secure aggregation (`fl.aggregation.mask_talk`), and the answer to it."""
+
+    kind: Literal["masking"] = "masking"
+    job: JobId
+    round: Annotated[int, Field(ge=0)]
+    step: Step
+    body: Annotated[str, Field(max_length=MAX_BODY)]
 
 
 class Told(Frame):
@@ -223,8 +234,8 @@ class Result(Frame):
     """The ledger's receipt for the statement, as JSON, if the ledger gave one."""
 
 
-FromAttendingSite: TypeAlias = Lease | Away | Ready | Left | Logged
-ToAttendingSite: TypeAlias = Lease | Prepare | Train | Finish | Told
+FromAttendingSite: TypeAlias = Lease | Away | Ready | Left | Logged | Masking
+ToAttendingSite: TypeAlias = Lease | Prepare | Train | Finish | Told | Masking
 FROM_ATTENDING_SITE: Final = TypeAdapter[FromAttendingSite](Annotated[FromAttendingSite, Field(discriminator="kind")])
 TO_ATTENDING_SITE: Final = TypeAdapter[ToAttendingSite](Annotated[ToAttendingSite, Field(discriminator="kind")])
 

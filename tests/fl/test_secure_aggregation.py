@@ -1,0 +1,468 @@
+"""Secure aggregation: the sum is right whoever drops out, the server learns nothing else, and its lies are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation_world import SITES, FederationWorld, found_federation, make_job, now
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from fl import FedAvgRecipe, SimEnv, declare_outputs
+from fl.aggregation.mask_talk import MASKED, MaskingSite, bag, named, read_bag, round_of
+from fl.aggregation.masking import (
+    MaskedSum,
+    Participant,
+    Round,
+    add_streams,
+    decoded,
+    encoded,
+    majority,
+    neighbours,
+)
+from fl.aggregation.notary import AttestedNotary, SimulatedNotary
+from fl.errors import JobFailed, MaskingRefused, RecipeUnusable
+from fl.guard.disclosure import Disclosure
+from fl.guard.keystream import Keystream
+from fl.jobs.settings import SecureAggregation
+from fl.model import tensors_of
+from fl.party import Party
+from fl.server.federation import Federation
+from fl.tensors import encode, parse
+from fl.transport.memory import SealedMemory
+from policies.errors import Refused
+
+Members = Callable[[str], str]
+
+
+def seeded(seed: int) -> Callable[[int], bytes]:
+    stream = Keystream(hashlib.sha256(seed.to_bytes(8, "big")).digest())
+    return lambda size: stream.words(size, np.uint8).tobytes()
+
+
+class Play:
+    """A round among honest participants, up to where a test takes over."""
+
+    def __init__(self, count: int, member: Members = str, threshold: int | None = None, size: int = 50) -> None:
+        self.names = [f"s{number:02}" for number in range(count)]
+        members = {name: member(name) for name in self.names}
+        self.sites = {name: Participant(name, seeded(number)) for number, name in enumerate(self.names)}
+        keys = {name: site.public_keys for name, site in self.sites.items()}
+        needed = threshold or majority(len(set(members.values())))
+        self.round = Round(b"job", keys, members, needed)
+        self.vectors = {
+            name: Keystream(bytes(31) + bytes([number])).words(size) for number, name in enumerate(self.names)
+        }
+        self.total = MaskedSum(self.round, size)
+
+    def deal(self, silent: tuple[str, ...] = ()) -> None:
+        dealt = {name: site.share(self.round) for name, site in self.sites.items() if name not in silent}
+        for name, shares in self.total.shares_for(dealt).items():
+            self.sites[name].receive(shares)
+
+    def send(self, *lost: str) -> tuple[str, ...]:
+        for name in self.names:
+            if name not in lost:
+                self.total.fold(name, self.sites[name].mask(self.vectors[name].copy()))
+        return self.total.survivors
+
+    def sum_of(self, names: tuple[str, ...]) -> Any:
+        return sum((self.vectors[name] for name in names), np.zeros_like(next(iter(self.vectors.values()))))
+
+    def unmask(self, survivors: tuple[str, ...], *gone: str) -> Any:
+        present = [name for name in survivors if name not in gone]
+        for name in present:
+            self.sites[name].confirm(survivors)
+        return self.total.unmask({name: self.sites[name].reveal(present) for name in present})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 9), st.data())
+def test_the_sum_is_right_whoever_drops_out(count: int, data: st.DataObject) -> None:
+    """At each stage: before shares, before the vector, before unmasking; as long as enough members are left."""
+    play = Play(count)
+    order = data.draw(st.permutations(play.names))
+    most = count - majority(count)
+    silent = tuple(order[: data.draw(st.integers(0, most))])
+    lost = tuple(order[: data.draw(st.integers(len(silent), most))])
+    gone = tuple(order[: data.draw(st.integers(len(lost), most))])
+    play.deal(silent)
+    survivors = play.send(*lost)
+    assert set(survivors) == set(play.names) - set(lost)
+    assert np.array_equal(play.unmask(survivors, *gone), play.sum_of(survivors))
+
+
+def test_forty_sites_on_a_sparse_graph_with_some_lost() -> None:
+    play = Play(40, size=1000)
+    degrees = {len(around) for around in play.round.graph.values()}
+    assert degrees == {16}
+    play.deal(("s03",))
+    survivors = play.send("s03", "s07", "s11", "s30")
+    assert np.array_equal(play.unmask(survivors), play.sum_of(survivors))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(17, 200), st.binary(min_size=1, max_size=8))
+def test_the_graph_is_regular_mutual_and_its_seed_s_own(count: int, seed: bytes) -> None:
+    names = [f"s{number}" for number in range(count)]
+    graph = neighbours(names, seed)
+    assert len({len(around) for around in graph.values()}) == 1
+    assert all(name in graph[other] and other != name for name in names for other in graph[name])
+    assert graph == neighbours(reversed(names), seed)
+
+
+def test_one_masked_vector_tells_nothing() -> None:
+    """All its bytes look drawn at random: of 400,000 bits of zeros half are set, and another round's are others."""
+    plays = [Play(3, size=6250), Play(3, size=6250)]
+    plays[1].round = Round(b"another", plays[1].round.keys, plays[1].round.members, plays[1].round.threshold)
+    found = []
+    for play in plays:
+        play.total = MaskedSum(play.round, 6250)
+        play.deal()
+        found.append(play.sites["s00"].mask(np.zeros(6250, dtype=np.uint64)))
+    for vector in found:
+        assert abs(np.unpackbits(vector.view(np.uint8)).mean() - 0.5) < 0.005
+    assert not np.array_equal(*found)
+
+
+def test_members_count_not_machines() -> None:
+    """Nine machines of one member and one of another are two members: three are asked for, and there is no sum."""
+    with pytest.raises(MaskingRefused, match="2 members take part"):
+        Play(10, lambda name: "one" if name != "s09" else "two", threshold=3)
+
+
+def test_a_sum_over_one_member_s_many_machines_and_one_victim_is_not_signed() -> None:
+    play = Play(6, lambda name: {"s04": "victim", "s05": "third"}.get(name, "liar"), threshold=3)
+    play.deal()
+    play.send("s05")
+    with pytest.raises(MaskingRefused, match="the sum would be over 2 members, and is over at least 3"):
+        play.sites["s04"].confirm(play.total.survivors)
+
+
+def test_sites_of_one_member_hold_one_share() -> None:
+    play = Play(4, lambda name: "one" if name in ("s00", "s01") else name)
+    dealt = {name: site.share(play.round) for name, site in play.sites.items()}
+    for name, shares in play.total.shares_for(dealt).items():
+        play.sites[name].receive(shares)
+    assert play.sites["s00"]._shares["s03"] == play.sites["s01"]._shares["s03"]
+    assert play.sites["s00"]._shares["s03"] != play.sites["s02"]._shares["s03"]
+
+
+def test_no_site_says_both_secrets_of_another() -> None:
+    """A lying server names other survivors to get the other half of a secret: each site signs and reveals once."""
+    play = Play(5)
+    play.deal()
+    survivors = play.send()
+    victim, site = play.names[0], play.sites["s01"]
+    site.confirm(survivors)
+    with pytest.raises(MaskingRefused, match="second time"):
+        site.confirm(tuple(name for name in survivors if name != victim))
+    revealed = site.reveal(survivors)
+    with pytest.raises(MaskingRefused, match="revealed before"):
+        site.reveal(survivors)
+    assert all(len(share) == 32 for share in revealed.values())
+
+
+def test_without_enough_signatures_nothing_is_revealed() -> None:
+    play = Play(5)
+    play.deal()
+    survivors = play.send()
+    play.sites["s00"].confirm(survivors)
+    with pytest.raises(MaskingRefused, match="2 members have signed"):
+        play.sites["s00"].reveal(["s00", "s01"])
+
+
+@pytest.mark.parametrize("play_it", ["early", "twice", "foreign", "without", "unasked"])
+def test_steps_out_of_turn_are_refused(play_it: str) -> None:
+    play = Play(3)
+    site = play.sites["s00"]
+    vector = np.zeros(50, dtype=np.uint64)
+    if play_it == "early":
+        with pytest.raises(MaskingRefused, match="no keys yet"):
+            site.mask(vector)
+        return
+    if play_it == "foreign":
+        keys = {**play.round.keys, "s00": play.round.keys["s01"]}
+        with pytest.raises(MaskingRefused, match="this site's own"):
+            site.share(Round(b"job", keys, play.round.members, 2))
+        keys = {**play.round.keys, "s02": play.round.keys["s01"]}
+        with pytest.raises(MaskingRefused, match="two sites have one key"):
+            site.share(Round(b"job", keys, play.round.members, 2))
+        return
+    play.deal()
+    if play_it == "unasked":
+        with pytest.raises(MaskingRefused, match="before there is anything to unmask"):
+            site.confirm(play.names)
+        return
+    site.mask(vector)
+    if play_it == "twice":
+        with pytest.raises(MaskingRefused, match="masked before"):
+            site.mask(vector)
+    else:
+        with pytest.raises(MaskingRefused, match="do not have this one"):
+            site.confirm(["s01", "s02"])
+
+
+def test_changed_and_moved_shares_are_refused() -> None:
+    play = Play(3)
+    dealt = {name: play.sites[name].share(play.round) for name in play.names}
+    good = play.total.shares_for(dealt)
+    changed = bytearray(good["s00"]["s01"])
+    changed[5] ^= 1
+    for shares in ({"s01": bytes(changed)}, {"s01": good["s00"]["s02"]}, {"s01": good["s02"]["s01"]}, {"s09": b"x"}):
+        with pytest.raises(MaskingRefused):
+            play.sites["s00"].receive(shares)
+
+
+def test_a_false_share_is_noticed() -> None:
+    play = Play(4)
+    play.deal()
+    survivors = play.send("s03")
+    for name in survivors:
+        play.sites[name].confirm(survivors)
+    revealed = {name: dict(play.sites[name].reveal(survivors)) for name in survivors}
+    revealed["s00"]["s03"] = bytes(32)
+    with pytest.raises(MaskingRefused, match="do not join to it: a site has lied"):
+        play.total.unmask(revealed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-16, 16), min_size=1, max_size=20), st.integers(1, 1 << 20))
+def test_numbers_come_back_within_their_precision(values: list[float], weight: int) -> None:
+    array = np.array(values)
+    back = decoded(encoded(array, 16.0, 28, weight), 16.0, 28) / weight
+    assert np.abs(back - array).max() <= 16 / 2**27
+    with pytest.raises(MaskingRefused, match="beyond the declared limit"):
+        encoded(np.array([16.1]), 16.0, 28, 1)
+    with pytest.raises(MaskingRefused, match="beyond the declared limit"):
+        encoded(np.array([np.nan]), 16.0, 28, 1)
+
+
+def test_streams_cancel() -> None:
+    vector = np.arange(200_000, dtype=np.uint64)
+    key = os.urandom(32)
+    add_streams(vector, [(Keystream(key), True)])
+    assert not np.array_equal(vector, np.arange(200_000, dtype=np.uint64))
+    add_streams(vector, [(Keystream(key), False)])
+    assert np.array_equal(vector, np.arange(200_000, dtype=np.uint64))
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import numpy as np
+from fl import client as flare
+
+flare.init()
+number = int(flare.get_site_name()[-1])
+while flare.is_running():
+    received = flare.receive()
+    if number == LOST and received.current_round == 1:
+        raise SystemExit(3)
+    moved = {name: value + np.float32(number / 3) for name, value in received.params.items()}
+    flare.send(flare.FLModel(params=moved, metrics={"loss": number / 7}, meta={"NUM_STEPS_CURRENT_ROUND": 10 * number}))
+"""
+
+
+def simulate(folder: Path, *, secure: Any, lost: int = 0, clients: int = 5, rounds: int = 3) -> dict[str, Any]:
+    folder.mkdir()
+    (folder / "client.py").write_text(SCRIPT.replace("LOST", str(lost)))
+    recipe = FedAvgRecipe(
+        name="sums",
+        initial_model={"a": np.ones((3, 4), dtype=np.float32), "b": np.zeros(5, dtype=np.float64)},
+        min_clients=3,
+        num_rounds=rounds,
+        train_script=str(folder / "client.py"),
+        secure_aggregation=secure,
+    )
+    declare_outputs(recipe, metrics=["loss"], values=0)
+    run = recipe.execute(SimEnv(num_clients=clients, workspace_root=folder / "runs"))
+    return dict(load_file(run.get_result() / "model.safetensors"))
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_it_gives_what_plain_averaging_gives(tmp_path: Path, lost: int) -> None:
+    """Weighted, over three rounds, with a client that dies in the middle of the second."""
+    plain = simulate(tmp_path / "plain", secure=False, lost=lost)
+    masked = simulate(tmp_path / "masked", secure=True, lost=lost)
+    for name, value in plain.items():
+        assert np.abs(masked[name] - value).max() < 1e-6
+
+
+def test_too_few_members_end_the_job(tmp_path: Path) -> None:
+    with pytest.raises(JobFailed) as failure:
+        simulate(tmp_path / "few", secure={"min_members": 5}, lost=2)
+    assert any("the sum would be over 4 members, and is over at least 5" in one for one in failure.value.reasons)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"secure_aggregation": {"bits": 99}}, "bits"),
+        ({"secure_aggregation": True, "aggregator": "client.py"}, "excludes it"),
+        ({"secure_aggregation": True, "initial_model": {"n": np.zeros(2, dtype=np.int64)}}, "model of floats"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(tmp_path: Path, change: Mapping[str, Any], words: str) -> None:
+    (tmp_path / "client.py").write_text("pass")
+    arguments = {
+        "initial_model": {"w": np.zeros(2, dtype=np.float32)},
+        "min_clients": 2,
+        "train_script": str(tmp_path / "client.py"),
+        **change,
+    }
+    with pytest.raises(RecipeUnusable, match=words):
+        FedAvgRecipe(**arguments)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> FederationWorld:
+    return found_federation(tmp_path_factory.mktemp("world"))
+
+
+TRAIN = """
+import numpy as np
+from fl import client as flare
+
+flare.init()
+add = float(flare.data_path("number.txt").read_text())
+while flare.is_running():
+    received = flare.receive()
+    steps = {"NUM_STEPS_CURRENT_ROUND": 3 if add == 1 else 1}
+    flare.send(flare.FLModel(params={"w": received.params["w"] + np.float32(add)}, meta=steps))
+"""
+
+
+def test_attested_sites_give_a_server_sums_alone(
+    world: FederationWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the server folds is masked: none of its numbers is a site's; the result is the weighted mean."""
+    seen: list[Any] = []
+    fold = MaskedSum.fold
+
+    def watched(self: MaskedSum, site: str, vector: Any) -> None:
+        seen.append(vector.copy())
+        fold(self, site, vector)
+
+    monkeypatch.setattr(MaskedSum, "fold", watched)
+    bundle, model = make_job(tmp_path, TRAIN, name="sums", secure_aggregation=True)
+    world.approve(bundle)
+    with (
+        world.server() as server,
+        world.site(server, SITES[0], number=1.0),
+        world.site(server, SITES[1], number=5.0),
+        world.client(server) as client,
+        model,
+    ):
+        job = client.submit(bundle, model, roster=None, recipients=["acme-pharma/ada"])
+        last = [event.text for event in client.watch(job, timeout=60) if event.kind == "status"][-1]
+        assert last == "finished", client.report(job).reasons
+        folder = client.download(job, tmp_path / "result", ledgers=None)
+    assert load_file(folder / "model.safetensors")["w"] == pytest.approx(np.full(3, 2 * (3 * 1 + 1 * 5) / 4), abs=1e-5)
+    assert len(seen) == 4
+    assert all((vector > 1 << 50).mean() > 0.4 for vector in seen)
+
+
+def party(world: FederationWorld, site: str) -> Party:
+    identity = world.identity("site", site, seconds=600)
+    return Party(lambda: identity, world.charter, now, world.record, lambda _: None)
+
+
+def test_only_attested_keys_of_the_roster_are_taken(world: FederationWorld) -> None:
+    """The server, or a member, puts keys of its own into the list: each site finds out by itself."""
+    parties = {site: party(world, site) for site in SITES}
+    record = "ab" * 32
+    notaries = {site: AttestedNotary(one, SITES, record) for site, one in parties.items()}
+    secure = SecureAggregation()
+    settings_ = make_settings(secure)
+    sites = {site: MaskingSite(site, settings_, secure, notaries[site]) for site in SITES}
+    tokens = {site: one.hear(0, "keys", "") for site, one in sites.items()}
+    reader = AttestedNotary(parties[SITES[0]], SITES, record)
+    assert set(round_of(reader, tokens, 0, secure).keys) == set(SITES)
+    false = MaskingSite("x", settings_, secure, SimulatedNotary("x", SITES)).hear(0, "keys", "")
+    stranger = AttestedNotary(party(world, SITES[1]), SITES, "cd" * 32)
+    other_job = MaskingSite(SITES[1], settings_, secure, stranger).hear(0, "keys", "")
+    expired = world.identity("site", SITES[1], seconds=1, age=3600)
+    stale = AttestedNotary(Party(lambda: expired, world.charter, now, world.record, lambda _: None), SITES, record)
+    old = MaskingSite(SITES[1], settings_, secure, stale).hear(0, "keys", "")
+    for token, words in (
+        (false, "malformed"),
+        (tokens[SITES[0]], "not who it says"),
+        (other_job, "not for this round"),
+        (old, "EAR|expired|lease"),
+    ):
+        with pytest.raises(Refused, match=words):
+            round_of(reader, {**tokens, SITES[1]: token}, 0, secure)
+    with pytest.raises(Refused, match="not on the job's roster"):
+        round_of(reader, {**tokens, "stranger": tokens[SITES[0]]}, 0, secure)
+    with pytest.raises(Refused, match="not for this round"):
+        round_of(reader, tokens, 1, secure)
+    with pytest.raises(MaskingRefused, match="a sum is over at least 2"):
+        sites[SITES[0]].hear(0, "shares", bag({SITES[0]: tokens[SITES[0]]}))
+
+
+def make_settings(secure: SecureAggregation) -> Any:
+    from fl.jobs.settings import JobSettings
+
+    return JobSettings.model_validate(
+        {
+            "name": "x", "recipe": "fedavg", "num_rounds": 2, "min_clients": 2, "train_script": "x.py",
+            "framework": "numpy", "model": {"w": {"dtype": "F32", "shape": (2,)}},
+            "outputs": {"metrics": (), "values": 0}, "secure_aggregation": secure.model_dump(),
+        }
+    )  # fmt: skip
+
+
+def test_a_false_signature_counts_for_nothing(world: FederationWorld) -> None:
+    """The server signs survivors itself, in a member's name: the site reveals nothing."""
+    record, secure = "ab" * 32, SecureAggregation()
+    settings_ = make_settings(secure)
+    parties = {site: party(world, site) for site in SITES}
+    sites = {
+        site: MaskingSite(site, settings_, secure, AttestedNotary(one, SITES, record)) for site, one in parties.items()
+    }
+    tokens = {site: one.hear(0, "keys", "") for site, one in sites.items()}
+    dealt = {site: read_bag(one.hear(0, "shares", bag(tokens))) for site, one in sites.items()}
+    first, second = SITES
+    sites[first].hear(0, "dealt", bag({second: dealt[second][first]}))
+    raw = encode(tensors_of({"w": np.ones(2, dtype=np.float32)}))
+    with SealedMemory.of(raw) as model:
+        shown = sites[first].masked(Disclosure(SealedMemory.of(raw), 1.0, {}), model)
+    with shown.memory:
+        assert parse(shown.memory.view, max_size=1 << 16).array(MASKED).shape == (3,)
+    mine = sites[first].hear(0, "survivors", named(SITES))
+    forged = AttestedNotary(party(world, second), SITES, record).sign({"round": "x", "survivors": list(SITES)})
+    with pytest.raises(Refused):
+        sites[first].hear(0, "unmask", bag({first: mine, second: forged}))
+    with pytest.raises(MaskingRefused, match="1 members have signed"):
+        sites[first].hear(0, "unmask", bag({first: mine}))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["shares", "dealt", "survivors", "unmask"]), st.text(max_size=200))
+def test_any_message_is_taken_or_refused(step: Any, body: str) -> None:
+    secure = SecureAggregation()
+    site = MaskingSite("a", make_settings(secure), secure, SimulatedNotary("job", ["a", "b", "c"]))
+    site.hear(0, "keys", "")
+    with pytest.raises(Refused):
+        site.hear(0, step, body)
+
+
+def test_an_answer_that_nobody_asked_for_is_refused() -> None:
+    federation = Federation(
+        "job",
+        {},
+        params_type="FULL",
+        min_sites=1,
+        round_seconds=1,
+        observe=lambda _: None,  # type: ignore[arg-type]
+    )
+    with pytest.raises(Exception, match="out of turn"):
+        federation.hear("a", 0, "keys", "")
