@@ -30,6 +30,36 @@ JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as `s
 BundleFile = Annotated[Path, typer.Argument(metavar="BUNDLE", help="job.bundle, as `seal job bundle` made it.")]
 
 
+@app.command(
+    epilog="Example: seal job run --compat nvflare job.py --n_clients 2",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def run(
+    context: typer.Context,
+    script: Annotated[
+        Path, typer.Argument(metavar="SCRIPT", help="A script that executes a recipe; its words follow.")
+    ],
+    compat: Annotated[
+        str | None,
+        typer.Option("--compat", metavar="SYSTEM", help="Run a script that was written for another system: nvflare."),
+    ] = None,
+) -> int:
+    """Run a script that executes a recipe, with all words after its name as its own.
+
+    With --compat, what it and its training scripts import of another system is found here, under that system's names;
+    what has no stand-in is told by its name. The status is the script's own.
+    """
+    from fl.compat import SYSTEMS
+
+    if compat is not None and compat not in SYSTEMS:
+        raise Unusable(f"there are no stand-ins for {compat}", where="--compat", do=f"There are: {', '.join(SYSTEMS)}.")
+    if not script.is_file():
+        raise Unusable(f"there is no file {script}", where="SCRIPT", do="Name the script that executes the recipe.")
+    through = [] if compat is None else ["-m", "fl.compat", compat]
+    done = subprocess.run([sys.executable, *through, str(script), *context.args], check=False)
+    return done.returncode if done.returncode >= 0 else 128 - done.returncode
+
+
 @app.command(epilog="Example: seal job bundle examples/breast_cancer/job.py --out build/bundle")
 def bundle(
     script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="The script that makes and executes the recipe.")],

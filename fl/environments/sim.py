@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -434,8 +433,12 @@ def _code_of(recipe: Recipe, folder: Path) -> tuple[Path, str]:
     settings = recipe.settings
     if settings.privacy is None and recipe.added:
         code = folder / "code"
-        shutil.copytree(recipe.folder, code, ignore=shutil.ignore_patterns(".*", "__pycache__"), dirs_exist_ok=True)
+        _link_entries(recipe.folder, code)
         for path, content in recipe.added.items():
+            for parent in reversed(Path(path).parents[:-1]):
+                if (code / parent).is_symlink():  # the folder has one of this name: both have to be seen
+                    (code / parent).unlink()
+                    _link_entries(recipe.folder / parent, code / parent)
             write_file(code / path, content)
         return code, settings.train_script
     if settings.privacy is None:
@@ -447,6 +450,15 @@ def _code_of(recipe: Recipe, folder: Path) -> tuple[Path, str]:
     for name, content in files.items():
         write_file(code / name, content)
     return code, script
+
+
+def _link_entries(folder: Path, code: Path) -> None:
+    """Links to all that may be in a bundle, whatever else lies in the folder (the runs themselves, perhaps)."""
+    code.mkdir(mode=0o700, exist_ok=True)
+    for entry in folder.iterdir():
+        link = code / entry.name
+        if not entry.name.startswith(".") and entry.name != "__pycache__" and not link.is_symlink():
+            link.symlink_to(entry)
 
 
 def data_folder(data: str | Path | Mapping[str, str | Path] | None, name: str) -> Path | None:
