@@ -90,10 +90,21 @@ static void add_up(u8 *table, u64 size, u64 place) {
     table[place] = -sum;
 }
 
-/* Tables without AML that a guest needs: processors, PCI configuration space, fixed hardware. All others go. */
+/* Tables without AML that a guest needs beside the FADT: processors, PCI configuration space, timers that hold. */
 static int kept(const u8 *table) {
     return same(table, (const u8 *)"APIC", 4) || same(table, (const u8 *)"MCFG", 4) ||
-           same(table, (const u8 *)"HPET", 4) || same(table, (const u8 *)"WAET", 4);
+           same(table, (const u8 *)"WAET", 4);
+}
+
+/* The kernel writes to the registers that the FADT names (ACPI 6.5, 5.2.9), and would to memory, if that says so: what is
+ * no I/O port is taken out, and the old fields, which are ports, stay. */
+static void keep_ports(u8 *fadt, u32 size) {
+    static const u8 registers[] = {116, 148, 160, 172, 184, 196, 208, 220, 232, 244};
+    for (u32 i = 0; i <= sizeof registers; i++) {
+        u32 at = i < sizeof registers ? registers[i] : 256; /* which no byte holds */
+        if (at < size && fadt[at] != 1 /* I/O port */)
+            for (u32 j = at; j < at + 12 && j < size; j++) put(fadt + j, 0, 1);
+    }
 }
 
 /* Leave of the host's ACPI tables those without AML, under our DSDT. Returns 0, or what is wrong. */
@@ -122,6 +133,7 @@ static const u16 *replace_aml(System *system, const u8 *image) {
             if (size < 148 || size > 4096) return u"the FADT has no sensible length";
             put(table + 40, (u64)dsdt >> 32 ? 0 : (u64)dsdt, 4);
             put(table + 140, (u64)dsdt, 8);
+            keep_ports(table, size);
             add_up(table, size, 9);
             fixed = 1;
         } else if (!kept(table)) {
