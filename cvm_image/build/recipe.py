@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from cvm_image.build.errors import UnusableRecipe
+from cvm_image.generate import FAMILY_ID
 
 MAX_RECIPE = 256 << 10
 HOST = "host"
@@ -86,13 +87,18 @@ class Network(_Part):
 
 
 class Launch(_Part):
-    """For which launches the manifest holds a measurement, and what the ID block says."""
+    """For which launches the manifest holds a measurement, and what the ID block says.
+
+    Every combination is measured and gets its ID block. `family` is the FAMILY_ID in all of them, as text; the IMAGE_ID
+    is the start of the SHA-256 of the recipe's name.
+    """
 
     vcpu_models: tuple[str, ...] = ("EPYC-v4",)
     vcpus: tuple[Annotated[int, Field(ge=1, le=512)], ...] = (1,)
     vmms: tuple[Literal["qemu", "ec2", "gce"], ...] = ("qemu",)
     guest_features: tuple[int, ...] = (0x1,)
     svn: Annotated[int, Field(ge=0, le=0xFFFFFFFF)] = 1
+    family: Annotated[str, StringConstraints(pattern=r"^[!-~]{1,16}$")] = FAMILY_ID.decode()
 
 
 class Recipe(_Part):

@@ -11,7 +11,7 @@ from cvm_image.build.lock import Lock, write_lock
 from cvm_image.build.provenance import PROVENANCE, RecipeSource, sign_provenance
 from cvm_image.build.recipe import Recipe
 from cvm_image.build.store import digest_file
-from cvm_image.generate import FAMILY_ID, FILES, POLICY, LaunchGrid, measure_grid
+from cvm_image.generate import FILES, POLICY, LaunchGrid, measure_grid
 from cvm_image.manifest import MANIFEST, ImageManifest, sign_manifest
 from cvm_image.signing import SigningKeys
 
@@ -25,7 +25,7 @@ def sign_image(
     names = ("firmware.fd", "kernel", "initrd", "cmdline")
     measurements = measure_grid({name: (folder / name).read_bytes() for name in names}, grid)
     image_id = hashlib.sha256(recipe.name.encode()).digest()[:16]
-    family_id = FAMILY_ID.ljust(16, b"\0")
+    family_id = launch.family.encode().ljust(16, b"\0")
     blocks = [
         encode_id_block(IdBlock(bytes.fromhex(value.measurement), family_id, image_id, launch.svn, POLICY))
         for value in measurements
