@@ -55,6 +55,13 @@ class OutputRefused(Refused):
         )
 
 
+class AggregationFailed(Refused):
+    """A round whose updates are too few for the rule that aggregates them."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, where="aggregation", do="Have more sites take part, or guard against fewer bad ones.")
+
+
 class MaskingRefused(Refused):
     """A step of secure aggregation that is not taken: it is malformed, out of turn, or would tell too much."""
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from fl.aggregation.custom import ScriptAggregation
 from fl.aggregation.mask_talk import MaskingSite, Step
 from fl.aggregation.notary import SimulatedNotary
+from fl.aggregation.robust import robust_aggregation
 from fl.environments.checkpoint import FolderKeeper
 from fl.environments.clients import ClientProcesses
 from fl.environments.display import Display
@@ -166,7 +167,7 @@ class _Simulation:
             keeper=FolderKeeper(
                 self._folder, self.history, resume=self._env.resume is not None, best=lambda: federation.best
             ),
-            aggregation=self._aggregation if settings.aggregator is not None else None,
+            aggregation=self._aggregation if settings.aggregator is not None else robust_aggregation(settings),
         )
         federation.notary = SimulatedNotary(self.history.job_id, self._env.clients)
         try:

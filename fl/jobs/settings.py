@@ -154,6 +154,31 @@ Options: TypeAlias = (
 )
 
 
+class NormClipping(_Options):
+    """Differences scaled to an L2 norm of at most `norm` (None: the median of a round's)."""
+
+    rule: Literal["norm-clipping"] = "norm-clipping"
+    norm: float | None = Field(default=None, gt=0, le=1e9)
+
+
+class TrimmedMean(_Options):
+    """Each number's mean without the `trim` part of updates at each end."""
+
+    rule: Literal["trimmed-mean"] = "trimmed-mean"
+    trim: float = Field(gt=0, lt=0.5)
+
+
+class Krum(_Options):
+    """The mean of the `keep` updates that are nearest to the others, where up to `byzantine` are bad."""
+
+    rule: Literal["krum"] = "krum"
+    byzantine: int = Field(ge=1, le=1000)
+    keep: int = Field(default=1, ge=1, le=1000)
+
+
+Robust: TypeAlias = NormClipping | TrimmedMean | Krum
+
+
 class SecureAggregation(_Options):
     """The server sees the sum over at least `min_members` members' sites (None: more than half of the roster's).
 
@@ -169,7 +194,7 @@ class SecureAggregation(_Options):
 PRIVATE: Final = frozenset(
     {
         "name", "recipe", "options", "num_rounds", "min_clients", "train_script", "framework", "model",
-        "round_seconds", "outputs", "privacy", "secure_aggregation",
+        "round_seconds", "outputs", "privacy", "secure_aggregation", "robust",
     }
 )  # fmt: skip
 """The settings that a private training may have; all others are as they are by default."""
@@ -197,6 +222,8 @@ class JobSettings(BaseModel):
     privacy: DpSgd | None = None
     """With it `train_script` is a graph (`fl.local.graph`), which each site's own loop trains privately."""
     secure_aggregation: SecureAggregation | None = None
+    robust: Annotated[Robust, Field(discriminator="rule")] | None = None
+    """A rule that some bad updates cannot move far (`fl.aggregation.robust`), in the mean's place."""
     selection: Selection | None = None
     cross_site_evaluation: bool = False
     """After the rounds every site evaluates the global model and every site's own."""
@@ -224,12 +251,18 @@ class JobSettings(BaseModel):
             )
         if self.privacy is not None:
             self._check_private()
+        if self.robust is not None:
+            if self.recipe not in {"fedavg", "fedprox"} or self.aggregator is not None:
+                raise ValueError("a robust rule takes the place of the mean of FedAvg and FedProx")
+            if any(entry.dtype not in FLOATS for entry in self.model.values()):
+                raise ValueError("a robust rule is for a model of floats")
         if self.secure_aggregation is not None:
             self._check_masked()
         return self
 
     def _check_masked(self) -> None:
-        if self.recipe not in {"fedavg", "fedprox"} or self.aggregator is not None or self.cross_site_evaluation:
+        single = self.aggregator is not None or self.cross_site_evaluation or self.robust is not None
+        if self.recipe not in {"fedavg", "fedprox"} or single:
             raise ValueError(
                 "secure aggregation is of the means of FedAvg and FedProx: whatever looks at single updates excludes it"
             )

@@ -40,6 +40,8 @@ class FedAvgRecipe(TrainingRecipe):
         - `stop_cond`: the job ends when the metric reaches this, as "accuracy >= 0.9".
         - `patience`: the job ends after so many rounds without a better metric.
         - `secure_aggregation`: True, and the server sees sums alone (docs/explanation/secure-aggregation.md).
+        - `robust`: `{"rule": "krum", "byzantine": 1}`, `{"rule": "trimmed-mean", "trim": 0.2}` or `{"rule":
+          "norm-clipping"}`: a rule that some bad updates cannot move far (`fl.aggregation.robust`).
         - `aggregator`: a script that folds updates in the mean's place (`fl.aggregation.custom`).
 
         Raises RecipeUnusable with the argument that is wrong.

@@ -202,6 +202,7 @@ class TrainingArguments(TypedDict, total=False):
     patience: int | None
     aggregator: str | None
     secure_aggregation: bool | Mapping[str, Any]
+    robust: Mapping[str, Any] | None
     min_clients: Required[int]
     num_rounds: int
     train_script: Required[str]
@@ -253,6 +254,7 @@ class TrainingRecipe(Recipe):
                 "sites": _site_settings(arguments.get("per_site_config") or {}),
                 "aggregator": arguments.get("aggregator"),
                 **_secure(arguments.get("secure_aggregation", False)),
+                **({"robust": dict(robust)} if (robust := arguments.get("robust")) is not None else {}),
             },
         )
         super().__init__(settings, folder, tensors)

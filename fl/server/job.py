@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from attestation.canonical import unb64
 from fl.aggregation.mask_talk import Step
 from fl.aggregation.notary import AttestedNotary
+from fl.aggregation.robust import robust_aggregation
 from fl.errors import ApprovalRefused, JobAborted, MalformedMessage, UpdateRefused
 from fl.guard.approval import SignedRecord, approve
 from fl.guard.command import SignedCommand
@@ -116,7 +117,11 @@ class ServerJob:
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
             observe=self._observe,
-            aggregation=None if settings.aggregator is None else lambda: SandboxedAggregation(bundle, self.id),
+            aggregation=(
+                robust_aggregation(settings)
+                if settings.aggregator is None
+                else lambda: SandboxedAggregation(bundle, self.id)
+            ),
         )
 
         if settings.secure_aggregation is not None:
