@@ -156,6 +156,9 @@ class _Simulation:
                 for observer in observers:
                     observer(event)
 
+        self._keeper = FolderKeeper(
+            self._folder, self.history, resume=self._env.resume is not None, best=lambda: federation.best
+        )
         federation = Federation(
             self.history.job_id,
             settings.schema_of_update,
@@ -164,9 +167,7 @@ class _Simulation:
             round_seconds=settings.round_seconds,
             observe=observe,
             at_once=self._env.at_once,
-            keeper=FolderKeeper(
-                self._folder, self.history, resume=self._env.resume is not None, best=lambda: federation.best
-            ),
+            keeper=self._keeper,
             aggregation=self._aggregation if settings.aggregator is not None else robust_aggregation(settings),
         )
         federation.notary = SimulatedNotary(self.history.job_id, self._env.clients)
@@ -260,6 +261,7 @@ class _Simulation:
             record = self.history.document()
             write_json(self._folder / JOB_FILE, record)
             if status is Status.FINISHED:
+                self._keeper.clear()
                 track_result(self._folder, record)
 
     def status(self) -> Status:
