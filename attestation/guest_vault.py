@@ -43,6 +43,7 @@ from attestation.vaults import (
     fenced,
     highest,
     judge_store,
+    next_epoch,
 )
 from policies.errors import Refused, SealwrightError, Unusable
 from policies.vaults import vault_name
@@ -201,7 +202,7 @@ def open_vault(
     brokers = [one.name for one in session.init.brokers if session.charter.broker(one.name) is not None]
     looks, failures = session.ask_each(brokers, lambda one: one.look(name))
     states = {broker: state for broker, (state, _) in looks.items()}
-    epoch = max((state.epoch for state in states.values()), default=0) + 1
+    epoch = next_epoch(states)
     deal, made = agreed_deal(states), None
     fresh = highest(states) == 0
     if fresh:  # nobody has committed anything, if all of them say so

@@ -12,7 +12,7 @@ Each broker that has a share of the key (its holders) keeps one `VaultState` and
 5. *Recovery.* A document that the charter's threshold signed takes the place of what was committed, once.
 
 The guest prepares at k of the holders, writes its disk, and commits at k of them, k being more than half: so any k
-holders know of each store that was ever written, and a generation is never used twice (`next_generation`). When it
+holders know of each store that was ever written, and no generation is used twice, not even after a recovery. When it
 starts, k holders say what was committed; its disk has to hold that or what was prepared after it (`judge_store`).
 """
 
@@ -37,6 +37,8 @@ VAULT_KIND: Final = "vault"
 """The ledger's kind of entry for what is done to a vault."""
 KEY_SIZE: Final = 32
 """Bytes of a vault's key."""
+LEAP: Final = 2**20
+"""How far the epochs that honest brokers tell of may lie apart: one that was away missed fewer boots."""
 MAX_GENERATION: Final = 2**53 - 1
 Generation = Annotated[int, Field(ge=0, le=MAX_GENERATION)]
 Root = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{128})?$")]
@@ -86,7 +88,8 @@ class Mark(Message):
 
 
 class VaultState(Message):
-    """What one broker remembers of a vault. `step` counts what was done to it, `boot` holds it since `epoch`."""
+    """What one broker remembers of a vault. `step` counts what was done to it, `boot` holds it since `epoch`; of all
+    stores that were ever prepared, `reached` has the highest generation."""
 
     step: Annotated[int, Field(ge=0, lt=2**53)] = 0
     recovery: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -95,6 +98,7 @@ class VaultState(Message):
     boot: Boot = ""
     committed: Mark = Mark(generation=0, root="")
     prepared: Mark | None = None
+    reached: Mark = Mark(generation=0, root="")
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -129,7 +133,9 @@ def recovered(state: VaultState, recovery: VaultRecovery | None) -> VaultState:
     if recovery is None or recovery.number <= state.recovery:
         return state
     committed = Mark(generation=recovery.generation, root="")
-    return state.model_copy(update={"recovery": recovery.number, "committed": committed, "prepared": None})
+    reached = state.reached if recovery.generation else committed
+    changes = {"recovery": recovery.number, "committed": committed, "prepared": None, "reached": reached}
+    return state.model_copy(update=changes)
 
 
 def place_reasons(vault: str, role: str, name: str, member: str, charter: Charter) -> tuple[str, ...]:
@@ -174,7 +180,7 @@ def deposit_reasons(vault: str, state: VaultState, claim: Claim, deal: Deal) -> 
 
 def deposited(state: VaultState, claim: Claim, deal: Deal) -> VaultState:
     """The state after a deposit."""
-    return _next(state, deal=deal, epoch=claim.epoch, boot=claim.boot, prepared=None)
+    return _next(state, deal=deal, epoch=claim.epoch, boot=claim.boot, prepared=None, reached=NEW.reached)
 
 
 def open_reasons(vault: str, state: VaultState, claim: Claim) -> tuple[str, ...]:
@@ -205,7 +211,8 @@ def prepare_reasons(vault: str, state: VaultState, boot: str, mark: Mark) -> tup
 
 def prepared(state: VaultState, mark: Mark) -> VaultState:
     """The state after a store was prepared."""
-    return _next(state, prepared=mark)
+    reached = mark if mark.generation > state.reached.generation else state.reached
+    return _next(state, prepared=mark, reached=reached)
 
 
 def commit_reasons(vault: str, state: VaultState, boot: str, mark: Mark) -> tuple[str, ...]:
@@ -305,6 +312,19 @@ def agreed_deal(states: Mapping[str, VaultState]) -> Deal | None:
     return max(whole, key=lambda deal: deal.number, default=None)
 
 
+def next_epoch(states: Mapping[str, VaultState]) -> int:
+    """The epoch in which a boot opens a vault: above all that brokers tell of.
+
+    One that is far above what more than half of them tell of is passed over, so that no broker alone uses up all that
+    there are.
+    """
+    told = sorted((state.epoch for state in states.values()), reverse=True)
+    if not told:
+        return 1
+    most = told[len(told) // 2] + LEAP
+    return max(epoch for epoch in told if epoch <= most) + 1
+
+
 def highest(states: Mapping[str, VaultState]) -> int:
     """The highest generation that any of them has committed."""
     return max((state.committed.generation for state in states.values()), default=0)
@@ -345,10 +365,9 @@ def judge_store(
     if found.generation > newest and all(state.prepared != found for state in good.values()):
         what = f"its store has generation {found.generation}, which was not prepared at its brokers"
         raise StoreRefused((what,), vault=vault)
-    marks = [mark for state in good.values() for mark in (state.committed, state.prepared) if mark is not None]
     return Judged(
         newest,
-        max(found.generation, *(mark.generation for mark in marks)) + 1,
+        max(mark.generation for state in good.values() for mark in (found, *_marks(state))) + 1,
         tuple(name for name in deal.brokers if name not in good or good[name].committed != found),
     )
 
@@ -371,13 +390,15 @@ def _believed(
             against[name] = "it has another deal of the key"
         elif state.recovery < number:
             against[name] = f"it does not know of recovery {number}"
-        elif not all(
-            _made(mark, recovery, authentic) for mark in (state.committed, state.prepared) if mark is not None
-        ):
+        elif not all(_made(mark, recovery, authentic) for mark in _marks(state)):
             against[name] = "it tells of a store that this guest never made"
         else:
             good[name] = state
     return good, against
+
+
+def _marks(state: VaultState) -> tuple[Mark, ...]:
+    return (state.committed, state.reached, *(() if state.prepared is None else (state.prepared,)))
 
 
 def _made(mark: Mark, recovery: VaultRecovery | None, authentic: Callable[[Mark], bool]) -> bool:

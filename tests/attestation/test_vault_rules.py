@@ -32,6 +32,7 @@ from attestation.vaults import (
     agreed_deal,
     fenced,
     judge_store,
+    next_epoch,
     open_reasons,
     opened,
     place_reasons,
@@ -537,13 +538,16 @@ def test_what_may_be_prepared_and_committed() -> None:
 
 def test_a_recovery_counts_once() -> None:
     before = state(mark(5), prepared=mark(6))
+    before = before.model_copy(update={"reached": mark(6)})
     after = recovered(before, recovery(1, 2))
     assert (after.recovery, after.committed, after.prepared) == (1, Mark(generation=2, root=""), None)
     assert (after.epoch, after.boot, after.deal) == (before.epoch, before.boot, before.deal)
     moved = after.model_copy(update={"committed": mark(3)})
     for same in (None, recovery(1, 0)):
         assert recovered(moved, same) == moved
-    assert recovered(moved, recovery(2, 0)).committed.generation == 0
+    assert after.reached == mark(6), "a generation is not used again, though its store was given up"
+    begun_anew = recovered(moved, recovery(2, 0))
+    assert (begun_anew.committed, begun_anew.reached) == (NEW.committed, NEW.reached)
 
 
 def test_whose_vault_it_is() -> None:
@@ -590,6 +594,7 @@ def test_a_broker_that_makes_something_up_is_not_believed() -> None:
         state(Mark(generation=99, root="ab" * 64)),
         state(mark(98).model_copy(update={"generation": 99})),
         state(mark(5), prepared=Mark(generation=6, root="0" * 128)),
+        state(mark(5), reached=Mark(generation=2**53 - 1, root="0" * 128)),
         state(Mark(generation=3, root="")),
         state(mark(5)).model_copy(update={"deal": DEAL.model_copy(update={"number": 2})}),
     )
@@ -639,6 +644,14 @@ def test_a_call_reads_back(call: VaultCall) -> None:
     assert read_call(call.to_json()) == call
     with pytest.raises(Unusable):
         read_call({**call.to_json(), "step": "open"})
+
+
+def test_in_which_epoch_a_vault_is_opened() -> None:
+    def after(*epochs: int) -> int:
+        return next_epoch({str(n): VaultState(epoch=epoch) for n, epoch in enumerate(epochs)})
+
+    assert [after(), after(0), after(4), after(4, 2), after(7, 4, 2)] == [1, 1, 5, 5, 8]
+    assert [after(4, 2**52), after(4, 5, 2**52), after(2**52, 2**52, 4)] == [5, 6, 2**52 + 1]
 
 
 def test_what_makes_no_deal() -> None:
