@@ -79,20 +79,25 @@ def serve(init: InitData, boot: Boot, lease: node.Lease, keys: Mapping[str, byte
 def listen(ports: list[int]) -> int:
     """Answer on these ports, as a role might that was taken over, until one connection says so."""
     ended = threading.Event()
+    denied: list[int] = []
 
-    def answer(port: int) -> None:
-        with socket.create_server(("0.0.0.0", port)) as server:  # noqa: S104 - every way in is tried
-            while True:
-                connection, _ = server.accept()
-                with connection:
-                    connection.settimeout(5)
-                    connection.sendall(b"port %d answers" % port)
-                    if connection.recv(3) == b"end":
-                        ended.set()
+    def answer(server: socket.socket, port: int) -> None:
+        while True:
+            connection, _ = server.accept()
+            with connection:
+                connection.settimeout(5)
+                connection.sendall(b"port %d answers" % port)
+                if connection.recv(3) == b"end":
+                    ended.set()
 
     for port in ports:
-        threading.Thread(target=answer, args=(port,), daemon=True).start()
-    sys.stdout.write(json.dumps({"listening": listening()}) + "\n")
+        try:
+            server = socket.create_server(("0.0.0.0", port))  # noqa: S104 - every way in is tried
+        except PermissionError:
+            denied.append(port)
+        else:
+            threading.Thread(target=answer, args=(server, port), daemon=True).start()
+    sys.stdout.write(json.dumps({"listening": listening(), "denied": denied}) + "\n")
     sys.stdout.flush()
     ended.wait(120)
     return 0
