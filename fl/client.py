@@ -38,7 +38,7 @@ from fl.transport.memory import DraftMemory, SealedMemory
 
 __all__ = [
     "FLModel", "ParamsType", "data_path", "get_job_id", "get_site_name", "init", "is_evaluate", "is_running",
-    "is_submit_model", "is_train", "log", "receive", "send", "system_info",
+    "is_submit_model", "is_train", "log", "open_model", "receive", "send", "system_info",
 ]  # fmt: skip
 
 SITE_KEY: Final = "site"
@@ -65,6 +65,7 @@ class _Session:
         self.model: SealedMemory | None = None  # the received model as it came, whatever the script does to its own
         self.waiting: FLModel | None = None
         self.working_on: int | None = None
+        self.received: FLModel | None = None
 
     def wait(self) -> bool:
         """Wait for the next task; False when the job is over."""
@@ -190,7 +191,7 @@ def receive() -> FLModel | None:
         return None
     model, session.waiting = session.waiting, None
     assert model is not None  # noqa: S101 - wait() said that there is one
-    session.working_on = model.current_round
+    session.working_on, session.received = model.current_round, model
     return model
 
 
@@ -225,8 +226,14 @@ def send(model: FLModel) -> None:
         session.socket.send(answer, descriptor)
     finally:
         os.close(descriptor)
-    session.working_on = None
+    session.working_on = session.received = None
     session.forget()
+
+
+def open_model() -> FLModel | None:
+    """The model of the task that is open: received and not answered, or received now; None if no task is."""
+    session = _joined()
+    return session.received if session.working_on is not None else receive() if session.waiting is not None else None
 
 
 def is_train() -> bool:
