@@ -184,6 +184,13 @@ class CallFailed(Exception):
         self.details = details
 
 
+class RoundOver(Refused):
+    """A site that was away asks for the model of a round that went on without it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, where="round", do="Take part in the next one.")
+
+
 class LeaseLapsed(PeerLost):
     """A connection that ended, or did not come about, because a lease has ended: its guest may renew it and go on."""
 

@@ -25,7 +25,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -37,6 +37,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fl.errors import SealedDataRefused
+from fl.tensors import Buffer
 
 MAGIC: Final = b"SEAL1"
 HEADER: Final = struct.Struct(">5sBQ32s32s")
@@ -57,7 +58,7 @@ _INDEX_SIZE: Final = struct.Struct(">I")
 _PURPOSE: Final = b"sealwright-sealed-data-v1"
 
 
-def seal(entries: Mapping[str, bytes], key: bytes, *, salt: bytes, chunk_bits: int = CHUNK_BITS) -> Iterator[bytes]:
+def seal(entries: Mapping[str, Buffer], key: bytes, *, salt: bytes, chunk_bits: int = CHUNK_BITS) -> Iterator[bytes]:
     """The sealed file of `entries` (name → plaintext) under a 32-byte `key`, piece by piece.
 
     `salt` is 32 fresh random bytes, used once: two different contents under one key and one salt break the seal.
@@ -125,7 +126,7 @@ def unseal(
 
 def seal_file(
     path: Path,
-    entries: Mapping[str, bytes],
+    entries: Mapping[str, Buffer],
     key: bytes,
     *,
     random: Callable[[int], bytes] = os.urandom,
@@ -190,7 +191,7 @@ def _chunk_count(total: int, size: int) -> int:
     return max(1, -(-total // size))
 
 
-def _regroup(pieces: list[bytes], size: int) -> Iterator[bytes]:
+def _regroup(pieces: Sequence[Buffer], size: int) -> Iterator[bytes]:
     """The bytes of `pieces`, one after the other, in chunks of `size`; the last may be shorter, none is empty."""
     chunk = bytearray()
     for piece in pieces:
@@ -206,7 +207,7 @@ def _regroup(pieces: list[bytes], size: int) -> Iterator[bytes]:
         yield bytes(chunk)
 
 
-def _encode_index(entries: Mapping[str, bytes]) -> bytes:
+def _encode_index(entries: Mapping[str, Buffer]) -> bytes:
     if not 1 <= len(entries) <= MAX_ENTRIES:
         raise SealedDataRefused(f"a sealed file has 1 to {MAX_ENTRIES} entries, not {len(entries)}", where="entries")
     for name in entries:

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol, TypeAlias, TypeVar
 from cryptography import x509
 
 from attestation.errors import LeaseEnded, PeerLapsed
-from fl.errors import LeaseLapsed, MalformedMessage
+from fl.errors import LeaseLapsed, MalformedMessage, RoundOver
 from fl.transport.frames import adapter_of, unpack
 from policies.errors import Refused, SealwrightError
 
@@ -50,6 +50,10 @@ Call: TypeAlias = Callable[[Any, Caller], Iterator[bytes]]
 
 class CallerGone(Exception):
     """The caller's frames end here because its connection does, or because it was cut off."""
+
+
+class StoppedSending(MalformedMessage):
+    """A caller that ended, or was cut off, in the middle of what it had to send."""
 
 
 class Refusal(Exception):
@@ -108,7 +112,7 @@ def unstalled(frames: Iterator[bytes], caller: Caller) -> Iterator[bytes]:
         except StopIteration:
             return
         except CallerGone as error:
-            raise MalformedMessage("the caller stopped sending in the middle", where="call") from error
+            raise StoppedSending("the caller stopped sending in the middle", where="call") from error
         yield frame
 
 
@@ -133,6 +137,8 @@ def refusal_of(error: SealwrightError) -> Refusal:
     """What a caller is told of an error: refused, lapsed (come back with a lease), or unusable."""
     if isinstance(error, (LeaseLapsed, PeerLapsed, LeaseEnded)):
         status = "FAILED_PRECONDITION"
+    elif isinstance(error, RoundOver):
+        status = "OUT_OF_RANGE"
     else:
         status = "PERMISSION_DENIED" if isinstance(error, Refused) else "INVALID_ARGUMENT"
     reasons = list(error.reasons[:20]) if isinstance(error, Refused) else []

@@ -5,8 +5,10 @@ Rules, whatever the transport:
 - It is checked whole (`fl.guard.gate`) before the algorithm sees it; a site whose update is refused is out of the job.
 - A round ends when every site has answered or is lost, or at its deadline; late sites are out of the job.
 - With fewer than `min_sites` updates possible the job fails at once, and names what became of each lost site.
-- A site whose connection a lease has ended is away: the round's clock stands still until it is back, and goes on where
-  it stood. A site that is away for longer than `pause_seconds` in all, in one job, is lost.
+- A site whose connection has ended, by a cut or by a lease, is away: the round's clock stands still until it is back,
+  and goes on where it stood. A site that is away for longer than `pause_seconds` in all, in one job, is lost.
+- A site that a cut keeps away and without which `min_sites` are there is waited for MISSED_SECONDS; then the round goes
+  on without it, and so do the following ones until it is back, which takes its part again from there.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from attestation.client import PAUSE_SECONDS
-from fl.aggregation.weighted_mean import WeightedMean
 from fl.aggregation.mask_talk import Notary, Step
+from fl.aggregation.weighted_mean import WeightedMean
 from fl.errors import JobAborted, JobFailed, MalformedMessage, MalformedTensors, UpdateRefused
 from fl.guard.gate import admit_update
 from fl.jobs.progress import JobEvent
@@ -29,6 +31,9 @@ from fl.jobs.settings import TaskKind
 from fl.model import MAX_WEIGHT, ParamsType, check_metrics
 from fl.tensors import Schema, TensorFile
 from fl.transport.memory import SealedMemory
+
+MISSED_SECONDS: Final = 90.0
+"""How long a round waits for a site that a cut keeps away and without which enough are there."""
 
 
 ASK_SECONDS: Final = 30.0
@@ -169,8 +174,10 @@ class Federation:
         self._checking: set[str] = set()  # have answered; the check is under way
         self._task: Task | None = None
         self._away: dict[str, float] = {}  # since when, by the running clock
-        self._back: set[str] = set()  # came back in the round that is on
+        self._cut: set[str] = set()  # of these: those that nothing but the network keeps away
         self._absence: dict[str, float] = {}  # seconds that a site was away so far
+        self._admitted: dict[str, int] = {}  # the last round of which a site's update was admitted
+        self._missed: set[tuple[str, int]] = set()  # sites, and the rounds that went on without them
         self._deadline = 0.0  # of the round that is on
         self._stopped_at = 0.0  # since when the round's clock stands still, while a site is away
         self._inbox: SimpleQueue[Update | Heard | str | JobAborted] = SimpleQueue()
@@ -204,12 +211,14 @@ class Federation:
             site.end(reason)
         self._inbox.put(name)
 
-    def suspend(self, name: str, reason: str) -> None:
-        """A site's connection has ended because a lease did: it may come back (`resume`) and go on."""
+    def suspend(self, name: str, reason: str, *, cut: bool = False) -> None:
+        """A site's connection has ended, by a `cut` or because a lease did: it may come back (`resume`) and go on."""
         with self._lock:
             if name not in self._sites or name in self._away:
                 return
             self._away[name] = time.monotonic()
+            if cut:
+                self._cut.add(name)
             if len(self._away) == 1:
                 self._stopped_at = self._away[name]
         self.observe(JobEvent(kind="paused", site=name, text=reason[:2000]))
@@ -221,7 +230,6 @@ class Federation:
             if site.name not in self._away or site.name not in self._sites:
                 return False
             self._returned(site.name)
-            self._back.add(site.name)
             self._sites[site.name] = site
             task = self._task if site.name in self._pending else None
         self.observe(JobEvent(kind="resumed", site=site.name))
@@ -230,15 +238,32 @@ class Federation:
         self._inbox.put(site.name)
         return True
 
-    def has_counted(self, name: str, round_: int) -> bool:
-        """Whether a site that came back in this round has had its update of it admitted before."""
+    def is_settled(self, name: str, round_: int) -> bool:
+        """Whether nothing of this round is asked any more of a site that was away in it.
+
+        Its update of it was admitted before, or the round went on without it.
+        """
         with self._lock:
-            answered = name not in self._pending and name not in self._checking
-            return name in self._sites and name in self._back and round_ == self._round and answered
+            if name not in self._sites:
+                return False
+            if (name, round_) in self._missed:
+                return True
+            return name in self._absence and round_ <= self._admitted.get(name, -1)
+
+    def _waited_for(self) -> tuple[set[str], float | None]:
+        """With the lock: the sites that are away and for which the round waits; when one of them first is no more."""
+        enough = len(self._sites) - len(self._away) >= self._min_sites
+        spare = {name: self._away[name] + MISSED_SECONDS for name in self._cut if enough}
+        now = time.monotonic()
+        return (
+            {name for name in self._away if spare.get(name, now + 1) > now},
+            min((until for until in spare.values() if until > now), default=None),
+        )
 
     def _returned(self, name: str) -> None:
         """With the lock: a site is not away any more; when none is, the round's clock goes on."""
         since = self._away.pop(name, None)
+        self._cut.discard(name)
         if since is None:
             return
         now = time.monotonic()
@@ -288,6 +313,7 @@ class Federation:
         with self._lock:
             if name in self._checking:
                 self._checking.discard(name)
+                self._admitted[name] = round_
                 self._inbox.put(Update(name, tensors, memory, params_type, weight, checked))
                 return
         raise self._out_of_turn(name, memory, "the site was lost while its update was checked")
@@ -366,7 +392,6 @@ class Federation:
             self._round, self._task = task.round, task
             self._pending.clear()
             self._checking.clear()
-            self._back.clear()
             left = len(self._sites)
             waiting = deque(sorted(self._sites) if only is None else [only] if only in self._sites else [])
         if task.round != self._begun and task.round < task.total_rounds:
@@ -381,10 +406,13 @@ class Federation:
         self._feed(waiting, task)
         while True:
             with self._lock:
-                open_ = len(self._pending) + len(self._checking) + sum(1 for name in waiting if name in self._sites)
+                missing = {name for name in self._pending if name in self._away} - self._waited_for()[0]
+                open_ = len(self._pending - missing) + len(self._checking)
+                open_ += sum(1 for name in waiting if name in self._sites)
                 possible = counted + open_
                 unread = not self._inbox.empty()
             if not unread and not open_:
+                self._miss(missing, task.round)
                 break
             if not unread and demanded:
                 self._need(possible, f"at most {possible} updates are possible in round {task.round}")
@@ -478,6 +506,11 @@ class Federation:
                 self._pending.add(site.name)
             site.give(task)
 
+    def _miss(self, names: set[str], round_: int) -> None:
+        with self._lock:
+            self._pending -= names
+            self._missed |= {(name, round_) for name in names}
+
     def _drop_late(self, waiting: deque[str]) -> None:
         with self._lock:
             late = [*self._pending, *self._checking, *waiting]
@@ -486,7 +519,10 @@ class Federation:
         waiting.clear()
 
     def _next(self) -> Update | Heard | str | None:
-        """The next event; None when the round's time is over, which it never is while a site is away."""
+        """The next event; None when the round's time is over, which it never is while it waits for a site that is away.
+
+        When a site is waited for no more, that is an event, too: its name.
+        """
         while True:
             with self._lock:
                 now = time.monotonic()
@@ -494,15 +530,25 @@ class Federation:
                     name: since + max(0.0, self._pause_seconds - self._absence.get(name, 0.0))
                     for name, since in self._away.items()
                 }
+                held_by, until = self._waited_for()
                 limit = min(ends.values(), default=self._deadline)
+                if not held_by:
+                    limit = min(limit, self._deadline)
+                if until is not None:
+                    limit = min(limit, until)
             try:
                 event = self._inbox.get(timeout=max(0.0, limit - now))
             except Empty:
-                if not ends:
-                    return None
                 for name, end in ends.items():
                     if end <= time.monotonic():
                         self.lose(name, f"did not come back within {self._pause_seconds:.0f} s of pauses")
+                with self._lock:
+                    given_up = held_by - self._waited_for()[0]
+                    over = not self._waited_for()[0] and time.monotonic() >= self._deadline
+                if given_up:
+                    return next(iter(given_up))
+                if over:
+                    return None
                 continue
             if isinstance(event, JobAborted):
                 raise event

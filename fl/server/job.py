@@ -8,6 +8,8 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +17,7 @@ from attestation.canonical import unb64
 from fl.aggregation.mask_talk import Step
 from fl.aggregation.notary import AttestedNotary
 from fl.aggregation.robust import robust_aggregation
-from fl.errors import ApprovalRefused, JobAborted, MalformedMessage, UpdateRefused
+from fl.errors import ApprovalRefused, JobAborted, MalformedMessage, PeerLost, UpdateRefused
 from fl.guard.approval import SignedRecord, approve
 from fl.guard.command import SignedCommand
 from fl.guard.export import ExportGate
@@ -29,8 +31,11 @@ from fl.jobs.statement import SignedStatement, Statement, sign_statement
 from fl.model import ParamsType
 from fl.party import Party
 from fl.server.aggregator import SandboxedAggregation
+from fl.server.calls import StoppedSending
 from fl.server.federation import Federation, Task
+from fl.server.job_store import JobStore, StoredJob
 from fl.server.workflows import run_workflow
+from fl.transport.chunks import Assembly
 from fl.transport.frames import Deliver, Finish, JobReport, Masking, Prepare, Told, Train
 from fl.transport.memory import SealedMemory
 from policies.errors import Refused, SealwrightError
@@ -89,7 +94,10 @@ class ServerJob:
         *,
         sealed_model: bytes,
         model_key: bytes,
+        store: JobStore | None = None,
+        received: datetime | None = None,
     ) -> None:
+        """`store`: where it is kept until it is over; `received`: when it came, if a server of before took it."""
         self.id = signed.record.job
         self.signed = signed
         self.bundle = bundle
@@ -97,7 +105,8 @@ class ServerJob:
         self._model_key = model_key
         self._party = party
         self._server = server
-        self._received = party.clock()
+        self._received = received or party.clock()
+        self._again = received is not None
         self._history = JobHistory(self.id, bundle.settings, self._received)
         self._history.status = Status.QUEUED
         self._events: list[JobEvent] = []
@@ -106,6 +115,7 @@ class ServerJob:
         self._tracking: Callable[[JobEvent], None] | None = None
         self._stopped_by: str | None = None
         self._logged: dict[str, int] = {}
+        self._arriving: dict[str, tuple[Deliver, Assembly]] = {}  # what was under way when its site was cut off
         self._present: dict[str, Attendance] = {}
         self._rejections: dict[str, SignedCommand] = {}
         self.result: tuple[SealedResult, SignedStatement, str] | None = None
@@ -117,6 +127,7 @@ class ServerJob:
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
             observe=self._observe,
+            keeper=None if store is None else store.keeper(self.id, self._history, lambda: self._federation),
             aggregation=(
                 robust_aggregation(settings)
                 if settings.aggregator is None
@@ -129,6 +140,10 @@ class ServerJob:
             self._federation.notary = AttestedNotary(party, record.roster, record_digest(signed.token))
 
     # what the service calls
+
+    def stored(self) -> StoredJob:
+        """The job as it came. Before it runs."""
+        return StoredJob(self.signed.token, self.bundle.raw, self._sealed_model, self._received)
 
     @property
     def status(self) -> Status:
@@ -174,14 +189,14 @@ class ServerJob:
         if self.status is Status.RUNNING and name in self.signed.record.roster:
             self._federation.lose(name, reason)
 
-    def away(self, name: str, reason: str) -> None:
-        """A lease has ended, and the site's connection with it: the job waits for the site, within bounds."""
+    def away(self, name: str, reason: str, *, cut: bool) -> None:
+        """The site's connection has ended, by a cut or by a lease: the job waits for the site, within bounds."""
         if self.status is Status.RUNNING and name in self.signed.record.roster:
-            self._federation.suspend(name, reason)
+            self._federation.suspend(name, reason, cut=cut)
 
-    def has_counted(self, name: str, round_: int) -> bool:
-        """Whether a site that came back in this round has delivered its update before."""
-        return self._federation.has_counted(name, round_)
+    def is_settled(self, name: str, round_: int) -> bool:
+        """Whether a site that was away in this round has nothing to deliver for it any more."""
+        return self._federation.is_settled(name, round_)
 
     def logged(self, name: str, key: str, value: float, step: int, *, most: int) -> None:
         """A site's script logged a number. Raises MalformedMessage after `most` of one site in one round."""
@@ -199,6 +214,36 @@ class ServerJob:
         """The model that is served, if it is the one that is asked for."""
         served = self._served
         return served if served is not None and served.digest == sha256 else None
+
+    @contextmanager
+    def arriving(self, name: str, head: Deliver) -> Iterator[Assembly]:
+        """Where a site's update is put together. What came before a cut is there again if it is the same transfer."""
+        with self._changed:
+            kept = self._arriving.pop(name, None)
+        if kept is not None and (kept[0] != head or not head.transfer):
+            kept[1].close()
+            kept = None
+        assembly = Assembly(head.size, where=name) if kept is None else kept[1]
+        try:
+            yield assembly
+        except (StoppedSending, PeerLost):
+            if head.transfer and not self.status.over:
+                with self._changed:
+                    older, self._arriving[name] = self._arriving.get(name), (head, assembly)
+                if older is not None:
+                    older[1].close()
+            else:
+                assembly.close()
+            raise
+        except BaseException:
+            assembly.close()
+            raise
+
+    def _forget_arriving(self) -> None:
+        with self._changed:
+            kept, self._arriving = self._arriving, {}
+        for _, assembly in kept.values():
+            assembly.close()
 
     def deliver(self, name: str, head: Deliver, memory: SealedMemory) -> None:
         """A site's whole update. Raises UpdateRefused."""
@@ -292,7 +337,7 @@ class ServerJob:
             if self._stopped_by is not None:
                 raise JobAborted(self.id, self._stopped_by)
             self._check()
-            self._party.record("job", self._entry("started"))
+            self._party.record("job", self._entry("resumed" if self._again else "started"))
             self._history.started = self._party.clock()
             self._set_status(Status.RUNNING)
             with tempfile.TemporaryDirectory(prefix="sealwright-", dir=memory_folder()) as folder:
@@ -306,6 +351,7 @@ class ServerJob:
             raise
         finally:
             self._federation.finish("the job is over")
+            self._forget_arriving()
             if self._federation.best is not None:
                 self._federation.best.close()
             self._served = None

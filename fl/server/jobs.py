@@ -11,7 +11,9 @@ from fl.errors import ApprovalRefused
 from fl.party import Party
 from fl.server.attendance import Attendance
 from fl.server.job import ServerJob
+from fl.server.job_store import JobStore
 from fl.transport.frames import Told
+from policies.errors import SealwrightError
 
 MAX_RUNNING: Final = 4
 """Jobs that run side by side; more wait in the queue."""
@@ -26,8 +28,9 @@ KEPT_RESULTS: Final = 4 << 30
 class Jobs:
     """The jobs of one server. Safe to use from several threads."""
 
-    def __init__(self, party: Party, attending: Callable[[], list[Attendance]]) -> None:
-        """`attending`: the sites that are connected."""
+    def __init__(self, party: Party, attending: Callable[[], list[Attendance]], store: JobStore | None = None) -> None:
+        """`attending`: the sites that are connected; `store`: keeps the jobs that are not over."""
+        self._store = store
         self._party = party
         self._attending = attending
         self._lock = threading.Lock()
@@ -44,13 +47,23 @@ class Jobs:
         with self._lock:
             return list(self._jobs.values())
 
-    def run(self, job: ServerJob) -> None:
-        """Queue a job. Raises ApprovalRefused if its id was used before, or if too many wait."""
+    def run(self, job: ServerJob, *, again: bool = False) -> None:
+        """Queue a job; `again`: a server of before took it.
+
+        Raises ApprovalRefused if its id was used before, or if too many wait.
+        """
         with self._lock:
             if job.id in self._jobs:
                 raise ApprovalRefused(job.id, ("a job of this id was submitted before",))
             self._forget_old()
             self._jobs[job.id] = job
+        if self._store is not None and not again:
+            try:
+                self._store.put(job.id, job.stored())
+            except SealwrightError:
+                with self._lock:
+                    del self._jobs[job.id]
+                raise
         self._party.tell(f"job {job.id} is submitted by {job.signed.record.submitter}")
         self._runners.submit(self._run, job)
 
@@ -76,6 +89,8 @@ class Jobs:
             self._party.tell(f"job {job.id}: a fault of the server: {type(error).__name__}: {error}")
             raise
         finally:
+            if self._store is not None:
+                self._store.forget(job.id)
             self._drop_old_results(newest=job)
 
     def _drop_old_results(self, newest: ServerJob) -> None:

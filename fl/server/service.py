@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from attestation.errors import LeaseEnded
-from fl.errors import LeaseLapsed, MalformedMessage, PeerLost, UpdateRefused
+from fl.errors import LeaseLapsed, MalformedMessage, PeerLost, RoundOver, UpdateRefused
 from fl.guard.gate import max_update_size
 from fl.party import Party
 from fl.server.attendance import Attendance, Attendances
@@ -20,6 +20,7 @@ from fl.server.calls import (
     Call,
     Caller,
     CallerGone,
+    StoppedSending,
     first_frame,
     only_frame,
     refusal_of,
@@ -27,9 +28,10 @@ from fl.server.calls import (
     untaken,
 )
 from fl.server.job import ServerJob
+from fl.server.job_store import JobStore
 from fl.server.jobs import Jobs
 from fl.server.user_calls import UserCalls
-from fl.transport.chunks import assemble, serve_chunks
+from fl.transport.chunks import serve_chunks
 from fl.transport.frames import (
     FROM_ATTENDING_SITE,
     Away,
@@ -45,6 +47,7 @@ from fl.transport.frames import (
     pack,
     unpack,
 )
+from fl.transport.port import GONE_SECONDS
 from policies.errors import SealwrightError
 
 MAX_CALLS_EACH: Final = 32
@@ -52,7 +55,9 @@ MAX_CALLS_EACH: Final = 32
 PULLS_AT_ONCE: Final = 8
 """Updates that are received at the same time; the others wait at their sites."""
 END_SECONDS: Final = 2.0
-"""How much later than a delivery that breaks off the end of its site's connection may be noticed."""
+"""How much later than a delivery that is malformed the end of its site's connection may be noticed."""
+CUT_SECONDS: Final = GONE_SECONDS + 5.0
+"""The same for one that breaks off, which may be the first that is seen of a cut."""
 MAX_LOGGED_A_ROUND: Final = 20_000
 """Values that a site may log in a round. An honest site's own bound is half of it."""
 
@@ -60,16 +65,18 @@ MAX_LOGGED_A_ROUND: Final = 20_000
 class FederationService:
     """The jobs and the connected sites of one server."""
 
-    def __init__(self, party: Party, name: str, model_key: bytes) -> None:
+    def __init__(self, party: Party, name: str, model_key: bytes, store: JobStore | None = None) -> None:
+        """`store`: keeps the jobs that are not over; those that it has go on."""
         self._party = party
         self._lock = threading.Lock()
         self._pulls = threading.BoundedSemaphore(PULLS_AT_ONCE)
         self._calls: dict[bytes, int] = {}
         self.attendances = Attendances(self._site_joined, self._site_left)
-        self._jobs = Jobs(party, self.attendances.all)
-        users = UserCalls(party, name, model_key, self._jobs, self._names)
+        self._jobs = Jobs(party, self.attendances.all, store)
+        users = UserCalls(party, name, model_key, self._jobs, self._names, store)
         self._streamed: dict[str, Call] = {"Attend": self._attend, "Deliver": self._deliver, **users.streamed}
         self._asked: dict[str, Call] = {"Fetch": self._fetch, **users.asked}
+        users.go_on()
 
     @property
     def streamed(self) -> tuple[str, ...]:
@@ -178,8 +185,8 @@ class FederationService:
 
     def _site_left(self, attendance: Attendance) -> None:
         for job in self._jobs.all():
-            if attendance.lapsed:
-                job.away(attendance.name, attendance.why)
+            if attendance.lapsed or attendance.cause is None:
+                job.away(attendance.name, attendance.why, cut=not attendance.lapsed)
             else:
                 job.left(attendance.name, attendance.why or "its connection ended")
 
@@ -201,6 +208,8 @@ class FederationService:
         if head.what == "bundle" and head.sha256 == job.bundle.digest:
             return _while_attending(attendance, serve_chunks(job.bundle.raw, head.offset))
         model = job.model(head.sha256) if head.what == "model" else None
+        if model is None and head.what == "model" and not job.status.over:
+            raise RoundOver(f"job {head.job} serves another model now")
         if model is None:
             raise PeerLost(f"job {head.job} serves no {head.what} {head.sha256}", where="job")
         return _while_attending(attendance, serve_chunks(model.view, head.offset))
@@ -212,7 +221,7 @@ class FederationService:
         head = first_frame(requests, Deliver)
         attendance, job = self._attending(caller, head.job)
         name = attendance.name
-        if job.has_counted(name, head.round):  # it came whole before a pause; its verdict did not
+        if job.is_settled(name, head.round):  # it came whole before a cut, its verdict did not; or it comes too late
             yield pack(Verdict(accepted=True))
             return
         limit = max_update_size(job.bundle.settings.schema_of_update)
@@ -222,15 +231,14 @@ class FederationService:
             yield pack(Verdict(accepted=False, reasons=error.reasons))
             return
         try:
-            with self._pulls:
-                yield pack(Pull(offset=0))
-                chunks = _while_attending(attendance, requests)
-                memory = assemble(chunks, size=head.size, sha256=None, where=name)
-                job.deliver(name, head, memory)
+            with self._pulls, job.arriving(name, head) as assembly:
+                yield pack(Pull(offset=assembly.at))
+                assembly.take(_while_attending(attendance, requests))
+                job.deliver(name, head, assembly.seal())
         except UpdateRefused as refusal:
             yield pack(_verdict(refusal.reasons))
         except MalformedMessage as error:
-            if attendance.ends_within(END_SECONDS):
+            if attendance.ends_within(CUT_SECONDS if isinstance(error, StoppedSending) else END_SECONDS):
                 raise  # why the connection ended decides over the site
             job.left(name, f"its delivery failed: {error.what}")
             yield pack(_verdict((error.what,)))

@@ -15,6 +15,7 @@ from fl.server.certificates import ServerCertificates
 from fl.server.grpc_server import GrpcServer
 from fl.server.https_server import HttpsServer
 from fl.server.job import memory_folder
+from fl.server.job_store import JobStore
 from fl.server.service import FederationService
 from fl.transport.port import Port
 from fl.transport.route import Security
@@ -38,6 +39,7 @@ def serve(
     listen_https: str | None = None,
     connection_security: Security = "mtls",
     ready_https: Callable[[str], None] = lambda _: None,
+    state: Path | None = None,
 ) -> None:
     """Serve federated jobs until `stop` is set.
 
@@ -55,6 +57,8 @@ def serve(
     - `listen_https`: a second `host:port`, if HTTPS is not to share the first with gRPC; `ready_https` gets it.
     - `connection_security`: with `tls` or `clear` there are tunnels for those who come by proxies that end TLS, or that
       have none; what is inside a tunnel is the mutual TLS of `mtls`.
+    - `state`: a folder in which jobs that are not over are kept, sealed, so that they go on after the server was
+      killed. Without it they end with the server.
 
     One port for gRPC and HTTPS: what a client offers by ALPN decides. Both speak TLS 1.3 alone, mutually, with clients
     whose certificates come from a broker of the charter or are a user's in the charter.
@@ -62,7 +66,7 @@ def serve(
     """
     party = Party(identity, charter, clock, record, tell)
     name = identity().name
-    service = FederationService(party, name, model_key)
+    service = FederationService(party, name, model_key, None if state is None else JobStore(state, model_key, tell))
     certificates = ServerCertificates(party)
     with ExitStack() as ends:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="sealwright-", dir=memory_folder())))

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 from attestation.canonical import b64
 from attestation.identity import appraise_user
 from fl.errors import ApprovalRefused, CommandRefused, MalformedMessage, PeerLost
-from fl.guard.approval import approve, read_record
+from fl.guard.approval import SignedRecord, approve, read_record
 from fl.guard.command import Nonces, SignedCommand, check_command, read_command
 from fl.guard.command_log import CommandLog
-from fl.jobs.bundle import MAX_BUNDLE, parse_bundle
+from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
 from fl.jobs.progress import Status
 from fl.jobs.record import record_digest
 from fl.party import Party
 from fl.server.calls import Call, Caller, first_frame, only_frame, unstalled
 from fl.server.job import ServerJob
+from fl.server.job_store import JobStore
 from fl.server.jobs import Jobs
 from fl.transport.chunks import assemble, serve_chunks
 from fl.transport.frames import Happened, Order, Pull, Reports, Result, Submit, Verdict, pack
@@ -39,8 +41,17 @@ SEALING_OVERHEAD: Final = 1 << 20
 class UserCalls:
     """The users' half of one server's service."""
 
-    def __init__(self, party: Party, server: str, model_key: bytes, jobs: Jobs, sites: Callable[[], list[str]]) -> None:
-        """`sites`: the names of the connected sites."""
+    def __init__(
+        self,
+        party: Party,
+        server: str,
+        model_key: bytes,
+        jobs: Jobs,
+        sites: Callable[[], list[str]],
+        store: JobStore | None = None,
+    ) -> None:
+        """`sites`: the names of the connected sites; `store`: keeps the jobs that are not over."""
+        self._store = store
         self._party = party
         self._server = server
         self._model_key = model_key
@@ -99,10 +110,34 @@ class UserCalls:
         approve(signed, bundle, charter, self._party.clock(), server=self._server, site=None)
         with assemble(requests, size=head.model_size, sha256=None, where="first model") as memory:
             sealed = bytes(memory.view)
-        job = ServerJob(self._party, self._server, signed, bundle, sealed_model=sealed, model_key=self._model_key)
+        job = self._job(signed, bundle, sealed)
         self._log.accepted(user, "submit", record.job, about.token)
         self._jobs.run(job)
         yield pack(Verdict(accepted=True))
+
+    def _job(
+        self, signed: SignedRecord, bundle: Bundle, sealed_model: bytes, received: datetime | None = None
+    ) -> ServerJob:
+        return ServerJob(
+            self._party,
+            self._server,
+            signed,
+            bundle,
+            sealed_model=sealed_model,
+            model_key=self._model_key,
+            store=self._store,
+            received=received,
+        )
+
+    def go_on(self) -> None:
+        """Run the stored jobs that a server of before took. What may not run any more ends with its reasons."""
+        for stored in () if self._store is None else self._store.all():
+            try:
+                signed = read_record(stored.record, self._party.charter())
+                bundle = parse_bundle(stored.bundle)
+                self._jobs.run(self._job(signed, bundle, stored.sealed_model, stored.received), again=True)
+            except SealwrightError as error:
+                self._party.tell(f"a stored job cannot go on: {error.what}")
 
     # --- look on ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from fl.aggregation.mask_talk import MaskingSite
 from fl.aggregation.notary import AttestedNotary
-from fl.errors import ApprovalRefused, MalformedMessage, ScriptFailed, UpdateRefused
+from fl.errors import ApprovalRefused, MalformedMessage, RoundOver, ScriptFailed, UpdateRefused
 from fl.guard.approval import SignedRecord, approve, read_record
 from fl.guard.command_log import CommandLog
 from fl.guard.disclosure import Disclosure
@@ -91,16 +92,20 @@ class SiteJob:
         self._ready = False
         self._given = -1
         self._resumed = False
+        self._delivered: tuple[Train, Deliver, SealedMemory] | None = None  # the last update that the server took
         self._roster = 0
         self.thread = threading.Thread(target=self._run, name=f"job {self.id}", daemon=True)
 
     def train(self, task: Train | Masking) -> None:
-        """The server gave a task. After a pause it may give the last one again, which is at work already."""
+        """The server gave a task. After a pause it may give the last one again, which is at work already.
+
+        A server that was killed since has lost the update that it took: it gets the same one once more.
+        """
         if isinstance(task, Masking):
             self._tasks.put(task)
             return
         resumed, self._resumed = self._resumed, False
-        if resumed and task.round == self._given:
+        if resumed and task.round == self._given and (self._delivered is None or self._delivered[0] != task):
             return
         self._given = task.round
         self._tasks.put(task)
@@ -219,7 +224,10 @@ class SiteJob:
                         self._answer(task)
                         continue
                     self._training = True
-                    self._train(session, settings, task, limit, exports)
+                    try:
+                        self._train(session, settings, task, limit, exports)
+                    except RoundOver:
+                        self._party.tell(f"job {self.id}: round {task.round} went on without this site")
                     self._training = False
                 if self._stopped.is_set():
                     raise ScriptFailed(self._site, "was stopped")
@@ -228,6 +236,9 @@ class SiteJob:
             finally:
                 session.close()
                 self._process = None
+                if self._delivered is not None:
+                    self._delivered[2].close()
+                    self._delivered = None
 
     @contextmanager
     def _watched(self, check: Callable[[], None], process: SandboxedProcess) -> Iterator[None]:
@@ -253,6 +264,13 @@ class SiteJob:
     def _train(
         self, session: ScriptSession, settings: JobSettings, task: Train, limit: int, exports: SiteExports
     ) -> None:
+        if self._delivered is not None:
+            taken, head, memory = self._delivered
+            if taken == task:
+                self._deliver(head, memory, float(settings.round_seconds))
+                return
+            memory.close()
+            self._delivered = None
         turn = task.total_rounds == settings.num_rounds and task.round >= self._next_round
         if not turn or not settings.asks_for(task.task, task.round, self._roster):
             raise MalformedMessage(
@@ -274,8 +292,19 @@ class SiteJob:
                 shown = exports.update(answer, memory, model, task.task)
             if self._masking is not None:
                 shown = self._masking.masked(shown, model)
-        with shown.memory:
-            verdict = self._link.deliver(self._head(task, settings, shown), shown.memory, seconds=seconds)
+        head = self._head(task, settings, shown)
+        try:
+            self._deliver(head, shown.memory, seconds)
+        except BaseException:
+            shown.memory.close()
+            raise
+        if self._masking is None:
+            self._delivered = task, head, shown.memory
+        else:
+            shown.memory.close()  # under the masks of a round that a server has lost nothing can be added again
+
+    def _deliver(self, head: Deliver, memory: SealedMemory, seconds: float) -> None:
+        verdict = self._link.deliver(head, memory, seconds=seconds)
         if not verdict.accepted:
             raise UpdateRefused(self._site, verdict.reasons or ("the server gave no reason",))
 
@@ -297,6 +326,7 @@ class SiteJob:
             weight=shown.weight,
             metrics=dict(shown.metrics),
             size=shown.memory.size,
+            transfer=os.urandom(16).hex(),
         )
 
 

@@ -1,7 +1,7 @@
-"""The link that a site's jobs have to the server: it outlives a connection that a lease has ended.
+"""The link that a site's jobs have to the server: it outlives a connection that a cut or a lease has ended.
 
 While the site is away, what a job sends is kept, and a transfer waits; when the site attends again, an interrupted
-transfer begins anew. A connection that ends in any other way ends the link, and its jobs with it.
+transfer goes on. When it gives up coming back, the link ends, and its jobs with it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 
 from fl.errors import PeerLost
 from fl.site.link import Attending
+from fl.transport.chunks import Assembly
 from fl.transport.frames import Deliver, Fetch, Left, Logged, Masking, Ready, Verdict
 from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
@@ -44,7 +45,7 @@ class LastingLink:
             self._changed.notify_all()
 
     def pause(self) -> None:
-        """A lease has ended the connection."""
+        """The connection has ended."""
         with self._changed:
             self._attending = None
             self._changed.notify_all()
@@ -66,7 +67,9 @@ class LastingLink:
 
     def fetch(self, what: Fetch, *, size: int, seconds: float) -> SealedMemory:
         """Pull a transfer. Raises PeerLost, Refused, MalformedMessage."""
-        return self._lasting(lambda attending: attending.fetch(what, size=size, seconds=seconds))
+        with Assembly(size, where=f"{what.what} of {what.job}") as assembly:
+            self._lasting(lambda attending: attending.fetch(what, assembly, seconds=seconds))
+            return assembly.seal()
 
     def deliver(self, head: Deliver, memory: SealedMemory, *, seconds: float) -> Verdict:
         """Deliver an update. Raises PeerLost, Refused, MalformedMessage."""
@@ -90,7 +93,7 @@ class LastingLink:
             return self._attending
 
     def _replaced(self, attending: Attending) -> bool:
-        """Whether `attending` has ended by a lease, which may be noticed a little later than what it broke."""
+        """Whether `attending` has ended, which may be noticed a little later than what it broke."""
         deadline = time.monotonic() + GRACE_SECONDS
         with self._changed:
             while self._attending is attending and self._over is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Final
@@ -13,7 +14,7 @@ from attestation.errors import LeaseEnded, PeerLapsed
 from fl.errors import CallFailed, LeaseLapsed, PeerLost
 from fl.party import Party
 from fl.transport.channel import ServerConnection, peer_error
-from fl.transport.chunks import assemble, serve_chunks
+from fl.transport.chunks import Assembly, serve_chunks
 from fl.transport.frames import (
     TO_ATTENDING_SITE,
     Away,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 AWAY_SECONDS: Final = 0.5
 """Between the last word on a connection and its end."""
+FLUSH_SECONDS: Final = 0.4
 _PULL_OR_VERDICT: Final = TypeAdapter[Pull | Verdict](Annotated[Pull | Verdict, Field(discriminator="kind")])
 
 
@@ -97,11 +99,11 @@ class Attending:
         """Send a frame on the attendance."""
         self._outbox.put(pack(frame))
 
-    def fetch(self, what: Fetch, *, size: int, seconds: float) -> SealedMemory:
-        """Pull a transfer of `size` bytes. Raises PeerLost, Refused, MalformedMessage."""
-        call = self._connection.ask("Fetch", what, timeout=seconds)
+    def fetch(self, what: Fetch, into: Assembly, *, seconds: float) -> None:
+        """Pull what is missing of a transfer. Raises PeerLost, Refused, MalformedMessage; what has come is kept."""
+        call = self._connection.ask("Fetch", what.model_copy(update={"offset": into.at}), timeout=seconds)
         try:
-            return assemble(call, size=size, sha256=None, where=f"{what.what} of {what.job}")
+            into.take(call)
         except CallFailed as error:
             raise peer_error(error, where=self._where) from error
         finally:
@@ -130,6 +132,13 @@ class Attending:
             pulled.put(None)
             call.cancel()
         raise PeerLost("the server gave no verdict on an update", where=self._where)
+
+    def flush(self) -> None:
+        """Wait until what was sent is on its way, FLUSH_SECONDS at most."""
+        end = time.monotonic() + FLUSH_SECONDS
+        while not self._outbox.empty() and time.monotonic() < end:
+            time.sleep(0.01)
+        self._over.wait(FLUSH_SECONDS / 4)
 
     def close(self) -> None:
         """End the attendance."""

@@ -34,6 +34,8 @@ MAX_TAKEN: Final = 100_000
 """Jobs that a site remembers; then it has to be started anew."""
 FIRST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 10.0
+FORGOTTEN_SECONDS: Final = 120.0
+"""A server that has restarted asks for its jobs within this time."""
 LOOK_SECONDS: Final = 1.0
 """Between two looks whether a lease is back, this site's and the server's."""
 
@@ -50,7 +52,7 @@ def run(
     stop: threading.Event,
     tell: Callable[[str], None],
     limits: Limits | None = None,
-    patience: float = 60.0,
+    patience: float = 300.0,
     pause: float = PAUSE_SECONDS,
     connected: Callable[[], None] = lambda: None,
 ) -> None:
@@ -67,7 +69,7 @@ def run(
     - `stop`: ends it; running scripts are killed.
     - `tell`: takes lines for the guest's log. Scripts' own output never goes there.
     - `limits`: what a script may use. `connected`: called at each connection.
-    - `patience`: without a connection for so many seconds it gives up.
+    - `patience`: without a connection for so many seconds it gives up. Until then jobs go on with what they have.
     - `pause`: a lease that has ended, this site's or the server's, is waited for so many seconds. Jobs pause meanwhile:
       their scripts go on with what they have, nothing leaves, and they come back with the site.
 
@@ -94,6 +96,7 @@ def run(
     def close_when_stopped() -> None:
         stop.wait()
         for one in attending:
+            site.say_goodbye(one)
             one.close()
 
     threading.Thread(target=close_when_stopped, name="stop", daemon=True).start()
@@ -123,8 +126,6 @@ def run(
                 if stop.is_set():
                     return
                 tell(lost.what)
-                if paused_until is None:
-                    site.end_jobs(lost)
                 if time.monotonic() + wait > (ends if paused_until is None else max(ends, paused_until)):
                     unreached = f"the server {server_name} at {where} has not been reachable for {patience:.0f} s"
                     raise PeerLost(f"{unreached}: {lost.what}", where=where) from lost
@@ -179,6 +180,23 @@ class _Site:
             self._link.attach(attending)
             accepted()
 
+        forget = threading.Timer(FORGOTTEN_SECONDS, self._end_forgotten, (paused,))
+        forget.daemon = True
+        forget.start()
+        try:
+            self._take_part(attending, taken, paused, begin)
+        finally:
+            forget.cancel()
+
+    def _end_forgotten(self, paused: set[str]) -> None:
+        """End the jobs of before of which the server has said nothing since this site is back: it has them no more."""
+        for job_id in list(paused):
+            job = self._jobs.get(job_id)
+            if job is not None:
+                self._party.tell(f"job {job_id}: the server does not have it any more")
+                job.stop()
+
+    def _take_part(self, attending: Attending, taken: set[str], paused: set[str], begin: Callable[[], None]) -> None:
         for frame in attending.frames(begin):
             jobs = self._jobs = {job_id: job for job_id, job in self._jobs.items() if job.thread.is_alive()}
             job = jobs.get(frame.job)
@@ -206,6 +224,13 @@ class _Site:
         if signed is not None and job is not None and signed.command.command in {"abort", "reject"}:
             self._party.tell(f"job {told.job}: {signed.command.command} by {signed.command.user}")
             job.finish()
+
+    def say_goodbye(self, attending: Attending) -> None:
+        """The site stops: without this the server would wait for it to come back."""
+        for job_id, job in list(self._jobs.items()):
+            if job.thread.is_alive():
+                attending.send(Left(job=job_id, reasons=("the site stops",)))
+        attending.flush()
 
     def end_jobs(self, why: SealwrightError) -> None:
         """End all jobs: there is no connection on which they could go on."""

@@ -19,7 +19,7 @@ from cryptography import x509
 
 from attestation.errors import PeerRefused
 from attestation.identity import dns_name
-from fl.errors import CallFailed, LeaseLapsed, PeerLost
+from fl.errors import CallFailed, LeaseLapsed, PeerLost, RoundOver
 from fl.transport.frames import Frame, Lease, adapter_of, pack, unpack
 from fl.transport.grpc_channel import GrpcChannel
 from fl.transport.https_channel import HttpsChannel
@@ -172,7 +172,7 @@ def _dns_names(certificate: bytes) -> list[str]:
 
 def peer_error(error: CallFailed, *, where: str) -> SealwrightError:
     """What a failed call says: the peer's own refusal with its reasons, or that the connection ended."""
-    if error.status in {"PERMISSION_DENIED", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}:
+    if error.status in {"PERMISSION_DENIED", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "OUT_OF_RANGE"}:
         try:
             body = json.loads(error.details)
             words = {key: str(body[key]) for key in ("what", "where", "do")}
@@ -181,6 +181,8 @@ def peer_error(error: CallFailed, *, where: str) -> SealwrightError:
             return PeerLost(f"the peer refused: {error.details[:200]!r}", where=where)
         if error.status == "FAILED_PRECONDITION":
             return LeaseLapsed(words["what"], where=words["where"])
+        if error.status == "OUT_OF_RANGE":
+            return RoundOver(words["what"])
         if error.status == "PERMISSION_DENIED":
             return Refused(words["what"], where=words["where"], do=words["do"], reasons=reasons)
         return Unusable(words["what"], where=words["where"], do=words["do"])

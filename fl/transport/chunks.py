@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable, Iterator
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 import xxhash
 
@@ -31,33 +32,72 @@ def serve_chunks(data: Buffer, offset: int = 0) -> Iterator[bytes]:
         yield pack(Chunk(offset=start, xxh3=xxhash.xxh3_64_intdigest(piece)), piece)
 
 
+class Assembly:
+    """A transfer that comes in, in one go or, after cuts, in several. `take` as often as it needs, then `seal`.
+
+    Memory is taken for the whole size, which the caller has bounded. For one thread at a time.
+    """
+
+    def __init__(self, size: int, *, where: str) -> None:
+        """Raises MalformedMessage if it is empty."""
+        if size < 1:
+            raise MalformedMessage("the transfer is empty", where=where)
+        self._draft = DraftMemory(size)
+        self._where = where
+        self.size = size
+        self.at = 0
+        """How many bytes are there: the offset from which the rest is to come."""
+
+    def take(self, frames: Iterable[bytes]) -> None:
+        """Take the chunks that follow; frames after the last one are left unread.
+
+        What has come before `frames` raise anything is kept. Raises MalformedMessage for a chunk out of place, too
+        long or damaged.
+        """
+        if self.at == self.size:
+            return
+        for raw in frames:
+            head, piece = unpack(_CHUNK, raw, where=self._where)
+            if head.offset != self.at or len(piece) != min(CHUNK, self.size - self.at):
+                raise MalformedMessage(
+                    f"a chunk of {len(piece)} bytes for {head.offset} came at {self.at} of {self.size}",
+                    where=self._where,
+                )
+            if xxhash.xxh3_64_intdigest(piece) != head.xxh3:
+                raise MalformedMessage(f"the chunk at {self.at} is damaged", where=self._where)
+            self._draft.view[self.at : self.at + len(piece)] = piece
+            self.at += len(piece)
+            if self.at == self.size:
+                return
+
+    def seal(self, *, sha256: str | None = None) -> SealedMemory:
+        """The whole, sealed. Raises MalformedMessage if something is missing, or if it has another digest."""
+        if self.at != self.size:
+            raise MalformedMessage(f"the transfer ended after {self.at} of {self.size} bytes", where=self._where)
+        if sha256 is not None:
+            found = hashlib.sha256(self._draft.view).hexdigest()
+            if not hmac.compare_digest(found, sha256):
+                raise MalformedMessage(f"the transfer's SHA-256 is {found}, not {sha256}", where=self._where)
+        return SealedMemory(*self._draft.seal())
+
+    def close(self) -> None:
+        """Give the memory back, unless it was sealed."""
+        self._draft.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 def assemble(frames: Iterable[bytes], *, size: int, sha256: str | None, where: str) -> SealedMemory:
     """The transfer of exactly `size` bytes in `frames`, whole and sealed, with the digest `sha256` (None: not asked).
 
-    Memory is taken for `size`, which the caller has bounded; frames after the last chunk are left unread. Raises
-    MalformedMessage for a chunk out of place, too long, damaged or missing, and for another digest.
+    Raises MalformedMessage as `Assembly` does.
     """
-    if size < 1:
-        raise MalformedMessage("the transfer is empty", where=where)
-    hasher = None if sha256 is None else hashlib.sha256()
-    at = 0
-    with DraftMemory(size) as draft:
-        for raw in frames:
-            head, piece = unpack(_CHUNK, raw, where=where)
-            if head.offset != at or len(piece) != min(CHUNK, size - at):
-                raise MalformedMessage(
-                    f"a chunk of {len(piece)} bytes for {head.offset} came at {at} of {size}", where=where
-                )
-            if xxhash.xxh3_64_intdigest(piece) != head.xxh3:
-                raise MalformedMessage(f"the chunk at {at} is damaged", where=where)
-            draft.view[at : at + len(piece)] = piece
-            if hasher is not None:
-                hasher.update(piece)
-            at += len(piece)
-            if at == size:
-                break
-        if at != size:
-            raise MalformedMessage(f"the transfer ended after {at} of {size} bytes", where=where)
-        if hasher is not None and sha256 is not None and not hmac.compare_digest(hasher.hexdigest(), sha256):
-            raise MalformedMessage(f"the transfer's SHA-256 is {hasher.hexdigest()}, not {sha256}", where=where)
-        return SealedMemory(*draft.seal())
+    with Assembly(size, where=where) as assembly:
+        assembly.take(frames)
+        return assembly.seal(sha256=sha256)

@@ -157,6 +157,8 @@ class Deliver(Frame):
     weight: float
     metrics: Annotated[dict[str, float], Field(max_length=64)]
     size: Size
+    transfer: Annotated[str, Field(pattern="^([0-9a-f]{32})?$")] = ""
+    """The site's own random name for these bytes: what came under it before a cut need not come again."""
 
 
 class Pull(Frame):

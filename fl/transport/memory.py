@@ -127,6 +127,10 @@ class DraftMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.discard()
+
+    def discard(self) -> None:
+        """Give it back, unless it was sealed."""
         if self._descriptor >= 0:
             self._unmap()
             os.close(self._descriptor)

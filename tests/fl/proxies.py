@@ -32,19 +32,40 @@ class Proxy:
     connections: int = 0
     change: Change = bytes
     """What it makes of each piece that goes up."""
+    down: bool = False
+    """Whether the network is cut: what is open ends, what comes is refused."""
+    flows: threading.Event = field(default_factory=threading.Event)
+    """Without it nothing moves, and nothing ends."""
+    open: set[socket.socket] = field(default_factory=set)
+
+    def cut(self) -> None:
+        """Cut every connection, until `mend`."""
+        self.down = True
+        for one in list(self.open):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """The network is there again."""
+        self.down = False
 
 
 @contextmanager
 def _listening(serve: Callable[[socket.socket, Proxy], None]) -> Iterator[Proxy]:
     listener = socket.create_server(("127.0.0.1", 0))
     proxy = Proxy(f"127.0.0.1:{listener.getsockname()[1]}")
+    proxy.flows.set()
     over = threading.Event()
 
     def one(connection: socket.socket) -> None:
         proxy.connections += 1
         with connection, contextlib.suppress(OSError):
-            connection.settimeout(30)
+            if proxy.down:
+                return
+            proxy.open.add(connection)
+            connection.settimeout(120)
             serve(connection, proxy)
+        proxy.open.discard(connection)
 
     def accept() -> None:
         with contextlib.suppress(OSError):
@@ -64,7 +85,7 @@ def _listening(serve: Callable[[socket.socket, Proxy], None]) -> Iterator[Proxy]
 def _tie(near: socket.socket, far: socket.socket, proxy: Proxy) -> None:
     def copy(source: socket.socket, target: socket.socket, change: Change) -> None:
         with contextlib.suppress(OSError):
-            while piece := source.recv(1 << 16):
+            while (piece := source.recv(1 << 16)) and proxy.flows.wait(300):
                 proxy.seen.extend(piece)
                 target.sendall(change(piece))
         for one in (source, target):

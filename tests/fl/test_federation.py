@@ -269,10 +269,10 @@ def test_a_site_that_has_answered_before_it_was_away_is_not_asked_again_and_coun
     def answer_and_leave(site: PlayedSite, task: Task) -> None:
         stage.submit(site.name, task.round, memory_of(5.0))
         stage.federation.suspend(site.name, "its lease ended")
-        assert not stage.federation.has_counted("b", task.round)
+        assert not stage.federation.is_settled("b", task.round)
         stage.federation.resume(back)
-        assert stage.federation.has_counted("b", task.round)
-        assert not stage.federation.has_counted("a", task.round)
+        assert stage.federation.is_settled("b", task.round)
+        assert not stage.federation.is_settled("a", task.round)
         refused(stage, site, task, memory_of(100.0))
         finish.set()
 

@@ -318,6 +318,7 @@ def test_a_site_that_stops_sending_in_the_middle_is_cut_off(
     world: FederationWorld, server: str, job: tuple[Bundle, SealedMemory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fl.server.calls.STALL_SECONDS", 0.4)
+    monkeypatch.setattr("fl.server.service.CUT_SECONDS", 0.4)
     with (
         world.site(server, SITES[0], number=2.0),
         raw_site(world, server, world.identity("site", HOSTILE)) as site,
