@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 
-from benchmarks import broker, federation, verifier
+from benchmarks import broker, federation, masking, verifier
 
 MEASUREMENTS: dict[str, Callable[[], Mapping[str, object]]] = {
     "verifier": verifier.measure,
     "broker": broker.measure,
     "federation": federation.measure,
+    "masking": masking.measure,
 }
 
 if __name__ == "__main__":

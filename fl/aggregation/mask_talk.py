@@ -14,11 +14,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attestation.canonical import b64, unb64
-from fl.aggregation.masking import Participant, Round, Vector, decoded, encoded, majority
+from fl.aggregation.masking import Participant, Round, Vector, decoded, encode_into, majority
 from fl.errors import MaskingRefused, OutputRefused
 from fl.guard.disclosure import Disclosure, differences
 from fl.jobs.settings import JobSettings, SecureAggregation
@@ -170,14 +169,17 @@ class MaskingSite:
         """What is disclosed, under masks; `shown` is closed. Raises MaskingRefused, OutputRefused."""
         if self._participant is None or self._round is None:
             raise MaskingRefused("there are no masks for this round")
-        with shown.memory:
-            vector = encode_update(shown, model, self._settings, self._secure, self._site)
-        self._participant.mask(vector)
         schema = self._settings.schema_of_update
         header, offsets, size = layout(schema)
         with DraftMemory(size) as draft:
             draft.view[: len(header)] = header
-            draft.view[offsets[MASKED] :] = vector.view(np.uint8).data
+            vector = np.frombuffer(draft.view, np.uint64, schema[MASKED].elements, offsets[MASKED])
+            try:
+                with shown.memory:
+                    encode_update(vector, shown, model, self._settings, self._secure, self._site)
+                self._participant.mask(vector)
+            finally:
+                del vector
             return Disclosure(SealedMemory(*draft.seal()), 1.0, {})
 
     def _begin(self, round_: int) -> str:
@@ -219,9 +221,14 @@ def named(survivors: Collection[str]) -> str:
 
 
 def encode_update(
-    shown: Disclosure, model: SealedMemory, settings: JobSettings, secure: SecureAggregation, site: str
-) -> Vector:
-    """The update as the sum's vector. Raises OutputRefused for what does not fit the declared limits."""
+    vector: Vector,
+    shown: Disclosure,
+    model: SealedMemory,
+    settings: JobSettings,
+    secure: SecureAggregation,
+    site: str,
+) -> None:
+    """Write the update as the sum's vector. Raises OutputRefused for what does not fit the declared limits."""
     weight = round(shown.weight * WEIGHT_STEPS)
     if not 1 <= weight <= MAX_WEIGHT * WEIGHT_STEPS:
         raise OutputRefused(site, f"its weight is not between 1/{WEIGHT_STEPS} and {MAX_WEIGHT}", (str(shown.weight),))
@@ -231,19 +238,19 @@ def encode_update(
     values = np.array([shown.metrics[name] for name in names], dtype=np.float64)
     current = parse(model.view, max_size=model.size)
     update = parse(shown.memory.view, max_size=shown.memory.size)
+    at = 0
     try:
-        parts = [
-            encoded(difference, secure.limit, secure.bits, weight)
-            for name in settings.model
-            for _, difference, _ in differences(update, current, name, settings.params_type == "FULL")
-        ]
-        parts.append(encoded(values, METRIC_LIMIT, METRIC_BITS, weight))
+        for name in settings.model:
+            for _, difference, _ in differences(update, current, name, settings.params_type == "FULL"):
+                encode_into(vector[at : at + difference.size], difference, secure.limit, secure.bits, weight)
+                at += difference.size
+        encode_into(vector[at:-1], values, METRIC_LIMIT, METRIC_BITS, weight)
+        vector[-1] = weight
     except MaskingRefused as error:
         raise OutputRefused(site, "a number is beyond the limit of secure aggregation", (error.what,)) from error
     finally:
         current.raw.release()
         update.raw.release()
-    return np.concatenate([*parts, np.array([weight], dtype=np.uint64)])
 
 
 def decode_sum(
@@ -263,17 +270,15 @@ def decode_sum(
     with DraftMemory(size) as draft:
         draft.view[: len(header)] = header
         for name, spec in schema.items():
-            mean = decoded(total[at : at + spec.elements], secure.limit, secure.bits) / weight
-            at += spec.elements
             target = np.frombuffer(draft.view, NUMPY_DTYPE[spec.dtype], spec.elements, offsets[name])
-            following: npt.NDArray[np.float64] = _flat(model, name) + mean
-            target[:] = narrow_bf16(following.astype(np.float32)) if spec.dtype == "BF16" else following
+            for start, block in model.blocks(name):
+                following = decoded(total[at : at + block.size], secure.limit, secure.bits, weight)
+                following += block
+                at += block.size
+                part = target[start : start + block.size]
+                part[:] = narrow_bf16(following.astype(np.float32)) if spec.dtype == "BF16" else following
+                del part
             del target
         memory = SealedMemory(*draft.seal())
-    metrics = decoded(total[at : at + len(names)], METRIC_LIMIT, METRIC_BITS) / weight
+    metrics = decoded(total[at : at + len(names)], METRIC_LIMIT, METRIC_BITS, weight)
     return memory, dict(zip(names, map(float, metrics), strict=True))
-
-
-def _flat(model: TensorFile, name: str) -> npt.NDArray[np.float64]:
-    blocks = [block.astype(np.float64) for _, block in model.blocks(name)]
-    return np.concatenate(blocks) if blocks else np.zeros(0)

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -348,18 +348,22 @@ def _label(round_: Round, sender: str, receiver: str) -> bytes:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def encoded(values: npt.NDArray[Any], limit: float, bits: int, weight: int) -> Vector:
-    """Numbers from -limit to limit as whole steps of limit / (2**(bits-1) - 1), times `weight`, modulo 2**64.
+def encode_into(target: Vector, values: npt.NDArray[np.float64], limit: float, bits: int, weight: int) -> None:
+    """Write numbers from -limit to limit as whole steps of limit / (2**(bits-1) - 1), times `weight`, modulo 2**64.
 
-    Raises MaskingRefused for a number beyond: cut off, it would make the sum another one.
+    `values` are used up. Raises MaskingRefused for a number beyond: cut off, it would make the sum another one.
     """
-    largest = float(np.max(np.abs(values), initial=0.0))
-    if not largest <= limit:
-        raise MaskingRefused(f"a number of magnitude {largest:.3g} is beyond the declared limit of {limit:g}")
-    steps = np.rint(values.astype(np.float64) * (((1 << (bits - 1)) - 1) / limit)).astype(np.int64)
-    return (steps * np.int64(weight)).view(np.uint64)
+    if values.size and not -limit <= float(values.min()) <= float(values.max()) <= limit:
+        raise MaskingRefused(f"a number is beyond the declared limit of {limit:g}")
+    np.multiply(values, ((1 << (bits - 1)) - 1) / limit, out=values)
+    np.rint(values, out=values)
+    steps = target.view(np.int64)
+    steps[:] = values
+    steps *= np.int64(weight)
 
 
-def decoded(total: Vector, limit: float, bits: int) -> npt.NDArray[np.float64]:
-    """The sum of what was encoded, as numbers."""
-    return total.view(np.int64).astype(np.float64) * (limit / ((1 << (bits - 1)) - 1))
+def decoded(total: Vector, limit: float, bits: int, weight: int) -> npt.NDArray[np.float64]:
+    """The sum of what was encoded, divided by the sum of weights, as numbers."""
+    found = total.view(np.int64).astype(np.float64)
+    found *= limit / ((1 << (bits - 1)) - 1) / weight
+    return found

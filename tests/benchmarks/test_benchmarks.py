@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from benchmarks import broker, federation
+from benchmarks import broker, federation, masking
 
 
 def figures(found: Mapping[str, object]) -> Iterator[float]:
@@ -19,6 +19,12 @@ def figures(found: Mapping[str, object]) -> Iterator[float]:
 
 def test_the_broker_s_flows() -> None:
     found = list(figures(broker.measure(guests=2, flows=8, batches=1)))
+    assert found
+    assert all(math.isfinite(value) and value > 0 for value in found)
+
+
+def test_masked_rounds() -> None:
+    found = list(figures(masking.measure(numbers=1000, sites=3, many=20, rounds=1, trials=1)))
     assert found
     assert all(math.isfinite(value) and value > 0 for value in found)
 
