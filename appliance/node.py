@@ -198,6 +198,10 @@ def _run(boot: Boot, stop: threading.Event) -> int:
             service(session.init, boot, lease, keys, stop)
         if vault is not None:
             say("closed vault", vault=vault)
+    except Refused:
+        if refusals:  # what follows from a refusal does not hide it
+            _say_refused(refusals[0])
+        raise
     finally:
         stop.set()
         keeper.join(timeout=15)
@@ -227,6 +231,7 @@ def _serve(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes], 
         stop=stop,
         tell=tell,
         ready=lambda address: say("serving", address=address),
+        state=None if lease.vault is None else lease.vault.folder / "jobs",
     )
 
 
