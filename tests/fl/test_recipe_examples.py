@@ -31,3 +31,13 @@ def test_digits_that_differ_by_site_are_learnt_by_each_algorithm(tmp_path: Path)
     assert accuracy.keys() == {"fedavg", "fedprox", "fedopt", "scaffold"}
     assert min(accuracy.values()) > 0.2, "a guess is right one time in ten"
     assert accuracy["scaffold"] > accuracy["fedavg"], "control variates are for sites that differ"
+
+
+def test_a_scikit_learn_classifier_stops_early_and_is_as_good_as_on_pooled_data(tmp_path: Path) -> None:
+    run(EXAMPLES / "breast_cancer" / "prepare.py", tmp_path / "data")
+    out = run(EXAMPLES / "scikit_learn" / "job.py", tmp_path / "data", "--workspace", tmp_path / "runs")
+    found = dict(re.findall(r"^(\w+): ([\w.]+)$", out, re.MULTILINE))
+    assert found["status"] == "finished"
+    assert int(found["rounds"]) < 20, "it stops when six rounds are no better"
+    assert float(found["accuracy"]) > 0.92
+    assert float(found["pooled_accuracy"]) - float(found["accuracy"]) < 0.04
