@@ -38,6 +38,7 @@ from attestation.identity import Identity, spiffe_id
 from attestation.ledger.cosignature import ledger_of
 from attestation.ledger.receipt import Receipt
 from attestation.messages import not_deposited
+from attestation.pauses import PAUSE_SECONDS as PAUSE_SECONDS
 from attestation.split import gather_shares
 from policies.budgets import EXPORT_KIND, keeper
 from policies.charter import Charter, load_charter
@@ -45,8 +46,6 @@ from policies.documents import BrokerAddress, InitData, Split, parse_init_data
 from policies.errors import Refused, SealwrightError, Unusable
 
 T = TypeVar("T")
-PAUSE_SECONDS: Final = 600.0
-"""How long whatever needs a lease waits for one that ended because brokers are out of reach; then it gives up."""
 TRIES: Final = 3
 """How often an attestation begins anew because the charter has moved on meanwhile."""
 ROUND_CALLS: Final = 3

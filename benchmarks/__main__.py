@@ -6,13 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 
-from benchmarks import broker, federation, masking, verifier
+from benchmarks import broker, federation, masking, simulation, verifier
 
 MEASUREMENTS: dict[str, Callable[[], Mapping[str, object]]] = {
     "verifier": verifier.measure,
     "broker": broker.measure,
     "federation": federation.measure,
     "masking": masking.measure,
+    "simulation": simulation.measure,
 }
 
 if __name__ == "__main__":

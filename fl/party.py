@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from attestation.client import PAUSE_SECONDS
 from attestation.errors import LeaseEnded
+from attestation.pauses import PAUSE_SECONDS
 
 if TYPE_CHECKING:
     from attestation.identity import Identity

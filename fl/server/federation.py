@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 
-from attestation.client import PAUSE_SECONDS
+from attestation.pauses import PAUSE_SECONDS
 from fl.aggregation.mask_talk import Notary, Step
 from fl.aggregation.weighted_mean import WeightedMean
 from fl.errors import JobAborted, JobFailed, MalformedMessage, MalformedTensors, UpdateRefused
