@@ -22,11 +22,14 @@ from postgres_server import PASSWORD
 
 from attestation.broker.storage import open_storage, read_database
 from attestation.broker.upkeep import back_up, open_folder, restore
+from attestation.canonical import b64, unb64
 from attestation.client import BrokerClient
 from attestation.errors import BrokerRefused, BrokerUnavailable, LedgerRefused
+from attestation.hybrid import seal
 from attestation.ledger.audit import AuditReport, verify_audit
 from attestation.ledger.bundle import export_bundle
 from attestation.ledger.entry import Entry
+from attestation.vault_messages import deposit_info
 from policies.charter.making import Changes
 from policies.errors import Refused, SealwrightError, Unusable
 from policies.keys import write_secret
@@ -123,6 +126,38 @@ def test_a_session_of_one_process_serves_at_the_other(pair: Pair) -> None:
     with pytest.raises(BrokerRefused, match="was used before"):
         guest.post("/v1/release", body, proof=proof)
     guest.client.close()
+
+
+def test_a_vault_is_one_at_two_processes(pair: Pair, tmp_path: Path) -> None:
+    """What is sealed to one process opens at the other, and a boot that was fenced at one is fenced at both."""
+    vault = "borealis-hospital/vault-site/north"
+    rules = pair.tools.release_rules("site", "north")
+    pair.world.change(Changes(put={"members/borealis-hospital/release/vault-site.north.rego": rules}))
+    shutil.rmtree(pair.folders[1] / "charter")
+    shutil.copytree(pair.folders[0] / "charter", pair.folders[1] / "charter")
+
+    def ask(guest: Any, index: int, step: str, **asked: Any) -> Any:
+        guest.client.close()
+        guest.client = BrokerClient(pair.running[index].entry, "virtual.trial")
+        return guest.post(f"/v1/vaults/{step}", json.dumps({"vault": vault, **asked}).encode())
+
+    first, second = pair.guest(0), pair.guest(0)
+    first.attest()
+    second.attest()
+    kem = unb64(ask(first, 0, "look")["kem"], where="kem")
+    sealed = b64(seal(bytes(32), kem, info=deposit_info("one", vault, 1)))
+    deal = {"number": 1, "k": 1, "brokers": ["one"], "commitments": {}}
+    ask(first, 1, "deposit", epoch=1, deal=deal, sealed=sealed)
+    ask(first, 0, "open", epoch=1)
+    mark = {"generation": 1, "root": "ab" * 64}
+    ask(first, 1, "prepare", mark=mark)
+    assert ask(first, 0, "commit", mark=mark)["state"]["committed"] == mark
+    assert ask(second, 1, "open", epoch=2)["state"]["committed"] == mark
+    with pytest.raises(BrokerRefused, match="a newer boot of this guest holds the vault"):
+        ask(first, 0, "prepare", mark={**mark, "generation": 2})
+    for guest in (first, second):
+        guest.client.close()
+    assert pair.audit(tmp_path / "bundle").problems == ()
 
 
 def test_a_limit_of_fifty_is_fifty_for_two_hundred_at_two_processes(pair: Pair, tmp_path: Path) -> None:
