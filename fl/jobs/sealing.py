@@ -14,6 +14,7 @@ from attestation.hybrid import HybridPrivateKey
 from attestation.hybrid import seal as seal_to_key
 from fl.errors import SealedDataRefused
 from fl.guard.sealed_data import KEY_SIZE, SALT_SIZE, seal, unseal
+from fl.tensors import Buffer
 
 FIRST_MODEL: Final = "model.safetensors"
 _FIRST_MODEL_PURPOSE: Final = b"sealwright-first-model-v1\0"
@@ -45,7 +46,7 @@ class SealedResult:
 
 
 def seal_result(
-    files: Mapping[str, bytes], recipients: Mapping[str, bytes], job: str, *, random: Callable[[int], bytes]
+    files: Mapping[str, Buffer], recipients: Mapping[str, bytes], job: str, *, random: Callable[[int], bytes]
 ) -> SealedResult:
     """Seal `files` of `job` to each recipient's raw hybrid public key."""
     key = random(KEY_SIZE)

@@ -13,6 +13,7 @@ Rules, whatever the transport:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -488,6 +489,10 @@ class Federation:
             self._round = None
         for site in sites:
             site.end(why)
+        with contextlib.suppress(Empty):
+            while True:
+                if isinstance(unread := self._inbox.get_nowait(), Update):
+                    unread.close()
 
     @property
     def lost(self) -> Mapping[str, str]:

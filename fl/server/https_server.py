@@ -47,6 +47,11 @@ TUNNEL_PIECE: Final = 256 << 10
 _STRANGER: Final = "a client certificate is needed here"
 
 
+_log = logging.getLogger("fl.https")
+_unsaid = logging.getLogger("fl.https.callers")
+_unsaid.setLevel(logging.CRITICAL + 1)  # aiohttp quotes there what a caller has sent
+
+
 class HttpsServer:
     """A running server. `close` ends it."""
 
@@ -94,12 +99,12 @@ class HttpsServer:
 
     async def _start(self, path: str, plain_path: str | None) -> None:
         self._server = web.Server(
-            self._handle,
+            self._handled,
             handler_cancellation=True,
             keepalive_timeout=IDLE_SECONDS,
             tcp_keepalive=False,
             access_log=None,
-            logger=logging.getLogger("fl.https"),
+            logger=_unsaid,
             lingering_time=0.5,
             read_bufsize=1 << 20,
             auto_decompress=False,
@@ -127,6 +132,15 @@ class HttpsServer:
             await self._server.shutdown(1.0)
 
     # --- requests -----------------------------------------------------------------------------------------------------
+
+    async def _handled(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await self._handle(request)
+        except (ConnectionError, web.HTTPException):
+            raise
+        except Exception:
+            _log.exception("a request failed")
+            raise
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         parts = request.path.split("/")[1:]
@@ -313,7 +327,7 @@ def _closing(status: int) -> web.Response:
 def _seen(work: Future[None]) -> None:
     """Look at what a call's thread ended with: a fault of ours is to be seen."""
     if not work.cancelled() and (error := work.exception()) is not None:
-        logging.getLogger("fl.https").error("a call failed", exc_info=error)
+        _log.error("a call failed", exc_info=error)
 
 
 class _Caller:

@@ -35,6 +35,7 @@ from fl.server.calls import StoppedSending
 from fl.server.federation import Federation, Task
 from fl.server.job_store import JobStore, StoredJob
 from fl.server.workflows import run_workflow
+from fl.tensors import Buffer
 from fl.transport.chunks import Assembly
 from fl.transport.frames import Deliver, Finish, JobReport, Masking, Prepare, Told, Train
 from fl.transport.memory import SealedMemory
@@ -418,9 +419,9 @@ class ServerJob:
             recipients[recipient] = unb64(user.results_key, where=recipient)
         text = json.dumps(document, indent=2, ensure_ascii=False).encode()
         best = self._federation.best
-        files = {MODEL_FILE: bytes(model.view), JOB_FILE: text, **events}
+        files: dict[str, Buffer] = {MODEL_FILE: model.view, JOB_FILE: text, **events}
         if best is not None:
-            files[BEST_FILE] = bytes(best.view)
+            files[BEST_FILE] = best.view
         sealed = seal_result(files, recipients, self.id, random=os.urandom)
         gate = ExportGate(self._party, record, ("server", self._server))
         for recipient in recipients:

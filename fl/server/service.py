@@ -7,7 +7,7 @@ its lease, a user's by the charter, each time. What a caller did wrong is told t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -30,6 +30,7 @@ from fl.server.calls import (
 from fl.server.job import ServerJob
 from fl.server.job_store import JobStore
 from fl.server.jobs import Jobs
+from fl.server.room import Room
 from fl.server.user_calls import UserCalls
 from fl.transport.chunks import serve_chunks
 from fl.transport.frames import (
@@ -69,6 +70,7 @@ class FederationService:
         """`store`: keeps the jobs that are not over; those that it has go on."""
         self._party = party
         self._lock = threading.Lock()
+        self._room = Room()
         self._pulls = threading.BoundedSemaphore(PULLS_AT_ONCE)
         self._calls: dict[bytes, int] = {}
         self.attendances = Attendances(self._site_joined, self._site_left)
@@ -231,10 +233,12 @@ class FederationService:
             yield pack(Verdict(accepted=False, reasons=error.reasons))
             return
         try:
-            with self._pulls, job.arriving(name, head) as assembly:
+            with self._pulls, self._room_for(head.size) as give_back, job.arriving(name, head) as assembly:
                 yield pack(Pull(offset=assembly.at))
                 assembly.take(_while_attending(attendance, requests))
-                job.deliver(name, head, assembly.seal())
+                memory = assembly.seal()
+                memory.on_close = give_back()
+                job.deliver(name, head, memory)
         except UpdateRefused as refusal:
             yield pack(_verdict(refusal.reasons))
         except MalformedMessage as error:
@@ -244,6 +248,22 @@ class FederationService:
             yield pack(_verdict((error.what,)))
         else:
             yield pack(Verdict(accepted=True))
+
+    @contextmanager
+    def _room_for(self, size: int) -> Iterator[Callable[[], Callable[[], None]]]:
+        """Room for an update. What is yielded gives the duty to give it back to its caller."""
+        owed = [True]
+
+        def hand_over() -> Callable[[], None]:
+            owed.clear()
+            return lambda: self._room.give_back(size)
+
+        self._room.take(size)
+        try:
+            yield hand_over
+        finally:
+            if owed:
+                self._room.give_back(size)
 
     @contextmanager
     def _counted(self, certificate: bytes) -> Iterator[None]:

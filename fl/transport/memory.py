@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
@@ -26,6 +27,8 @@ class SealedMemory:
         self.size = size
         self._mapping = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self._digest: str | None = None
+        self.on_close: Callable[[], None] | None = None
+        """Called once, when the descriptor is given back."""
 
     @classmethod
     def adopt(cls, descriptor: int, *, max_size: int, where: str) -> Self:
@@ -76,6 +79,8 @@ class SealedMemory:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+            if self.on_close is not None:
+                self.on_close()
         try:
             self._mapping.close()
         except BufferError:

@@ -285,8 +285,8 @@ class _Spliced:
 
     @property
     def half_open(self) -> bool:
-        """Whether one side has ended."""
-        return self._up.done or self._down.done
+        """Whether one side has ended, though the other may not have taken all of what it said."""
+        return self._up.ended or self._down.ended
 
     def move(self) -> bool | None:
         """Move what can be moved: whether more may be at once; None when both sides have ended. Raises OSError."""
@@ -314,7 +314,7 @@ class _Direction:
         with contextlib.suppress(OSError):  # an unprivileged user's pipes may be smaller
             fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, _PIPE)
         self._held = 0
-        self._ended = False
+        self.ended = False
         self.done = False
 
     def move(self) -> tuple[bool, bool]:
@@ -327,19 +327,19 @@ class _Direction:
         return moved, True
 
     def _fill(self) -> bool:
-        if self._ended:
+        if self.ended:
             return False
         try:
             count = os.splice(self._source, self._in, _PIPE, flags=_SPLICE)
         except BlockingIOError:
             return False
-        self._ended = count == 0
+        self.ended = count == 0
         self._held += count
         return True
 
     def _drain(self) -> bool:
         if not self._held:
-            if self._ended and not self.done:
+            if self.ended and not self.done:
                 self.done = True
                 with contextlib.suppress(OSError):  # it is gone as a whole
                     self._target.shutdown(socket.SHUT_WR)
