@@ -12,6 +12,7 @@ A share proves nothing by itself: who joins has to know that each is the one tha
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import Final
 
 from policies.errors import Unusable
@@ -73,8 +74,9 @@ def multiply(left: int, right: int) -> int:
     return product
 
 
+@cache
 def invert(element: int) -> int:
-    """The inverse of an element, 1 to 255: its 254th power."""
+    """The inverse of an element, 1 to 255: its 254th power. Only indices, which are public, are inverted and kept."""
     if not 1 <= element <= MAX_INDEX:
         raise ValueError("0 has no inverse")
     power = 1

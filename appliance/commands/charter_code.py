@@ -74,7 +74,7 @@ def approve(
             sites=sites,
             note=note,
             expires=_later(moment, days),
-            budget=_budget(bundle, jobs, epsilon),
+            budget=_budget(bundle, jobs, epsilon, len(sites)),
         )
         return Changes(put=files_of([approval]))
 
@@ -164,7 +164,7 @@ def _later(moment: datetime, days: int) -> datetime:
     return moment.astimezone(UTC).replace(microsecond=0) + timedelta(days=days)
 
 
-def _budget(bundle: Bundle, jobs: int, epsilon: float | None) -> Allowance:
+def _budget(bundle: Bundle, jobs: int, epsilon: float | None, sites: int) -> Allowance:
     """What so many jobs declare that they let out of one site: every site of a member spends the same budget."""
     from fl.jobs.outputs import capacity
     from policies.budgets import PICO
@@ -172,7 +172,7 @@ def _budget(bundle: Bundle, jobs: int, epsilon: float | None) -> Allowance:
 
     settings = bundle.settings
     privacy = settings.privacy
-    bits = capacity(bundle).job * jobs
+    bits = capacity(bundle, sites).job * jobs
     if privacy is None:
         return Allowance(bits=bits, epsilon=epsilon)
     from fl.guard.accounting import debited

@@ -52,6 +52,8 @@ from policies.kits import LOCAL, ROOT
 TRUST_DOMAIN: Final = "virtual.oncology.example"
 THRESHOLD: Final = 2
 APPROVAL_DAYS: Final = 30
+LEASE_SECONDS: Final = 30
+"""Half of the default, so that the end of a revoked job is not waited for long."""
 SERVED_SECONDS: Final = 30.0
 """How long brokers may take to notice a newer charter."""
 SIGNERS: Final = MEMBERS[:THRESHOLD]
@@ -275,7 +277,7 @@ def _release_policy(setting: Setting, resource: str) -> tuple[str, str]:
 def _plan(setting: Setting, chips: Mapping[str, str]) -> Iterator[str]:
     """The lines of consortium.toml: what members sign, then the plan of their hosts."""
     yield 'name = "oncology"\nplatform = "virtual"'
-    yield f'trust_domain = "{TRUST_DOMAIN}"\nthreshold = {THRESHOLD}'
+    yield f'trust_domain = "{TRUST_DOMAIN}"\nthreshold = {THRESHOLD}\nlease_seconds = {LEASE_SECONDS}'
     if BROKER_THRESHOLD > 1:
         yield f"broker_threshold = {BROKER_THRESHOLD}"
     for member in MEMBERS:

@@ -102,9 +102,13 @@ class Capacity:
         return self.a_round * self.rounds + self.ending
 
 
-def capacity(bundle: Bundle) -> Capacity:
-    """What a bundle's declared outputs can carry."""
+def capacity(bundle: Bundle, sites: int | None = None) -> Capacity:
+    """What a bundle's declared outputs can carry, at a roster of so many sites (None: the least there may be).
+
+    An evaluation across sites adds a round for each site's model, and two.
+    """
     settings = bundle.settings
+    across = (sites or settings.min_clients) + 2 if settings.cross_site_evaluation else 0
     outputs = settings.outputs
     number = number_bits(outputs.digits)
     names = None if outputs.metrics is None else len(outputs.metrics)
@@ -121,7 +125,7 @@ def capacity(bundle: Bundle) -> Capacity:
         values=values,
         timing=_timing(settings),
         ending=_bits(EXIT_WORDS * EXCEPTION_NAMES * (lines + 1) * (settings.num_rounds + 1)),
-        rounds=settings.num_rounds,
+        rounds=settings.num_rounds + across,
     )
 
 

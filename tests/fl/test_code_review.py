@@ -295,6 +295,9 @@ def test_our_own_code_has_no_loader_of_code() -> None:
                 assert not {"pickle", "dill", "cloudpickle", "marshal", "shelve"} & set(modules), name
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
+                plain = any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords)
+                if called == "np.load" and plain:
+                    continue
                 assert called not in forbidden, f"{name}:{node.lineno} calls {called}"
                 assert not any(k.arg == "shell" for k in node.keywords), f"{name}:{node.lineno}"
 
