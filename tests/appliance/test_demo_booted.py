@@ -1,0 +1,104 @@
+"""The demonstration with its three guests booted as machines: the same job, result and audit as with processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.demo.setting import BOOTED_BROKER_PORT, BOOTED_SERVER_PORT, BROKERS, GUESTS
+from cvm_image.build.errors import BuildFailed, MissingInput, UnusableHost
+from cvm_image.build.image import build_image
+from cvm_image.build.store import Store, default_cache
+from cvm_image.signing import create_signing_keys
+
+pytestmark = pytest.mark.long
+
+RECIPE = Path(__file__).resolve().parents[2] / "cvm_image/recipes/fl.toml"
+SEAL = [sys.executable, "-m", "appliance.cli"]
+STORY_SECONDS = 1800.0
+"""For two cores that others use as well; alone on them it takes a third of this."""
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The FL image for the virtual platform."""
+    if os.geteuid() != 0:
+        pytest.skip("building an image needs root")
+    if missing := [program for program in ("mmdebstrap", "bwrap") if shutil.which(program) is None]:
+        pytest.skip(f"building an image needs {', '.join(missing)}: appliance/setup.sh mmdebstrap bubblewrap")
+    for port in (BOOTED_SERVER_PORT, *range(BOOTED_BROKER_PORT, BOOTED_BROKER_PORT + len(BROKERS))):
+        with closing(socket.socket()) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                pytest.skip(f"port {port}, which the FL image's packet filter names, is used by another program")
+    folder = tmp_path_factory.mktemp("fl")
+    try:
+        build_image(
+            RECIPE,
+            folder / "image",
+            store=Store(default_cache()),
+            keys=create_signing_keys(folder / "keys"),
+            say=lambda line: None,
+            variant="virtual",
+        )
+    except (MissingInput, BuildFailed, UnusableHost) as error:
+        pytest.skip(f"the FL image's packages are not to be had: {error.what}")
+    return folder / "image"
+
+
+@pytest.fixture(scope="module")
+def told(image: Path) -> tuple[Path, dict[str, Any]]:
+    """The demonstration's folder and report."""
+    folder = image.parent / "demo-vm"
+    done = subprocess.run(
+        [*SEAL, "demo", "--vm", str(image), "--out", str(folder), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=STORY_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout)
+    return folder, report
+
+
+def test_the_job_that_booted_guests_trained_is_as_good_as_pooled_training(told: tuple[Path, dict[str, Any]]) -> None:
+    _, report = told
+    assert report["booted"]
+    assert report["accuracy"] >= 0.94
+    assert report["pooled_accuracy"] - report["accuracy"] <= 0.02
+
+
+def test_every_guest_was_affirmed_and_none_was_refused(told: tuple[Path, dict[str, Any]]) -> None:
+    _, report = told
+    affirmed = {row["who"].rpartition("/")[2] for row in report["decisions"] if row["outcome"] == "affirming"}
+    assert affirmed == set(GUESTS)
+    assert [row for row in report["decisions"] if row["kind"] == "denial"] == []
+    assert {row["image"] for row in report["decisions"] if row["image"]} == {"fl"}
+
+
+def test_an_auditor_checks_it_offline(told: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = told
+    words = ["audit", "verify", str(folder / "audit"), "--trust", str(folder / "root.json")]
+    done = subprocess.run([*SEAL, *words], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_consoles_show_boots_from_verified_roots_and_no_patient(told: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = told
+    for guest in GUESTS:
+        console = (folder / f"logs/{guest}.log").read_text(errors="replace")
+        assert "is open" in console
+        assert '"event": "released"' in console
+        assert "mean radius" not in console
