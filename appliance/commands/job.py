@@ -188,6 +188,22 @@ def watch(job: JobName, kit: KitFolder, as_json: AsJson = False) -> None:
     _tell(report, as_json=as_json)
 
 
+@app.command(epilog="Example: seal job logs trial-20260131-120000-0a1b2c3d --kit kit/ --tail 50 --grep refused")
+def logs(
+    job: JobName,
+    kit: KitFolder,
+    tail: Annotated[int, typer.Option("--tail", min=0, max=10_000, help="So many lines, the last ones.")] = 100,
+    grep: Annotated[str, typer.Option("--grep", metavar="TEXT", help="Lines with this text; it is no pattern.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show what has happened in a job so far; what sites' scripts print never leaves their sites."""
+    lines = _env(kit).run(job).logs(tail=tail, grep=grep)
+    if as_json:
+        print_json({"job": job, "lines": lines})
+    else:
+        sys.stdout.write("".join(line + "\n" for line in lines))
+
+
 @app.command(epilog="Example: seal job download trial-20260131-120000-0a1b2c3d --kit kit/ --out result/")
 def download(
     job: JobName,

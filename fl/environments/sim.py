@@ -195,7 +195,9 @@ class _Simulation:
 
     def _run_workflow(self, federation: Federation) -> None:
         settings = self._recipe.settings
-        preload = ["torch"] if settings.framework == "pytorch" else []
+        many = len(self._env.clients) > len(os.sched_getaffinity(0))
+        preload = ["torch", *(["fl.environments.torch_optimizers"] if many else [])]
+        preload = preload if settings.framework == "pytorch" else []
         with self._processes(preload) as processes:
             self._started = processes
             clients = [self._start_client(name, processes, federation) for name in self._env.clients]

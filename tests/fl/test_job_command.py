@@ -120,6 +120,9 @@ def test_a_job_from_bundle_to_download(setting: Setting, job_folder: Path, tmp_p
     watched = seal("job", "watch", job, *kit)
     assert "borealis-site has joined" in watched
     assert "round 2 is done: added 2" in watched
+    assert seal.json("job", "logs", job, *kit, "--tail", "2")["lines"][-1] == "the job is finished"
+    assert seal("job", "logs", job, *kit, "--grep", "round 2 is done").startswith("round 2 is done: added 2")
+    assert seal("job", "logs", job, *kit, "--grep", "round .* is") == ""  # a text, and no pattern
     listed = seal.json("job", "list", *kit)
     assert (job, "finished") in [(row["job"], row["status"]) for row in listed["jobs"]]
     assert listed["sites"] == sorted(SITES)
