@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from appliance.commands import broker_cold_start
 from appliance.output import print_json
 from policies.errors import Unusable
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from attestation.broker.upkeep import Copied
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run a broker: appraisal, key release, ledger.")
+app.add_typer(broker_cold_start.app, name="cold-start")
 
 
 class Rotated(StrEnum):

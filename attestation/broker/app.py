@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from attestation.broker import http_kbs, http_v1, http_vaults
+from attestation.broker import http_cold_start, http_kbs, http_v1, http_vaults
 from attestation.broker.exchange import (
     BROKER,
     LIMITS,
@@ -40,6 +40,7 @@ def make_app(broker: Broker, *, client_rate: float = 200.0, client_burst: int = 
     app[LIMITS] = ClientLimits(client_rate, client_burst)
     app.add_routes(http_v1.routes)
     app.add_routes(http_vaults.routes)
+    app.add_routes(http_cold_start.routes)
     app.add_routes(http_kbs.routes)
     app.add_routes(witness_routes)
     if broker.witness is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from attestation.broker.appraisal import Question as AppraisalQuestion
 from attestation.broker.appraisal import Verdict
+from attestation.broker.cold_start import COLD_START_KIND, Answered, Request
 from attestation.broker.release import Question as ReleaseQuestion
 from attestation.broker.sessions import Session
 from attestation.broker.storage import Transaction
@@ -223,6 +224,19 @@ def vault_denial(
         "what": VAULT_KIND,
     }
     return Note(Entry("denial", at, body), {}, resource=asked.vault, guest=place(ear.subject))
+
+
+def cold_start(answer: Answered, token: str, request: Request, charter: Charter, at: datetime) -> Note:
+    """A custodian's answer to this broker's request for its keys; request and answer are kept whole."""
+    blobs = {digest(raw): raw for raw in (token.encode(), request.to_bytes())}
+    body = {
+        "answer": digest(token.encode()),
+        "charter": charter_of(charter),
+        "member": answer.member,
+        "request": answer.request,
+        "vault": request.recovery.vault,
+    }
+    return Note(Entry(COLD_START_KIND, at, body), blobs)
 
 
 def place(subject: Subject) -> str:

@@ -19,8 +19,10 @@ from typing import Final
 
 from attestation.broker.config import BrokerConfig, load_config
 from attestation.broker.keks import KekFile, KeyEncryption, KeyRing, rewrap_resource
+from attestation.broker.peer_kek import PeerKek
 from attestation.broker.storage import Storage
 from attestation.broker.transaction import StoredResource, Transaction
+from policies.charter import Charter
 from policies.errors import SealwrightError
 
 BATCH: Final = 32
@@ -62,8 +64,16 @@ class KekKeeper:
                 return False
             self.ring.replace(*found)
             for kek in before:
-                kek.close()
+                if kek not in self.ring.members:
+                    kek.close()
             return True
+
+    def tend(self, charter: Charter | None) -> bool:
+        """Have the keys that lie with peers; return whether others are used from now on. Raises SealwrightError."""
+        changed = False
+        for kek in self.ring.members:
+            changed |= isinstance(kek, PeerKek) and kek.tend(charter)
+        return changed
 
     def _open(self, config: BrokerConfig) -> tuple[KeyEncryption, list[KeyEncryption]]:
         current, others = config.open_keks(self._path.parent)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attestation.broker.config import CONFIG_NAME, load_config
+from attestation.broker.kek_settings import PeersSettings
 from attestation.broker.keks import replace_kek
 from attestation.broker.own_keys import KeyFolder
 from attestation.broker.storage import key_name, read_database
@@ -63,6 +64,8 @@ def rotate_kek(folder: Path) -> tuple[str, str]:
     config = load_config(folder / CONFIG_NAME)
     if not isinstance(config.kek, str):
         do = "Make another key there, name it by `kek` and the one in use by `old_keks`, and have the broker reload."
+        if isinstance(config.kek, PeersSettings):
+            do = "Raise its `generation` in the settings, and have the broker reload."
         raise Unusable("the key-encryption key is not a file", where=str(folder / CONFIG_NAME), do=do)
     return replace_kek(folder / config.kek)
 

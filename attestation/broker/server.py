@@ -23,6 +23,7 @@ from attestation.broker.exchange import log
 from attestation.broker.gpu_folder import GpuFolder
 from attestation.broker.listening import ServerTls, listening
 from attestation.broker.own_keys import KeyFolder
+from attestation.broker.peer_kek import LOCKED
 from attestation.broker.rewrapping import KekKeeper, rewrap_all
 from attestation.broker.service import Broker
 from attestation.broker.stamping import stamping_round
@@ -38,7 +39,7 @@ from attestation.witness.store import open_store
 from policies.charter import Charter, read_store
 from policies.charter.signing import current_charter
 from policies.documents import BrokerEntry, Consortium
-from policies.errors import SealwrightError, Unusable
+from policies.errors import Refused, SealwrightError, Unusable
 from policies.keys import load_private_key
 
 OPEN_FILES: Final = 65_536
@@ -46,6 +47,8 @@ SWITCH_SECONDS: Final = 0.0005
 """How long a thread may keep others from running Python: decisions over one resource follow one another, beside the
 event loop, and each would wait the usual 5 ms for it several times over."""
 UPKEEP_SECONDS: Final = 30.0
+LOCKED_SECONDS: Final = 3.0
+"""How often a broker whose keys lie with its peers asks them while it has none."""
 WAIT_SECONDS: Final = 1.0
 """How often a broker that has no charter yet asks the others to sign its timestamp."""
 KDS_SECONDS: Final = 20.0
@@ -153,7 +156,7 @@ async def _upkeep(broker: Broker, tls: ServerTls, keeper: KekKeeper | None) -> N
     await look_at_keks(broker, keeper)
     while True:
         await look_at_charter(broker)
-        await asyncio.sleep(UPKEEP_SECONDS)
+        await asyncio.sleep(LOCKED_SECONDS if broker.keks.key_id == LOCKED else UPKEEP_SECONDS)
         tls.renew(now())
         await look_at_keks(broker, keeper)
         try:
@@ -169,9 +172,11 @@ async def look_at_keks(broker: Broker, keeper: KekKeeper | None) -> None:
     try:
         if keeper is not None and await asyncio.to_thread(keeper.look):
             log("key-encryption", in_use=broker.keks.key_id)
+        if keeper is not None and await asyncio.to_thread(keeper.tend, broker.followed):
+            log("key-encryption", in_use=broker.keks.key_id)
         found = await rewrap_all(broker.storage, broker.keks)
     except SealwrightError as error:
-        log("key-encryption", problem=error.what)
+        log("key-encryption", problem="; ".join(error.reasons) if isinstance(error, Refused) else error.what)
         return
     if found.done:
         log("rewrapped", resources=found.done, under=found.key_id)

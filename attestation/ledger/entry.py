@@ -17,7 +17,9 @@ from policies.errors import Unusable
 
 MAX_ENTRY: Final = 128 * 1024
 """Bytes of the largest entry."""
-BROKER_KINDS: Final = frozenset({"charter", "appraisal", "denial", "credential", "release", "deposit", "vault"})
+BROKER_KINDS: Final = frozenset(
+    {"charter", "appraisal", "denial", "credential", "release", "deposit", "vault", "cold-start"}
+)
 """Kinds that only a broker's own decisions have; guests record the others (`job`, `result`, `export`, …)."""
 
 _KIND: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")

@@ -20,18 +20,20 @@ from attestation.binding import bound_report_data, device_nonce, kbs_device_nonc
 from attestation.broker.appraisal import Additional, Verdict, appraise_guest, brief_ear, build_ear
 from attestation.broker.appraisal import Question as AppraisalQuestion
 from attestation.broker.checks import check_deposit_token
+from attestation.broker.cold_start import COLD_START_KIND, MAX_REQUEST, Request, read_answer, request_reasons
 from attestation.broker.exports import decide_export, export_reasons
 from attestation.broker.journal import place
 from attestation.broker.release import Counters, decide_releases
 from attestation.broker.release import Question as ReleaseQuestion
 from attestation.broker.rules import floor_rules, owner_rules
-from attestation.canonical import format_time, unb64
+from attestation.canonical import format_time, read_canonical, unb64
 from attestation.ear import Ear, verify_ear
 from attestation.errors import PeerRefused
 from attestation.evidence.composite import SnpEvidence
 from attestation.identity import appraise_peer, enrolment_reasons
 from attestation.ledger.entry import Entry
 from attestation.ledger.vault_retrial import VaultRetrial
+from attestation.messages import check_message
 from attestation.split import kept_as
 from attestation.vaults import VAULT_KIND
 from policies.budgets import EXPORT_KIND, Amount, Balance, keeper, parse_export
@@ -121,6 +123,8 @@ class Retrial:
             return reasons + self._denial(number, entry, charter, broker)
         if entry.kind == "deposit":
             return reasons + self._deposit(number, entry, charter, broker)
+        if entry.kind == COLD_START_KIND:
+            return reasons + self._cold_start(number, entry, charter, broker)
         ear, age, against = self._ear(entry, charter)
         reasons += against
         if entry.kind == "release":
@@ -284,6 +288,19 @@ class Retrial:
             reasons.append("an older deposit was put in place of a newer one")
         self._serials[kept] = body["serial"]
         self._row(number, entry, body["resource"].partition("/")[0], None, {}, body["resource"], "deposited")
+        return reasons
+
+    def _cold_start(self, number: int, entry: Entry, charter: Charter, broker: BrokerEntry) -> list[str]:
+        raw, body = self._blob(entry.body["request"]), entry.body
+        request = check_message(Request, read_canonical(raw, where="request", limit=MAX_REQUEST))
+        answer = read_answer(self._blob(body["answer"]).decode("ascii"), request, charter)
+        reasons = [
+            f"custodians should not have answered: {why}" for why in request_reasons(request, charter, entry.time)
+        ]
+        said = (answer.member, request.recovery.broker, request.recovery.vault)
+        if said != (body["member"], broker.name, body["vault"]):
+            reasons.append("it is about another broker, vault or member")
+        self._row(number, entry, f"broker/{broker.name}", None, {}, body["vault"], f"answered by {answer.member}")
         return reasons
 
     def _credential(self, entry: Entry, charter: Charter, broker: BrokerEntry, ear: Ear) -> list[str]:
