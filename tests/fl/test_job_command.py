@@ -207,3 +207,32 @@ def test_a_changed_receipt_or_statement_is_refused(setting: Setting) -> None:
             check_logged(make(), ledgers)
     with pytest.raises(LedgerRefused):
         check_logged(head(receipt), {"virtual.other/broker/one/ledger": next(iter(ledgers.values()))})
+
+
+def test_prod_env_takes_a_kit_its_user_s_name_and_a_bound_for_the_broker(setting: Setting, tmp_path: Path) -> None:
+    from fl.environments.prod import ProdEnv
+    from fl.errors import KitUnusable, PeerLost
+    from fl.jobs.bundle import parse_bundle
+    from fl.transport.memory import SealedMemory
+
+    for name in (None, "scientist", "acme-pharma/scientist"):
+        assert ProdEnv(startup_kit_location=str(setting.kit), username=name).kit.user == "acme-pharma/scientist"
+    with pytest.raises(KitUnusable, match="not of somebody-else"):
+        ProdEnv(setting.kit, username="somebody-else")
+    with pytest.raises(KitUnusable, match="no such folder"):
+        ProdEnv(tmp_path / "nowhere")
+
+    env = ProdEnv(setting.kit, login_timeout=20.0, workspace_root=tmp_path / "runs", sites=list(SITES))
+    bundle = parse_bundle((setting.folder.parent / "bundle" / "job.bundle").read_bytes())
+    with SealedMemory.of((setting.folder.parent / "bundle" / "model.safetensors").read_bytes()) as model:
+        run = env.submit(bundle, model)
+    with pytest.raises(PeerLost):
+        run.get_result(timeout=0.001)  # the wait is bounded, and the job goes on
+    result = run.get_result(timeout=60)
+    assert result == tmp_path / "runs" / run.get_job_id()
+    assert run.get_status() == "finished"
+    assert [row["mean"] for row in run.metrics()] == [{"added": 2.0}, {"added": 2.0}]
+    assert run.logs(tail=1) == ["the job is finished"]
+    assert env.run(run.get_job_id()).get_status() == "finished"
+    run.abort()  # it is over: nothing happens
+    assert run.get_status() == "finished"
