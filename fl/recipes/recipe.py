@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Required, TypeA
 
 from pydantic import ValidationError
 
-from fl.errors import MalformedTensors, RecipeUnusable
+from fl.errors import RecipeUnusable
 from fl.jobs.settings import JobSettings, TensorSettings
-from fl.model import Framework, params_of, tensors_of
-from fl.tensors import Buffer, TensorSpec, encode_into, layout, parse
+from fl.model import Framework, tensors_of
+from fl.recipes.checkpoints import load_checkpoint, with_numbers
+from fl.tensors import Buffer, TensorSpec, encode_into, layout
 from fl.transport.memory import DraftMemory, SealedMemory
 
 if TYPE_CHECKING:
@@ -295,7 +296,7 @@ def make_settings(
     params, framework = _params_of_model(model)
     tensors = tensors_of(params, where="initial_model")
     if loaded is not None:
-        tensors = _with_numbers(tensors, tensors_of(loaded, where="initial_ckpt"))
+        tensors = with_numbers(tensors, tensors_of(loaded, where="initial_ckpt"))
     if more_tensors is not None:
         tensors = {**tensors, **more_tensors(model, tensors)}
     try:
@@ -369,45 +370,6 @@ def _site_settings(config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
         except ValueError as error:
             raise RecipeUnusable(f"train_args of {site}: {error}", where="per_site_config") from error
     return found
-
-
-def load_checkpoint(folder: Path, path: str | Path) -> dict[str, Any]:
-    """The arrays of a checkpoint by name; an `.npy` file is one array, `numpy_key`. Raises RecipeUnusable.
-
-    Safetensors and NumPy's arrays alone: a `.pt` file is a pickle, which may hold code.
-    """
-    file = Path(path) if Path(path).is_absolute() else folder / path
-    where = "initial_ckpt"
-    if not file.is_file():
-        raise RecipeUnusable(f"there is no file {path}", where=where)
-    if file.suffix == ".npy":
-        import numpy as np
-
-        try:
-            return {"numpy_key": np.load(file, allow_pickle=False)}
-        except (OSError, ValueError) as error:
-            raise RecipeUnusable(f"{file.name} is no array: {error}", where=where) from error
-    if file.suffix != ".safetensors":
-        raise RecipeUnusable(
-            f"{file.name} is neither .safetensors nor .npy",
-            where=where,
-            do="Convert it once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE).",
-        )
-    raw = file.read_bytes()
-    try:
-        return params_of(parse(raw, max_size=len(raw), where=file.name), "numpy")
-    except MalformedTensors as error:
-        raise RecipeUnusable(error.what, where=where) from error
-
-
-def _with_numbers(
-    tensors: Mapping[str, tuple[TensorSpec, Buffer]], loaded: Mapping[str, tuple[TensorSpec, Buffer]]
-) -> dict[str, tuple[TensorSpec, Buffer]]:
-    different = [name for name in {**tensors, **loaded} if name not in tensors or name not in loaded]
-    different += [name for name in tensors if name in loaded and tensors[name][0] != loaded[name][0]]
-    if different:
-        raise RecipeUnusable(f"tensor {different[0]!r} is not as in the model", where="initial_ckpt")
-    return {name: loaded[name] for name in tensors}
 
 
 def _importable(function: Callable[..., Any]) -> str:
