@@ -18,7 +18,7 @@ from cvm_image.build.apt import Archives, fetch_packages, find_archives
 from cvm_image.build.bill import bill_of_materials
 from cvm_image.build.container import CONTAINER, take_container, unpack_container
 from cvm_image.build.disk import Root, join_layers, make_layer
-from cvm_image.build.drivers import add_driver_files, signed_drivers
+from cvm_image.build.drivers import add_driver_files, certificate_of, signed_drivers
 from cvm_image.build.errors import BuildFailed, UnusableRecipe
 from cvm_image.build.gpu import GPUS
 from cvm_image.build.initrd import ROOT_MODULES, LoadableModule, make_initrd, module_name, modules_folder, pick_modules
@@ -123,7 +123,7 @@ def make_parts(build: Build, folder: Path) -> Root:
     shutil.copyfile(_firmware(build, tools), folder / "firmware.fd")
     kernel = _kernel(build, tools)
     (folder / "kernel").write_bytes(
-        entry.wrap_kernel(entry.program(), _kernel_file(kernel).read_bytes(), certificate=None)
+        entry.wrap_kernel(entry.program(), _kernel_file(kernel).read_bytes(), certificate_of(build.lock))
     )
     shutil.copyfile(_initrd(build, tools, kernel), folder / "initrd")
     base = _base_layer(build, tools)

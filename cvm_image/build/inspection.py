@@ -18,7 +18,7 @@ from cvm_image.build.disk import SALT, Root
 from cvm_image.build.entry import program, read_kernel
 from cvm_image.build.errors import BuildFailed
 from cvm_image.build.image import ARGUMENTS
-from cvm_image.build.modules import MAGIC, is_signed_by
+from cvm_image.build.modules import MAGIC, is_signed_by, signer_of
 from cvm_image.build.netfilter import RULES_FILE, packet_filter
 from cvm_image.build.opening import Opened, opened
 from cvm_image.build.recipe import Network
@@ -125,6 +125,9 @@ def _modules(image: Opened) -> tuple[bool, str]:
         certificate = None  # another check says so
     ours = set() if certificate is None else {one.name for one in modules if is_signed_by(one.data or b"", certificate)}
     unsigned = [entry.name for entry in modules if not (entry.data or b"").endswith(MAGIC)]
+    makers = {signer_of(one.data or b"") for one in modules if one.name not in ours}
+    if len(makers) > 1:
+        return False, f"signed by {len(makers)} keys besides the image's own, where the kernel's maker has one"
     names = [re.sub(r"^modules/\d+-|\.ko$", "", entry.name) for entry in modules]
     told = ", ".join(names) + (f"; by the image's own key: {_listed(sorted(ours))}" if ours else "")
     return not unsigned, f"unsigned: {_listed(unsigned)}" if unsigned else told

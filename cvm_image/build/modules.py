@@ -175,6 +175,17 @@ def is_signed_by(module: bytes, certificate: bytes) -> bool:
     return True
 
 
+def signer_of(module: bytes) -> str | None:
+    """Which certificate a module says it is signed by (issuer and serial number); nothing is verified. None: unread."""
+    try:
+        end = len(module) - len(MAGIC) - _TRAILER.size
+        size = _TRAILER.unpack_from(module, end)[-1]
+        sid = cms.ContentInfo.load(module[end - size : end], strict=True)["content"]["signer_infos"][0]["sid"].chosen
+        return str(sid.dump().hex())
+    except (ValueError, TypeError, KeyError, IndexError, struct.error):
+        return None
+
+
 def needs_of(module: bytes) -> tuple[str, ...]:
     """The modules that a module says it needs (`depends=` of its .modinfo)."""
     found = re.search(rb"(?:^|\0)depends=([a-z0-9_,-]*)\0", module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from cvm_image.build.entry import program, wrap_kernel
 from cvm_image.build.image import command_line
 from cvm_image.build.inspection import CHECKS
 from cvm_image.build.lock import Lock, LockedPackage
-from cvm_image.build.modules import MAGIC
+from cvm_image.build.modules import MAGIC, put_signatures, sign_modules
 from cvm_image.build.netfilter import RULES_FILE, packet_filter
 from cvm_image.build.opening import Opened
 from cvm_image.build.recipe import Network, Recipe
@@ -148,6 +149,12 @@ def capability(image: Opened) -> Opened:
     return image
 
 
+def foreign_driver(image: Opened) -> Opened:
+    certificate, modules = sign_modules({"evil": b"code"}, "tiny")
+    signed = put_signatures({"evil": b"code"}, modules, base64.b64decode(certificate))["evil"]
+    return replace(image, initrd=(*image.initrd, Entry("modules/001-evil.ko", signed)))
+
+
 LOCKED = "the command line locks the kernel down"
 BREAKAGES: list[tuple[str, Callable[[Opened], Opened]]] = [
     (LOCKED, words("lockdown=integrity", "lockdown=none")),
@@ -164,6 +171,7 @@ BREAKAGES: list[tuple[str, Callable[[Opened], Opened]]] = [
         "every driver is signed, by the kernel's maker or the image's own key",
         entry(Entry("modules/001-evil.ko", b"code")),
     ),
+    ("every driver is signed, by the kernel's maker or the image's own key", foreign_driver),
     ("the root holds no kernel module", file("usr/lib/modules/x.ko.xz")),
     (
         "the first program is this version's: memory-backed writes, packet filter, fewer rights",
@@ -210,6 +218,17 @@ def test_each_check_sees_what_it_is_for(image: Opened, check: str, breaking: Cal
 def test_a_package_that_the_bill_does_not_name_is_seen(image: Opened) -> None:
     put(image.base, "var/lib/dpkg/status", STATUS + STATUS.replace("python3", "netcat"))
     assert failing(image) == ["the packages are those of the bill of materials"]
+
+
+def test_a_driver_by_the_key_that_the_kernel_names_is_told(image: Opened) -> None:
+    text, modules = sign_modules({"ours": b"code"}, "tiny")
+    certificate = base64.b64decode(text)
+    (image.folder / "kernel").write_bytes(wrap_kernel(program(), KERNEL, certificate))
+    signed = put_signatures({"ours": b"code"}, modules, certificate)["ours"]
+    more = replace(image, initrd=(*image.initrd, Entry("modules/001-ours.ko", signed)))
+    assert failing(more) == []
+    told = {check: look(more)[1] for check, look in CHECKS}
+    assert told["every driver is signed, by the kernel's maker or the image's own key"].endswith("modules/001-ours.ko")
 
 
 def test_every_check_is_broken_by_some_test() -> None:
