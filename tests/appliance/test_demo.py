@@ -199,8 +199,8 @@ def test_the_charter_and_the_kits_are_made_by_the_commands(told: tuple[Path, dic
     root = (folder / "root.json").read_bytes()
     kits = [path.parent for path in folder.rglob("kit.dsse.json")]
     assert {open_signed_kit(kit, trust=root).manifest.role for kit in kits} == {"broker", "server", "site", "user"}
-    served = {path.read_bytes() for path in folder.rglob("metadata/3.snapshot.json")}
-    assert served == {(folder / "shared/charter/metadata/3.snapshot.json").read_bytes()}
+    served = {path.read_bytes() for path in folder.rglob("metadata/4.snapshot.json")}
+    assert served == {(folder / "shared/charter/metadata/4.snapshot.json").read_bytes()}
 
 
 # --- cut short --------------------------------------------------------------------------------------------------------
