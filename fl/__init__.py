@@ -24,10 +24,22 @@ if TYPE_CHECKING:
     from fl.tracking import add_experiment_tracking
 
 __all__ = [
-    "CyclicRecipe", "FedAvgLrRecipe", "FedAvgRecipe", "FedEvalRecipe", "FedOptRecipe", "FedProxRecipe",
-    "FedStatsRecipe", "PocEnv", "ProdEnv", "ScaffoldRecipe", "SimEnv", "add_cross_site_evaluation", "add_experiment_tracking",
-    "declare_outputs", "train_privately",
-]  # fmt: skip
+    "CyclicRecipe",
+    "FedAvgLrRecipe",
+    "FedAvgRecipe",
+    "FedEvalRecipe",
+    "FedOptRecipe",
+    "FedProxRecipe",
+    "FedStatsRecipe",
+    "PocEnv",
+    "ProdEnv",
+    "ScaffoldRecipe",
+    "SimEnv",
+    "add_cross_site_evaluation",
+    "add_experiment_tracking",
+    "declare_outputs",
+    "train_privately",
+]
 
 _HOMES: Final = {
     "CyclicRecipe": "fl.recipes.cyclic",
