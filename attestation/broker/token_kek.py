@@ -57,9 +57,11 @@ class _Token:
             raise self._gone(f"did not answer in {SECONDS:g} s") from error
 
     def close(self) -> None:
-        """End the session."""
-        self._worker.submit(self._hang_up)
+        """End the session, within SECONDS: as long as it stands, nobody in this process can log in to the token anew."""
+        ended = self._worker.submit(self._hang_up)
         self._worker.shutdown(wait=False)
+        with suppress(TimeoutError):
+            ended.result(timeout=SECONDS)
 
     # --- in the worker ------------------------------------------------------------------------------------------------
 
