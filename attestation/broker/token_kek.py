@@ -57,7 +57,7 @@ class _Token:
             raise self._gone(f"did not answer in {SECONDS:g} s") from error
 
     def close(self) -> None:
-        """End the session, within SECONDS: as long as it stands, nobody in this process can log in to the token anew."""
+        """End the session, within SECONDS: while it stands, nobody in this process can log in to the token anew."""
         ended = self._worker.submit(self._hang_up)
         self._worker.shutdown(wait=False)
         with suppress(TimeoutError):
