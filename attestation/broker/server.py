@@ -49,6 +49,8 @@ event loop, and each would wait the usual 5 ms for it several times over."""
 UPKEEP_SECONDS: Final = 30.0
 LOCKED_SECONDS: Final = 3.0
 """How often a broker whose keys lie with its peers asks them while it has none."""
+SOON_SECONDS: Final = 3.0
+"""How often other brokers are asked while they have yet to sign a timestamp."""
 WAIT_SECONDS: Final = 1.0
 """How often a broker that has no charter yet asks the others to sign its timestamp."""
 KDS_SECONDS: Final = 20.0
@@ -156,7 +158,7 @@ async def _upkeep(broker: Broker, tls: ServerTls, keeper: KekKeeper | None) -> N
     await look_at_keks(broker, keeper)
     while True:
         await look_at_charter(broker)
-        await asyncio.sleep(LOCKED_SECONDS if broker.keks.key_id == LOCKED else UPKEEP_SECONDS)
+        await _rest(broker)
         tls.renew(now())
         await look_at_keks(broker, keeper)
         try:
@@ -165,6 +167,14 @@ async def _upkeep(broker: Broker, tls: ServerTls, keeper: KekKeeper | None) -> N
             log("sessions", problem=error.what)
         if broker.storage.cosigner.problem:
             log("witnesses", problem=broker.storage.cosigner.problem)
+
+
+async def _rest(broker: Broker) -> None:
+    """Wait until there may be something to do: at once, nearly, while others have yet to sign a timestamp."""
+    left = LOCKED_SECONDS if broker.keks.key_id == LOCKED else UPKEEP_SECONDS
+    while left > 0:
+        await asyncio.sleep(min(left, SOON_SECONDS))
+        left = 0 if broker.charters.lacking else left - SOON_SECONDS
 
 
 async def look_at_keks(broker: Broker, keeper: KekKeeper | None) -> None:

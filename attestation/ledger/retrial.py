@@ -32,7 +32,7 @@ from attestation.errors import PeerRefused
 from attestation.evidence.composite import SnpEvidence
 from attestation.identity import appraise_peer, enrolment_reasons
 from attestation.ledger.entry import Entry
-from attestation.ledger.vault_retrial import VaultRetrial
+from attestation.ledger.retrial_of_vaults import VaultRetrial
 from attestation.messages import check_message
 from attestation.split import kept_as
 from attestation.vaults import VAULT_KIND

@@ -220,9 +220,9 @@ class Port:
 
     def _drop(self, waiting: _Waiting, why: str) -> None:
         del self._waiting[waiting.client.fileno()]
-        waiting.client.close()
         if why:
             self._told.tell(waiting.host, f"the connection of {waiting.who} {why}")
+        waiting.client.close()
 
     # --- what is served -----------------------------------------------------------------------------------------------
 

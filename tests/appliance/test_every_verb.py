@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from appliance.cli import NOUNS
 
 SEAL = [sys.executable, "-m", "appliance.cli"]
-NO_JSON = {"audit witness", "broker run", "vm boot", "vm launch"}
-"""Verbs that run until they are told to end; what they print is what runs in them."""
+NO_JSON = {"audit witness", "broker run", "job run", "vm boot", "vm launch"}
+"""Verbs that run something else until it ends; what they print is what runs in them."""
 
 
 def leaves(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import socket
@@ -146,18 +147,57 @@ def ending_proxy(folder: Path, to: str, *, tls_to: bool, tls: bool = True) -> It
     outward.verify_mode = ssl.CERT_NONE
     outward.set_alpn_protocols(["http/1.1"])
 
-    def serve(near: socket.socket, proxy: Proxy) -> None:
-        host, _, port = to.rpartition(":")
-        with contextlib.ExitStack() as stack:
-            if tls:
-                near = stack.enter_context(inward.wrap_socket(near, server_side=True))
-            far: socket.socket = stack.enter_context(socket.create_connection((host, int(port)), 10))
-            if tls_to:
-                far = stack.enter_context(outward.wrap_socket(far))
-            _tie(near, far, proxy)
+    proxy = Proxy("")
 
-    with _listening(serve) as proxy:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = to.rpartition(":")
+        proxy.connections += 1
+        ends, ways = [writer], []
+        try:
+            back, onward = await asyncio.open_connection(host, int(port), ssl=outward if tls_to else None)
+            ends.append(onward)
+            ways.append(asyncio.ensure_future(_pump(reader, onward, proxy, lambda piece: proxy.change(piece))))
+            ways.append(asyncio.ensure_future(_pump(back, writer, proxy, bytes)))
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        except OSError:
+            return
+        finally:
+            for way in ways:
+                way.cancel()
+            for end in ends:
+                end.transport.abort()
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="proxy", daemon=True)
+    thread.start()
+    begun = asyncio.start_server(serve, "127.0.0.1", 0, ssl=inward if tls else None)
+    server = asyncio.run_coroutine_threadsafe(begun, loop).result(10)
+    proxy.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
         yield proxy, certificate
+    finally:
+        asyncio.run_coroutine_threadsafe(_end(server), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, proxy: Proxy, change: Change) -> None:
+    """Pass on what comes. On one thread: two may not use one TLS connection at the same time."""
+    with contextlib.suppress(OSError):
+        while piece := await source.read(1 << 16):
+            proxy.seen.extend(piece)
+            target.write(change(piece))
+            await target.drain()
+
+
+async def _end(server: asyncio.Server) -> None:
+    server.close()
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.sleep(0.05)  # what was closed tells the loop so
 
 
 def _certificate() -> tuple[str, str]:

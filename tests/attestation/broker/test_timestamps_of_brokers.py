@@ -202,7 +202,7 @@ def test_a_newer_charter_is_taken_only_if_its_members_signed_it(folders: Folders
     assert found.charter.version == version + 1
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(
         st.tuples(
