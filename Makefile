@@ -42,7 +42,7 @@ test: setup ## Run the tests in parallel.
 	-@appliance/setup.sh $(APT_TESTS)
 	$(PY) -m pytest -n $(JOBS) -m 'not long' --cov --cov-report=term:skip-covered
 
-test-long: setup ## Run the tests that take more than seconds (SLICE=1/3: the second third of them).
+test-long: setup ## Run the tests that take more than seconds (SLICE=1/7: the second seventh of their files).
 	-@appliance/setup.sh mmdebstrap $(APT_TESTS)
 	$(PY) -m pytest -n $(JOBS) -m long --slice $(SLICE)
 

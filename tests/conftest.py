@@ -59,14 +59,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep one slice, the same for a given set of tests in every worker."""
+    """Keep one slice of the files that have long tests, the same for a given set of tests in every worker."""
     wanted, _, slices = config.getoption("--slice").partition("/")
     if not (wanted.isdecimal() and slices.isdecimal() and int(wanted) < int(slices)):
         raise pytest.UsageError("--slice takes K/N with K below N, such as 1/3")
-    dropped = [item for index, item in enumerate(items) if index % int(slices) != int(wanted)]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for index, item in enumerate(items) if index % int(slices) == int(wanted)]
+    if int(slices) == 1:
+        return
+    files = sorted({item.path for item in items if item.get_closest_marker("long")})  # what a file sets up serves it all
+    kept = set(files[int(wanted) :: int(slices)])
+    config.hook.pytest_deselected(items=[item for item in items if item.path not in kept])
+    items[:] = [item for item in items if item.path in kept]
 
 
 @pytest.fixture(scope="session")
