@@ -65,7 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError("--slice takes K/N with K below N, such as 1/3")
     if int(slices) == 1:
         return
-    files = sorted({item.path for item in items if item.get_closest_marker("long")})  # what a file sets up serves it all
+    # by files, since what a file sets up serves all its tests
+    files = sorted({item.path for item in items if item.get_closest_marker("long")})
     kept = set(files[int(wanted) :: int(slices)])
     config.hook.pytest_deselected(items=[item for item in items if item.path not in kept])
     items[:] = [item for item in items if item.path in kept]
