@@ -156,9 +156,10 @@ async def serving(broker: Broker, config: BrokerConfig, keeper: KekKeeper | None
 async def _upkeep(broker: Broker, tls: ServerTls, keeper: KekKeeper | None) -> None:
     """Keep the timestamp, the certificate and the resources' keys fresh while nobody asks."""
     await look_at_keks(broker, keeper)
+    asked = 0
     while True:
         await look_at_charter(broker)
-        await _rest(broker)
+        asked = await _rest(broker, asked)
         tls.renew(now())
         await look_at_keks(broker, keeper)
         try:
@@ -169,12 +170,19 @@ async def _upkeep(broker: Broker, tls: ServerTls, keeper: KekKeeper | None) -> N
             log("witnesses", problem=broker.storage.cosigner.problem)
 
 
-async def _rest(broker: Broker) -> None:
-    """Wait until there may be something to do: at once, nearly, while others have yet to sign a timestamp."""
-    left = LOCKED_SECONDS if broker.keks.key_id == LOCKED else UPKEEP_SECONDS
-    while left > 0:
-        await asyncio.sleep(min(left, SOON_SECONDS))
-        left = 0 if broker.charters.lacking else left - SOON_SECONDS
+async def _rest(broker: Broker, asked: int) -> int:
+    """Wait until there may be something to do, and return how often others were asked for signatures in a row.
+
+    While they have yet to sign a timestamp they are asked soon, and then less and less often.
+    """
+    rest = LOCKED_SECONDS if broker.keks.key_id == LOCKED else UPKEEP_SECONDS
+    passed = 0.0
+    while passed < rest:
+        await asyncio.sleep(min(SOON_SECONDS, rest - passed))
+        passed += SOON_SECONDS
+        if broker.charters.lacking and passed >= SOON_SECONDS * 2 ** min(asked, 8):
+            return asked + 1
+    return asked + 1 if broker.charters.lacking else 0
 
 
 async def look_at_keks(broker: Broker, keeper: KekKeeper | None) -> None:

@@ -15,6 +15,7 @@ it gives back.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -30,16 +31,16 @@ from fl.transport.memory import SealedMemory
 NAME: Final = "aggregator"
 
 
-class Aggregator:
+class Aggregator(ABC):
     """What an author implements. One instance lives as long as its job."""
 
+    @abstractmethod
     def accept(self, update: FLModel, site: str) -> None:
         """Take an update of a round: `params` are arrays by name, `params_type` says what they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def aggregate(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
         """The next global model of the updates since the last call, after `model`: the same names, shapes, dtypes."""
-        raise NotImplementedError
 
 
 def serve(aggregator: Aggregator) -> None:

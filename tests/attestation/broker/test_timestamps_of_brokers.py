@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tuf.api.metadata import Metadata, MetaFile, Snapshot, Timestamp
 
 from attestation.broker.charters import TIMESTAMP, CharterFolder
 from attestation.broker.stamping import stamping_round
@@ -25,11 +26,14 @@ from attestation.virtual.chip import Chip
 from attestation.virtual.vendor import Vendor
 from policies.charter import load_charter, read_store, sign_timestamp, write_store
 from policies.charter.making import Changes
+from policies.charter.signing import add_signature
 from policies.charter.timestamps import CLOCKS, LEAP, read_offered
+from policies.charter.trust import metadata_bytes
 from policies.errors import CharterRefused, ProposalRefused
 
 NAMES = ("one", "two", "three")
 DAY = timedelta(days=1)
+REFUSING = b'package sealwright.release\n\nreasons := {"no"}\n'
 
 
 @dataclass
@@ -200,6 +204,36 @@ def test_a_newer_charter_is_taken_only_if_its_members_signed_it(folders: Folders
     found = behind.load(folders.at)
     assert found is not None
     assert found.charter.version == version + 1
+
+
+def test_a_newer_charter_that_too_few_members_signed_is_not_put_in_the_folder(folders: Folders, world: Any) -> None:
+    old = dict(world.store)
+    version = load_charter(old, world.root, folders.at).version
+    try:
+        world.change(Changes(put={"members/cygnus-bio/release/key.new.rego": REFUSING}), to=())
+        newer = dict(world.store)
+    finally:
+        world.store = old
+    name = f"metadata/{version + 1}.snapshot.json"
+    snapshot: Metadata[Snapshot] = Metadata.from_bytes(newer[name])
+    while len(snapshot.signatures) > 1:
+        snapshot.signatures.popitem()
+    with pytest.raises(CharterRefused) as error:
+        folders.by_name["three"].take({**newer, name: metadata_bytes(snapshot)}, folders.at)
+    assert any("role snapshot needs 2 signatures, has 1" in reason for reason in error.value.reasons)
+    assert read_store(folders.root / "three") == old
+
+
+def test_a_timestamp_of_another_snapshot_with_the_same_number_is_not_signed(folders: Folders, world: Any) -> None:
+    at = folders.at + DAY * 0.6
+    store = read_store(folders.root / "one")
+    stamp: Metadata[Timestamp] = Metadata.from_bytes(sign_timestamp(store, world.broker_key(0), at)[TIMESTAMP])
+    stamp.signed.snapshot_meta = MetaFile.from_data(stamp.signed.snapshot_meta.version, b"another", ["sha256"])
+    stamp.signatures.clear()
+    add_signature(stamp, world.broker_key(0))
+    with pytest.raises(ProposalRefused) as error:
+        folders.by_name["two"].reply(metadata_bytes(stamp), at)
+    assert any("names another snapshot" in reason for reason in error.value.reasons)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
