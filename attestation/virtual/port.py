@@ -116,12 +116,9 @@ def bind_port(path: Path) -> socket.socket:
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX)
     try:
-        before = os.umask(0o177)
-        try:
-            with short_path(path) as name:
-                listening.bind(name)
-        finally:
-            os.umask(before)
+        os.fchmod(listening.fileno(), 0o600)  # what Linux binds has this mode; a umask would be every thread's
+        with short_path(path) as name:
+            listening.bind(name)
         listening.listen(16)
         listening.setblocking(False)
     except BaseException:

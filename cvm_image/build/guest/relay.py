@@ -34,11 +34,8 @@ class Relay:
     def __init__(self, path: Path, device: Path) -> None:
         self._device = device
         self._listening = socket.socket(socket.AF_UNIX)
-        before = os.umask(0o177)
-        try:
-            self._listening.bind(str(path))
-        finally:
-            os.umask(before)
+        os.fchmod(self._listening.fileno(), 0o600)  # what Linux binds has this mode; a umask would be every thread's
+        self._listening.bind(str(path))
         self._listening.listen(8)
 
     def start(self) -> None:

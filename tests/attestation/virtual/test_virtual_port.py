@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import socket
+import stat
 import threading
 import tty
 from collections.abc import Awaitable, Callable
@@ -282,3 +283,24 @@ def test_the_virtio_port_is_found_by_its_name(tmp_path: Path) -> None:
     assert find_virtio_port("sealwright.port", tmp_path) == Path("/dev/vport0p1")
     with pytest.raises(AttesterUnavailable, match="no virtio port"):
         find_virtio_port("sealwright.other", tmp_path)
+
+
+def test_ports_bound_at_once_are_their_owners_alone_and_change_no_umask(tmp_path: Path) -> None:
+    """A umask belongs to the whole process: set for one port, it would fall on what other threads make meanwhile."""
+
+    def bind(number: int) -> None:
+        for turn in range(50):
+            bind_port(tmp_path / f"{number}-{turn}").close()
+
+    before = os.umask(0o022)
+    try:
+        threads = [threading.Thread(target=bind, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+    assert len(list(tmp_path.iterdir())) == 400
