@@ -20,6 +20,8 @@ from attestation.errors import LeaseEnded, PeerRefused
 from attestation.identity import Identity
 from fl.errors import CallFailed, LeaseLapsed
 from fl.jobs.progress import JobEvent
+from fl.server.federation import Task
+from fl.server.job import RemoteSite
 from fl.transport.frames import Away, Lease, Train, pack
 from policies.charter import Changes
 from policies.errors import Unusable
@@ -72,16 +74,32 @@ def watched(world: FederationWorld, address: str, job: str, act: Callable[[JobEv
 
 
 @pytest.mark.parametrize("who", ["site", "server", "both"])
-def test_a_lease_that_ends_pauses_the_job_which_then_goes_on(world: FederationWorld, tmp_path: Path, who: str) -> None:
+def test_a_lease_that_ends_pauses_the_job_which_then_goes_on(
+    world: FederationWorld, tmp_path: Path, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Brokers are out of reach for one site, for the server, or for all: nothing is lost and nothing counts twice."""
     bundle, model = make_job(tmp_path, f"# {who}\n{SLOW}", name=f"pausing-{who}", num_rounds=4)
     world.approve(bundle)
     hub, north = Guest(world, "server", SERVER), Guest(world, "site", SITES[0])
     guests = {"site": [north], "server": [hub], "both": [hub, north]}[who]
     pauses: dict[str, Any] = {"pause": 60.0, "patience": 60.0}
-    cut_once = threading.Event()
+    cut_once, all_back = threading.Event(), threading.Event()
+    pausing = {SITES[0]} if who == "site" else set(SITES)
+    back: set[str | None] = set()
+    honest = RemoteSite.give
+
+    def give(site: RemoteSite, task: Task) -> None:
+        if task.round == 2:  # the job is not to end before whoever pauses is back
+            all_back.wait(60)
+        honest(site, task)
+
+    monkeypatch.setattr(RemoteSite, "give", give)
 
     def act(event: JobEvent) -> None:
+        if event.kind == "resumed":
+            back.add(event.site)
+            if back >= pausing:
+                all_back.set()
         if event.kind == "round" and event.round == 1:
             for guest in guests:
                 guest.cut.set()
@@ -107,8 +125,7 @@ def test_a_lease_that_ends_pauses_the_job_which_then_goes_on(world: FederationWo
         with world.client(address) as client:
             folder = client.download(job, tmp_path / "result", ledgers=None)
     paused = {event.site for event in events if event.kind == "paused"}
-    assert paused == ({SITES[0]} if who == "site" else set(SITES))
-    assert {event.site for event in events if event.kind == "resumed"} == paused
+    assert paused == back == pausing
     assert not [event for event in events if event.kind in {"lost", "refused"}]
     why = next(event.text for event in events if event.kind == "paused")
     assert "not renewed" in why or "lease has ended" in why
