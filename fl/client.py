@@ -29,12 +29,11 @@ from fl.model import (
     check_metrics,
     check_weight,
     params_of,
-    schema_of,
     tensors_of,
 )
-from fl.tensors import encode_into, layout, parse
+from fl.tensors import parse
 from fl.transport.local import Answer, End, Hello, ScriptSocket, Training, Value
-from fl.transport.memory import DraftMemory, SealedMemory
+from fl.transport.memory import SealedMemory
 
 __all__ = [
     "FLModel", "ParamsType", "data_path", "get_job_id", "get_site_name", "init", "is_evaluate", "is_running",
@@ -218,14 +217,8 @@ def send(model: FLModel) -> None:
         metrics=check_metrics(model.metrics),
         weight=check_weight(model.meta),
     )
-    _, _, size = layout(schema_of(tensors))
-    with DraftMemory(size) as draft:
-        encode_into(draft.view, tensors)
-        descriptor, _ = draft.seal()
-    try:
-        session.socket.send(answer, descriptor)
-    finally:
-        os.close(descriptor)
+    with SealedMemory.of_tensors(tensors) as memory:
+        session.socket.send(answer, memory.descriptor)
     session.working_on = session.received = None
     session.forget()
 

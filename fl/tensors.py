@@ -210,22 +210,25 @@ def layout(schema: Schema) -> tuple[bytes, dict[str, int], int]:
     return struct.pack("<Q", len(text)) + text, offsets, begin + at
 
 
-def encode_into(target: memoryview, tensors: Mapping[str, tuple[TensorSpec, Buffer]]) -> None:
-    """Write `tensors` into `target`, which has exactly the size that `layout` gives for them."""
+def pieces(tensors: Mapping[str, tuple[TensorSpec, Buffer]]) -> tuple[int, Iterator[tuple[int, Buffer]]]:
+    """The size of one safetensors file of `tensors`, and its parts from the first byte to the last, with their offsets.
+
+    Raises ValueError, as they are taken, for a tensor whose bytes are not as many as its shape says.
+    """
     header, offsets, size = layout({name: spec for name, (spec, _) in tensors.items()})
-    if len(target) != size:
-        raise ValueError(f"the target has {len(target)} bytes, the file {size}")
-    target[: len(header)] = header
-    for name, (spec, raw) in tensors.items():
-        data = memoryview(raw).cast("B")
-        if len(data) != spec.size:
-            raise ValueError(f"tensor {name!r} has {len(data)} bytes for a shape of {spec.size}")
-        target[offsets[name] : offsets[name] + spec.size] = data
+
+    def parts() -> Iterator[tuple[int, Buffer]]:
+        yield 0, header
+        for name in sorted(tensors, key=lambda name: offsets[name]):
+            spec, raw = tensors[name]
+            data = memoryview(raw).cast("B")
+            if len(data) != spec.size:
+                raise ValueError(f"tensor {name!r} has {len(data)} bytes for a shape of {spec.size}")
+            yield offsets[name], data
+
+    return size, parts()
 
 
 def encode(tensors: Mapping[str, tuple[TensorSpec, Buffer]]) -> bytes:
     """One safetensors file of `tensors`."""
-    _, _, size = layout({name: spec for name, (spec, _) in tensors.items()})
-    target = bytearray(size)
-    encode_into(memoryview(target), tensors)
-    return bytes(target)
+    return b"".join(part for _, part in pieces(tensors)[1])

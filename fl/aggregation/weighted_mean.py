@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fl.model import ParamsType
 from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, Schema, TensorFile, layout, narrow_bf16, widen_bf16
-from fl.transport.memory import DraftMemory, SealedMemory
+from fl.transport.memory import NamedDraft, SealedMemory
 
 Block: TypeAlias = npt.NDArray[Any]
 ServerStep: TypeAlias = Callable[[str, int, Block, Block], Block]
@@ -68,10 +68,10 @@ class WeightedMean:
         if not self.count:
             raise ValueError("no update was folded")
         header, offsets, size = layout(self._schema)
-        with DraftMemory(size) as draft:
-            draft.view[: len(header)] = header
-            for name, spec in self._schema.items():
-                target = np.frombuffer(draft.view, NUMPY_DTYPE[spec.dtype], spec.elements, offsets[name])
+        with NamedDraft(size) as draft:
+            draft.append(header)
+            for name in sorted(self._schema, key=lambda name: offsets[name]):
+                spec = self._schema[name]
                 total = self._sums[name]
                 for start in range(0, spec.elements, BLOCK):
                     end = min(start + BLOCK, spec.elements)
@@ -82,10 +82,9 @@ class WeightedMean:
                         mean = step(name, start, current, difference)
                     elif self._params_type is ParamsType.DIFF:
                         mean += _block(model, name, start, end).astype(total.dtype, copy=False)
-                    target[start:end] = _as_dtype(mean, spec.dtype)
-                del target
+                    draft.append(_as_dtype(mean, spec.dtype).view(np.uint8).data)
             self._total, self.count = 0.0, 0
-            return SealedMemory(*draft.seal())
+            return draft.seal()
 
 
 def _block(model: TensorFile, name: str, start: int, end: int) -> npt.NDArray[Any]:
@@ -100,7 +99,7 @@ def _as_dtype(mean: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     elif dtype == "BOOL":
         found = mean >= 0.5
     elif dtype in FLOATS:
-        found = mean.astype(NUMPY_DTYPE[dtype])
+        found = mean.astype(NUMPY_DTYPE[dtype], copy=False)
     else:
         bounds = np.iinfo(np.dtype(NUMPY_DTYPE[dtype]))
         found = np.clip(np.rint(mean), bounds.min, bounds.max).astype(NUMPY_DTYPE[dtype])

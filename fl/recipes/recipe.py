@@ -19,8 +19,8 @@ from fl.errors import RecipeUnusable
 from fl.jobs.settings import JobSettings, TensorSettings
 from fl.model import Framework, tensors_of
 from fl.recipes.checkpoints import load_checkpoint, with_numbers
-from fl.tensors import Buffer, TensorSpec, encode_into, layout
-from fl.transport.memory import DraftMemory, SealedMemory
+from fl.tensors import Buffer, TensorSpec
+from fl.transport.memory import SealedMemory
 
 if TYPE_CHECKING:
     import torch
@@ -94,10 +94,7 @@ class Recipe:
 
     def first_model(self) -> SealedMemory:
         """The first global model, as one safetensors file in sealed memory, the caller's to close."""
-        _, _, size = layout({name: spec for name, (spec, _) in self._tensors.items()})
-        with DraftMemory(size) as draft:
-            encode_into(draft.view, self._tensors)
-            return SealedMemory(*draft.seal())
+        return SealedMemory.of_tensors(self._tensors)
 
     def execute(self, env: Environment) -> Run:
         """Run the job in `env`. SimEnv returns when it has ended, ProdEnv when it is submitted."""

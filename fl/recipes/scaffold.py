@@ -25,8 +25,8 @@ from fl.recipes.fedavg import MeanOfMetrics
 from fl.recipes.recipe import InitialModel, TrainingArguments, TrainingRecipe
 from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
-from fl.tensors import FLOATS, Buffer, TensorSpec, encode_into, layout, parse
-from fl.transport.memory import DraftMemory, SealedMemory
+from fl.tensors import FLOATS, Buffer, TensorSpec, parse
+from fl.transport.memory import SealedMemory
 
 
 class ScaffoldRecipe(TrainingRecipe):
@@ -100,10 +100,7 @@ def _with_fresh_control_variates(model: SealedMemory) -> SealedMemory:
             name: (spec, bytes(spec.size) if name.startswith(CONTROL) else file.bytes_of(name))
             for name, spec in file.schema.items()
         }
-        _, _, size = layout(file.schema)
-        with DraftMemory(size) as draft:
-            encode_into(draft.view, fresh)
-            return SealedMemory(*draft.seal())
+        return SealedMemory.of_tensors(fresh)
 
 
 def without_control_variates(model: SealedMemory) -> SealedMemory:
@@ -112,7 +109,4 @@ def without_control_variates(model: SealedMemory) -> SealedMemory:
     own: dict[str, tuple[TensorSpec, Buffer]] = {
         name: (spec, file.bytes_of(name)) for name, spec in file.schema.items() if not name.startswith(CONTROL)
     }
-    _, _, size = layout({name: spec for name, (spec, _) in own.items()})
-    with DraftMemory(size) as draft:
-        encode_into(draft.view, own)
-        return SealedMemory(*draft.seal())
+    return SealedMemory.of_tensors(own)

@@ -65,7 +65,7 @@ class Assembly:
                 )
             if xxhash.xxh3_64_intdigest(piece) != head.xxh3:
                 raise MalformedMessage(f"the chunk at {self.at} is damaged", where=self._where)
-            self._draft.view[self.at : self.at + len(piece)] = piece
+            self._draft.write(self.at, piece)
             self.at += len(piece)
             if self.at == self.size:
                 return

@@ -2,6 +2,9 @@
 
 A receiver takes a descriptor from a process that it does not trust only if the kernel says that nobody can change,
 shrink or grow the file any more (fcntl(2), F_ADD_SEALS): a write after the check cannot exist.
+
+What is written from one end to the other is written with pwrite(2), not through a mapping: the kernel then neither
+zeroes a fresh page nor takes a fault for it, which is half of what writing a new file costs.
 """
 
 from __future__ import annotations
@@ -10,23 +13,31 @@ import fcntl
 import hashlib
 import mmap
 import os
-from collections.abc import Callable
+import queue
+import threading
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Final, Self
 
 from fl.errors import MalformedMessage
+from fl.tensors import Buffer, TensorSpec, pieces
 
+_HASHED_AT_ONCE: Final = 4 << 20
+"""Bytes below which a thread for hashing costs more than it saves."""
+_AHEAD: Final = 8
+"""Pieces of a model that wait to be hashed."""
 SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class SealedMemory:
     """A memory file that nobody can change, mapped privately: `view` may be written to, the file stays as it is."""
 
-    def __init__(self, descriptor: int, size: int) -> None:
+    def __init__(self, descriptor: int, size: int, digest: str | None = None) -> None:
+        """`digest`: the content address, where it is known already."""
         self.descriptor = descriptor
         self.size = size
         self._mapping = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        self._digest: str | None = None
+        self._digest = digest
         self.on_close: Callable[[], None] | None = None
         """Called once, when the descriptor is given back."""
 
@@ -55,7 +66,16 @@ class SealedMemory:
     def of(cls, data: bytes | bytearray | memoryview) -> Self:
         """A sealed memory file with a copy of `data`."""
         with DraftMemory(len(data)) as draft:
-            draft.view[:] = data
+            draft.write(0, data)
+            return cls(*draft.seal())
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, tuple[TensorSpec, Buffer]]) -> Self:
+        """One safetensors file of `tensors`, byte for byte what `fl.tensors.encode` makes of them."""
+        size, parts = pieces(tensors)
+        with DraftMemory(size) as draft:
+            for at, part in parts:
+                draft.write(at, part)
             return cls(*draft.seal())
 
     @property
@@ -72,7 +92,7 @@ class SealedMemory:
 
     def share(self) -> SealedMemory:
         """The same memory once more, with a life of its own; nothing is copied."""
-        return SealedMemory(os.dup(self.descriptor), self.size)
+        return SealedMemory(os.dup(self.descriptor), self.size, self._digest)
 
     def close(self) -> None:
         """Give the descriptor back. The mapping goes when the last array over it goes."""
@@ -100,14 +120,31 @@ class DraftMemory:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._mapping: mmap.mmap | None = None
+        self._view: memoryview | None = None
         self._descriptor = os.memfd_create("sealwright", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self._descriptor, size)
-            self._mapping: mmap.mmap | None = mmap.mmap(self._descriptor, size)
         except BaseException:
             os.close(self._descriptor)
             raise
-        self.view = memoryview(self._mapping)
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes, to be written here and there or read again; for long stretches `write` is faster."""
+        if self._view is None:
+            self._mapping = mmap.mmap(self._descriptor, self.size)
+            self._view = memoryview(self._mapping)
+        return self._view
+
+    def write(self, at: int, data: Buffer) -> None:
+        """Write `data` from byte `at` on. Raises ValueError if it does not fit."""
+        rest = memoryview(data).cast("B")
+        if not 0 <= at <= self.size - len(rest):
+            raise ValueError(f"{len(rest)} bytes at {at} do not fit into {self.size}")
+        while rest:
+            written = os.pwrite(self._descriptor, rest, at)
+            at, rest = at + written, rest[written:]
 
     def seal(self) -> tuple[int, int]:
         """End the writing; the descriptor, which is the caller's from now on, and the size."""
@@ -121,7 +158,9 @@ class DraftMemory:
         return descriptor, self.size
 
     def _unmap(self) -> None:
-        self.view.release()
+        if self._view is not None:
+            self._view.release()
+            self._view = None
         if self._mapping is not None:
             self._mapping.close()
             self._mapping = None
@@ -140,3 +179,55 @@ class DraftMemory:
             self._unmap()
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+class NamedDraft:
+    """A memory file that is written from its first byte to its last and gets its content address on the way.
+
+    Hashing is the slowest thing that is done to a model; a large one is hashed on a thread of its own.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._draft = DraftMemory(size)
+        self._at = 0
+        self._sha256 = hashlib.sha256()
+        self._pieces: queue.Queue[Buffer | None] = queue.Queue(_AHEAD)
+        self._hasher: threading.Thread | None = None
+        if size > _HASHED_AT_ONCE:
+            self._hasher = threading.Thread(target=self._hash, name="content address", daemon=True)
+            self._hasher.start()
+
+    def append(self, piece: Buffer) -> None:
+        """Write the bytes that follow. They may not change any more. Raises ValueError if they do not fit."""
+        self._draft.write(self._at, piece)
+        self._at += memoryview(piece).nbytes
+        if self._hasher is None:
+            self._sha256.update(piece)
+        else:
+            self._pieces.put(piece)
+
+    def seal(self) -> SealedMemory:
+        """The whole, sealed and named. Raises ValueError if something is missing."""
+        if self._at != self._draft.size:
+            raise ValueError(f"{self._at} of {self._draft.size} bytes were written")
+        self._stop()
+        return SealedMemory(*self._draft.seal(), self._sha256.hexdigest())
+
+    def _hash(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            self._sha256.update(piece)
+
+    def _stop(self) -> None:
+        if self._hasher is not None:
+            self._pieces.put(None)
+            self._hasher.join()
+            self._hasher = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+        self._draft.discard()
