@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from policies.charter.layout import MEMBER_ROLE, json_target, rego_package, release_path, role_of, split_path
+from policies.devices import DeviceIssuer, TaskApproval
 from policies.documents import (
     BrokerEntry,
     BundleApproval,
@@ -87,6 +88,16 @@ class Charter:
     def bundles(self) -> tuple[BundleApproval, ...]:
         """Return all approvals of bundles, by digest."""
         return tuple(document for document in self.documents.values() if isinstance(document, BundleApproval))
+
+    def device_issuer(self, name: str) -> DeviceIssuer | None:
+        """Return who issues devices' tokens under this name, or None."""
+        document = self.documents.get(f"enrolments/device-issuer/{name}.json")
+        return document if isinstance(document, DeviceIssuer) else None
+
+    def device_task(self, digest: str) -> TaskApproval | None:
+        """Return the approval of the device task with this digest, or None. The caller compares `.expires`."""
+        document = self.documents.get(f"code/device-{digest}.json")
+        return document if isinstance(document, TaskApproval) else None
 
     def export_budget(self, member: str) -> ExportBudget | None:
         """Return what the sites of `member` may let out over all jobs, or None if it has set no bound."""
@@ -201,7 +212,7 @@ def _toml_complaints(path: str, raw: bytes) -> list[str]:
 def _against_consortium(path: str, document: Document, consortium: Consortium) -> list[str]:
     if isinstance(document, ImageReference) and document.platform != consortium.platform:
         return [f"{path}: an image for {document.platform} in a {consortium.platform} charter"]
-    if isinstance(document, Enrolment | VaultRecovery) and consortium.member(document.member) is None:
+    if isinstance(document, Enrolment | VaultRecovery | DeviceIssuer) and consortium.member(document.member) is None:
         return [f"{path}: {document.member} is not a member"]
     if isinstance(document, User):
         return user_complaints(document, consortium.trust_domain)

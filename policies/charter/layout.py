@@ -20,6 +20,7 @@ from typing import Final
 from securesystemslib.signer import Key, SSlibKey
 from tuf.api.metadata import DelegatedRole, Delegations, Role, Root, Snapshot, Targets, Timestamp
 
+from policies.devices import DeviceIssuer, TaskApproval
 from policies.documents import (
     BundleApproval,
     Consortium,
@@ -65,7 +66,9 @@ _JSON_TARGETS: Final[tuple[tuple[str, type[Document]], ...]] = (
     (rf"images/(?P<name>{_NAME})\.json", ImageReference),
     (rf"enrolments/(?P<role>broker|server|site|inner|gateway)/(?P<name>{_NAME})\.json", Enrolment),
     (rf"enrolments/vault-(?P<role>broker|server|site|inner|gateway)/(?P<name>{_NAME})\.json", VaultRecovery),
+    (rf"enrolments/device-issuer/(?P<name>{_NAME})\.json", DeviceIssuer),
     (r"code/(?P<bundle>[0-9a-f]{64})\.json", BundleApproval),
+    (r"code/device-(?P<task>[0-9a-f]{64})\.json", TaskApproval),
     (rf"members/(?P<member>{_NAME})/users/(?P<name>{_NAME})\.json", User),
     (rf"members/(?P<member>{_NAME})/budget/exports\.json", ExportBudget),
     (rf"members/(?P<member>{_NAME})/split/(?P<type>{_TYPE})\.(?P<tag>{_NAME})\.json", Split),

@@ -18,6 +18,7 @@ from tuf.api.metadata import Root, Snapshot, T, Targets, Timestamp
 from policies.charter.layout import metadata_file, target_file
 from policies.charter.store import STORE_LIMIT
 from policies.charter.trust import parse_metadata
+from policies.devices import DeviceIssuer, TaskApproval
 from policies.documents import BundleApproval, Document, Enrolment, ExportBudget, ImageReference, Text, User
 from policies.errors import MalformedDocument
 from policies.vaults import VaultRecovery
@@ -112,8 +113,12 @@ def path_of(document: Document) -> str:
             return f"enrolments/{document.role}/{document.name}.json"
         case VaultRecovery():
             return f"enrolments/vault-{document.role}/{document.name}.json"
+        case DeviceIssuer():
+            return f"enrolments/device-issuer/{document.name}.json"
         case BundleApproval():
             return f"code/{document.bundle}.json"
+        case TaskApproval():
+            return f"code/device-{document.task}.json"
         case User():
             return f"members/{document.member}/users/{document.name}.json"
         case ExportBudget():

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from policies.charter.content import Charter
 from policies.charter.layout import json_target, listed, resource_of
 from policies.charter.trust import Shortfall
+from policies.devices import DeviceIssuer, TaskApproval
 from policies.documents import (
     Allowance,
     BundleApproval,
@@ -247,6 +248,16 @@ def _describe(document: Document) -> str:
                 )
                 + (f" ({document.note})" if document.note else "")
             )
+        case DeviceIssuer():
+            return (
+                f"{document.name}, a key of {document.member}, which lets devices into the jobs "
+                f"{listed(document.jobs)}, each for at most {document.token_seconds / 86400:.3g} days"
+            )
+        case TaskApproval():
+            return (
+                f"the approval of a task that devices may run for job {document.job} "
+                f"until {format_time(document.expires)}" + (f" ({document.note})" if document.note else "")
+            )
         case ExportBudget():
             return f"the export budget of {document.member}: {_allowed(document)} over all jobs"
         case User():
@@ -298,6 +309,10 @@ def _full(document: Document) -> list[str]:
             return lines + ([f"in {document.jurisdiction}"] if document.jurisdiction else [])
         case BundleApproval():
             return [f"bundle {document.bundle}"]
+        case TaskApproval():
+            return [f"device task {document.task}"]
+        case DeviceIssuer():
+            return [f"signing key {fingerprint(document.signing_key)}"]
         case User():
             certificate = load_certificate(document.tls_certificate)
             return [
