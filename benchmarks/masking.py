@@ -72,17 +72,18 @@ def _many(numbers: int, count: int) -> dict[str, float]:
     sites = {name: Participant(name, os.urandom) for name in names}
     members = {name: name for name in names}
     round_ = Round(b"bench", {name: one.public_keys for name, one in sites.items()}, members, majority(count))
-    total = MaskedSum(round_, numbers)
+    total = MaskedSum(round_, [np.zeros(numbers, dtype=np.uint32)])
     dealt = {name: one.share(round_) for name, one in sites.items()}
     for name, shares in total.shares_for(dealt).items():
         sites[name].receive(shares)
-    vector = np.arange(numbers, dtype=np.uint64)
+    vector = np.arange(numbers, dtype=np.uint32)
     of_server = 0.0
     for name in names:
         if name not in lost:
-            masked = sites[name].mask(vector.copy())
+            masked = vector.copy()
+            sites[name].masks().add_to(masked)
             start = time.perf_counter()
-            total.fold(name, masked)
+            total.fold(name, [masked])
             of_server += time.perf_counter() - start
     survivors = total.survivors
     for name in survivors:
@@ -90,8 +91,8 @@ def _many(numbers: int, count: int) -> dict[str, float]:
     revealed = {name: sites[name].reveal(survivors) for name in survivors}
     of_sites = time.perf_counter() - begun - of_server
     start = time.perf_counter()
-    summed = total.unmask(revealed)
+    (summed,) = total.unmask(revealed)
     of_server += time.perf_counter() - start
-    if not np.array_equal(summed, vector * np.uint64(len(survivors))):
+    if not np.array_equal(summed, vector * np.uint32(len(survivors))):
         sys.exit("the sum is wrong")
     return {"a_site_seconds": of_sites / count, "server_seconds": of_server}

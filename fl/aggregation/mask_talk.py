@@ -1,8 +1,10 @@
 """Secure aggregation between a site and its server: messages, signatures, and an update as a masked vector.
 
-A masked vector holds the update's difference from the model, then the declared metrics, all times the weight, then the
-weight itself: so the server learns weighted sums and the sum of weights. Messages are JSON; who says what is signed by
-the sites' attested keys (`Notary`), since the server that passes it on is not trusted with it.
+A masked vector holds the update's difference from the model and the declared metrics, times the weight, and the weight:
+so the server learns weighted sums and the sum of weights. Messages are JSON; who says what is signed by the sites'
+attested keys (`Notary`), since the server that passes it on is not trusted with it.
+
+A site that is asked the same once more, after its connection was cut, answers the same; asked otherwise, it refuses.
 """
 
 from __future__ import annotations
@@ -10,29 +12,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attestation.canonical import b64, unb64
-from fl.aggregation.masking import Participant, Round, Vector, decoded, encode_into, majority
+from fl.aggregation.fixed_point import PIECE, FixedPoint, Numbers, Vector, check_unit, read_tail, write_tail
+from fl.aggregation.masking import Masks, Participant, Round, majority
 from fl.errors import MaskingRefused, OutputRefused
-from fl.guard.disclosure import Disclosure, differences
-from fl.jobs.settings import JobSettings, SecureAggregation
-from fl.tensors import NUMPY_DTYPE, TensorFile, layout, narrow_bf16, parse
+from fl.jobs.settings import MASKED, MASKED_TAIL, JobSettings, SecureAggregation
+from fl.tensors import NUMPY_DTYPE, TensorFile, layout, narrow_bf16
 from fl.transport.memory import DraftMemory, SealedMemory
 
-MASKED: Final = "masked"
-"""The one tensor of a masked update."""
-WEIGHT_STEPS: Final = 16
-"""Steps of a weight to one."""
-MAX_WEIGHT: Final = 1 << 16
-METRIC_LIMIT: Final = float(1 << 15)
-METRIC_BITS: Final = 31
-MAX_BODY: Final = 240_000
-"""Characters of a message."""
+MAX_PART: Final = 100_000
+"""Characters of a message in one frame."""
+MAX_BODY: Final = 8 << 20
+"""Characters of a whole message: introductions of a thousand sites, with some brokers' EARs each."""
+MAX_ANSWER: Final = MAX_PART
 
 Text: TypeAlias = Annotated[str, Field(max_length=64_000)]
 Bodies: TypeAlias = Annotated[dict[Annotated[str, Field(max_length=64)], Text], Field(max_length=1000)]
@@ -72,6 +70,18 @@ class Bag(_Message):
     texts: Bodies
 
 
+class Introduced(Bag):
+    """The introductions of a round, and its unit of weights."""
+
+    unit: float | None = None
+
+
+class Revealed(Bag):
+    """The shares that a site reveals, and its introduction in the next round, if there is one."""
+
+    following: Text = ""
+
+
 class Named(_Message):
     """The survivors."""
 
@@ -83,6 +93,12 @@ def read_bag(body: str) -> dict[str, str]:
     return dict(_read(Bag, body).texts)
 
 
+def read_revealed(body: str) -> Revealed:
+    """A site's answer to `unmask`. Raises MaskingRefused."""
+    found: Revealed = _read(Revealed, body)
+    return found
+
+
 def _read(kind: type[Any], body: str) -> Any:
     try:
         return kind.model_validate_json(body)
@@ -90,16 +106,52 @@ def _read(kind: type[Any], body: str) -> Any:
         raise MaskingRefused("a message is malformed") from error
 
 
+def parts(body: str) -> Iterator[tuple[str, bool]]:
+    """A message in pieces that fit a frame, each with whether more come."""
+    for start in range(0, max(1, len(body)), MAX_PART):
+        yield body[start : start + MAX_PART], start + MAX_PART < len(body)
+
+
+class Parts:
+    """Joins a message's pieces, of which at most MAX_BODY characters are kept."""
+
+    def __init__(self) -> None:
+        self._kept: list[str] = []
+        self._size = 0
+
+    def add(self, piece: str, *, more: bool) -> str | None:
+        """The whole message, with its last piece. Raises MaskingRefused for one that is too long."""
+        self._kept.append(piece)
+        self._size += len(piece)
+        if self._size > MAX_BODY:
+            raise MaskingRefused(f"a message has more than {MAX_BODY} characters")
+        if more:
+            return None
+        body = "".join(self._kept)
+        self._kept.clear()
+        self._size = 0
+        return body
+
+
 def context_of(notary: Notary, round_: int) -> bytes:
     """What a round's keys and masks are bound to."""
     return hashlib.sha256(notary.job + round_.to_bytes(8, "big")).digest()
 
 
-def round_of(notary: Notary, introductions: Mapping[str, str], round_: int, secure: SecureAggregation) -> Round:
+def round_of(
+    notary: Notary,
+    introductions: Mapping[str, str],
+    round_: int,
+    secure: SecureAggregation,
+    unit: float | None = None,
+) -> Round:
     """The round that follows from the sites' introductions. Raises MaskingRefused, and what the notary raises.
 
     The threshold counts the members of the whole roster, so that a server gains nothing by leaving some out.
     """
+    check_unit(unit)
+    if secure.bits == 64 and unit is not None:
+        raise MaskingRefused("the job asks for numbers of 64 bits in every round")
     roster = notary.sites()
     context = context_of(notary, round_)
     keys: dict[str, tuple[bytes, bytes]] = {}
@@ -116,7 +168,12 @@ def round_of(notary: Notary, introductions: Mapping[str, str], round_: int, secu
             raise MaskingRefused(f"the keys of {site} have another size")
         keys[site] = pair
     threshold = secure.min_members or majority(len(set(roster.values())))
-    return Round(context, keys, {site: roster[site] for site in keys}, threshold)
+    return Round(context, keys, {site: roster[site] for site in keys}, threshold, unit)
+
+
+def fixed_point(round_: Round, secure: SecureAggregation) -> FixedPoint:
+    """How a round's numbers are written."""
+    return FixedPoint(secure.limit, len(round_.keys), round_.unit)
 
 
 class MaskingSite:
@@ -137,66 +194,117 @@ class MaskingSite:
         self._random = random
         self._number = -1
         self._participant: Participant | None = None
+        self._following: tuple[int, Participant] | None = None  # has keys and has dealt nothing yet
         self._round: Round | None = None
         self._survivors: tuple[str, ...] = ()
+        self._answered: dict[Step, tuple[str, str]] = {}  # in this round: what was asked, and the answer
 
     def hear(self, round_: int, step: Step, body: str) -> str:
         """Take one step; what is answered. Raises MaskingRefused, and what the notary raises."""
         if step == "keys":
-            return self._begin(round_)
+            return self._introduced(round_)
+        if step == "shares" and self._following is not None and self._following[0] == round_:
+            self._number, self._participant = self._following
+            self._following, self._round, self._answered = None, None, {}
         if round_ != self._number or self._participant is None:
             raise MaskingRefused(f"a step of round {round_} comes out of turn")
-        if step == "shares":
-            self._round = round_of(self._notary, read_bag(body), round_, self._secure)
-            shares = self._participant.share(self._round)
-            return bag({other: b64(share) for other, share in shares.items()})
-        if step == "dealt":
-            shares = {other: unb64(text, where="share") for other, text in read_bag(body).items()}
-            self._participant.receive(shares)
-            return "{}"
-        if step == "survivors":
-            self._survivors = self._participant.confirm(_read(Named, body).survivors)
-            return self._notary.sign(self._confirmation())
-        wanted = self._confirmation()
-        signers = [
-            site
-            for site, token in read_bag(body).items()
-            if site in self._survivors and self._notary.signed(site, token) == wanted
-        ]
-        return bag({other: b64(share) for other, share in self._participant.reveal(signers).items()})
+        if step in self._answered:
+            asked, answer = self._answered[step]
+            if asked != body:
+                raise MaskingRefused(f"{step} of round {round_} were heard before, and were others")
+            return answer
+        answer = self._answer(self._participant, round_, step, body)
+        if len(answer) > MAX_ANSWER:
+            raise MaskingRefused(f"an answer about {step} has {len(answer)} characters")
+        self._answered[step] = body, answer
+        return answer
 
-    def masked(self, shown: Disclosure, model: SealedMemory) -> Disclosure:
-        """What is disclosed, under masks; `shown` is closed. Raises MaskingRefused, OutputRefused."""
+    def masked(self, differences: Iterable[Numbers], metrics: Mapping[str, float], weight: float) -> SealedMemory:
+        """What is disclosed, under masks: the model's differences in the order of its tensors, each array once.
+
+        Raises MaskingRefused, OutputRefused.
+        """
         if self._participant is None or self._round is None:
             raise MaskingRefused("there are no masks for this round")
-        schema = self._settings.schema_of_update
+        names = self._settings.outputs.metrics or ()
+        if set(metrics) != set(names):
+            raise OutputRefused(self._site, "it does not have exactly the declared metrics", tuple(metrics))
+        masks, fixed = self._participant.masks(), fixed_point(self._round, self._secure)
+        schema = self._settings.schema_of_masked(64 if self._round.unit is None else 32)
         header, offsets, size = layout(schema)
         with DraftMemory(size) as draft:
             draft.view[: len(header)] = header
-            vector = np.frombuffer(draft.view, np.uint64, schema[MASKED].elements, offsets[MASKED])
+            arrays = [
+                np.frombuffer(draft.view, NUMPY_DTYPE[schema[name].dtype], schema[name].elements, offsets[name])
+                for name in (MASKED, MASKED_TAIL)
+            ]
             try:
-                with shown.memory:
-                    encode_update(vector, shown, model, self._settings, self._secure, self._site)
-                self._participant.mask(vector)
+                _write(arrays[0], arrays[1], differences, [metrics[name] for name in names], weight, fixed, masks)
+            except MaskingRefused as error:
+                what = "a number is beyond the limit of secure aggregation"
+                # A traceback would keep arrays over the memory, which could not be given back.
+                raise OutputRefused(self._site, what, (error.what,)) from error.with_traceback(None)
             finally:
-                del vector
-            return Disclosure(SealedMemory(*draft.seal()), 1.0, {})
+                arrays.clear()
+            return SealedMemory(*draft.seal())
 
-    def _begin(self, round_: int) -> str:
+    def _introduced(self, round_: int) -> str:
+        """Keys for a round that has not begun, made once, signed as often as they are asked for."""
         if round_ <= self._number:
             raise MaskingRefused(f"round {round_} has been before")
-        self._number, self._round = round_, None
-        self._participant = Participant(self._site, self._random)
-        cipher, mask = self._participant.public_keys
+        if self._following is None or self._following[0] != round_:
+            self._following = round_, Participant(self._site, self._random)
+        cipher, mask = self._following[1].public_keys
         context = context_of(self._notary, round_)
         return self._notary.introduce(
             {"cipher": b64(cipher), "context": context.hex(), "mask": b64(mask), "site": self._site}
         )
 
-    def _confirmation(self) -> dict[str, Any]:
+    def _answer(self, participant: Participant, round_: int, step: Step, body: str) -> str:
+        if step == "shares":
+            said: Introduced = _read(Introduced, body)
+            self._round = round_of(self._notary, said.texts, round_, self._secure, said.unit)
+            shares = participant.share(self._round)
+            return bag({other: b64(share) for other, share in shares.items()})
+        if step == "dealt":
+            participant.receive({other: unb64(text, where="share") for other, text in read_bag(body).items()})
+            return ""
         if self._round is None:
             raise MaskingRefused("the round has no keys yet")
-        return confirmation(self._round, self._survivors)
+        if step == "survivors":
+            self._survivors = participant.confirm(_read(Named, body).survivors)
+            return self._notary.sign(confirmation(self._round, self._survivors))
+        wanted = confirmation(self._round, self._survivors)
+        signers = [
+            site
+            for site, token in read_bag(body).items()
+            if site in self._survivors and self._notary.signed(site, token) == wanted
+        ]
+        revealed = {other: b64(share) for other, share in participant.reveal(signers).items()}
+        more = round_ + 1 < self._settings.num_rounds
+        return Revealed(texts=revealed, following=self._introduced(round_ + 1) if more else "").model_dump_json()
+
+
+def _write(
+    numbers: Vector,
+    tail: Vector,
+    differences: Iterable[Numbers],
+    metrics: list[float],
+    weight: float,
+    fixed: FixedPoint,
+    masks: Masks,
+) -> None:
+    """Write a masked vector, piece by piece, each of which is masked while a processor's cache has it."""
+    written = write_tail(tail, metrics, weight)
+    at = 0
+    for values in differences:
+        for start in range(0, values.size, PIECE):
+            piece = values[start : start + PIECE]
+            target = numbers[at : at + piece.size]
+            fixed.write(target, piece, written)
+            masks.add_to(target)
+            at += piece.size
+    masks.add_to(tail)
 
 
 def confirmation(round_: Round, survivors: Collection[str]) -> dict[str, Any]:
@@ -205,11 +313,13 @@ def confirmation(round_: Round, survivors: Collection[str]) -> dict[str, Any]:
 
 
 def bag(texts: Mapping[str, str]) -> str:
-    """A message of one text for each of some sites. Raises MaskingRefused if it is too long to be sent."""
-    text = json.dumps({"texts": dict(texts)}, separators=(",", ":"))
-    if len(text) > MAX_BODY:
-        raise MaskingRefused(f"{len(texts)} sites are too many for one message")
-    return text
+    """A message of one text for each of some sites."""
+    return json.dumps({"texts": dict(texts)}, separators=(",", ":"))
+
+
+def introduced(texts: Mapping[str, str], unit: float | None) -> str:
+    """The message that begins a round."""
+    return Introduced(texts=dict(texts), unit=unit).model_dump_json()
 
 
 def named(survivors: Collection[str]) -> str:
@@ -217,53 +327,18 @@ def named(survivors: Collection[str]) -> str:
     return Named(survivors=tuple(sorted(survivors))).model_dump_json()
 
 
-# --- an update as a vector --------------------------------------------------------------------------------------------
-
-
-def encode_update(
-    vector: Vector,
-    shown: Disclosure,
-    model: SealedMemory,
-    settings: JobSettings,
-    secure: SecureAggregation,
-    site: str,
-) -> None:
-    """Write the update as the sum's vector. Raises OutputRefused for what does not fit the declared limits."""
-    weight = round(shown.weight * WEIGHT_STEPS)
-    if not 1 <= weight <= MAX_WEIGHT * WEIGHT_STEPS:
-        raise OutputRefused(site, f"its weight is not between 1/{WEIGHT_STEPS} and {MAX_WEIGHT}", (str(shown.weight),))
-    names = settings.outputs.metrics or ()
-    if set(shown.metrics) != set(names):
-        raise OutputRefused(site, "it does not have exactly the declared metrics", tuple(shown.metrics))
-    values = np.array([shown.metrics[name] for name in names], dtype=np.float64)
-    current = parse(model.view, max_size=model.size)
-    update = parse(shown.memory.view, max_size=shown.memory.size)
-    at = 0
-    try:
-        for name in settings.model:
-            for _, difference, _ in differences(update, current, name, settings.params_type == "FULL"):
-                encode_into(vector[at : at + difference.size], difference, secure.limit, secure.bits, weight)
-                at += difference.size
-        encode_into(vector[at:-1], values, METRIC_LIMIT, METRIC_BITS, weight)
-        vector[-1] = weight
-    except MaskingRefused as error:
-        raise OutputRefused(site, "a number is beyond the limit of secure aggregation", (error.what,)) from error
-    finally:
-        current.raw.release()
-        update.raw.release()
+# --- the sum as a model -----------------------------------------------------------------------------------------------
 
 
 def decode_sum(
-    total: Vector, model: TensorFile, settings: JobSettings, secure: SecureAggregation
-) -> tuple[SealedMemory, dict[str, float]]:
-    """The next model, which is the current one plus the weighted mean of differences, and the mean metrics.
+    sums: tuple[Vector, ...], model: TensorFile, settings: JobSettings, fixed: FixedPoint
+) -> tuple[SealedMemory, dict[str, float], float]:
+    """The next model, which is the current one plus the weighted mean of differences; the mean metrics; the weights.
 
     Raises MaskingRefused for a sum that cannot be one.
     """
-    weight = int(total[-1])
-    names = settings.outputs.metrics or ()
-    if not 0 < weight <= MAX_WEIGHT * WEIGHT_STEPS * 10_000:
-        raise MaskingRefused("the sum of weights is none: a site has sent what is no masked vector")
+    total, tail = sums
+    metrics, weight = read_tail(tail.view(np.uint64), fixed.sites)
     schema = settings.schema_of_model
     header, offsets, size = layout(schema)
     at = 0
@@ -272,7 +347,9 @@ def decode_sum(
         for name, spec in schema.items():
             target = np.frombuffer(draft.view, NUMPY_DTYPE[spec.dtype], spec.elements, offsets[name])
             for start, block in model.blocks(name):
-                following = decoded(total[at : at + block.size], secure.limit, secure.bits, weight)
+                following = fixed.read(
+                    total[at : at + block.size], weight, np.float64 if spec.dtype == "F64" else np.float32
+                )
                 following += block
                 at += block.size
                 part = target[start : start + block.size]
@@ -280,5 +357,4 @@ def decode_sum(
                 del part
             del target
         memory = SealedMemory(*draft.seal())
-    metrics = decoded(total[at : at + len(names)], METRIC_LIMIT, METRIC_BITS, weight)
-    return memory, dict(zip(names, map(float, metrics), strict=True))
+    return memory, dict(zip(settings.outputs.metrics or (), metrics, strict=True)), weight

@@ -11,20 +11,20 @@ server, figure 4), on the k-regular graph of Bell et al. 2020 where there are ma
 5. *unmask*: a site that has the signatures of `threshold` members over one set reveals its shares: of a survivor's
    seed, or of a lost site's mask key, never of both.
 
-Vectors are of uint64, and sums are modulo 2**64. Pure: messages are bytes in, bytes out; randomness is an argument.
+A vector is some arrays of whole numbers, and sums are modulo the size of theirs (`fl.aggregation.fixed_point`). Pure:
+messages are bytes in, bytes out; randomness is an argument.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -33,18 +33,16 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from attestation.canonical import canonical_bytes
 from attestation.shamir import deal, join
+from fl.aggregation.fixed_point import PIECE, Vector
 from fl.errors import MaskingRefused
 from fl.guard.keystream import KEY_SIZE, Keystream
 
 COMPLETE: Final = 16
 """Up to so many sites every one is every other's neighbour."""
-BLOCK: Final = 1 << 16
-"""Numbers that are masked at a time, so that they stay in a processor's cache."""
 SECRETS: Final = 2 * KEY_SIZE
 """Bytes of what is shared: the mask key, then the seed."""
 MAX_MEMBERS: Final = 255
 
-Vector = npt.NDArray[np.uint64]
 Keys = Mapping[str, tuple[bytes, bytes]]
 """A site's two public keys: the one for shares, the one for masks; 32 bytes each."""
 
@@ -81,6 +79,8 @@ class Round:
     """Whose each site is, by the charter."""
     threshold: int
     """Members that have to be among the survivors."""
+    unit: float | None = None
+    """How numbers are written (`fl.aggregation.fixed_point`): alike at all sites, or one's would stand out."""
 
     @cached_property
     def digest(self) -> str:
@@ -92,6 +92,7 @@ class Round:
                     "keys": {site: [one.hex() for one in pair] for site, pair in self.keys.items()},
                     "members": dict(self.members),
                     "threshold": self.threshold,
+                    "unit": None if self.unit is None else self.unit.hex(),
                 }
             )
         ).hexdigest()
@@ -173,14 +174,13 @@ class Participant:
         if len(taking_part) < min(round_.threshold, round_.share_threshold((*self._around, self._site))):
             raise MaskingRefused(f"only {len(taking_part)} members have shared their keys")
 
-    def mask(self, vector: Vector) -> Vector:
-        """`vector` under its masks, in place. Once: two vectors under one mask would tell their difference."""
+    def masks(self) -> Masks:
+        """The masks of this site's vector. Once: two vectors under one mask would tell their difference."""
         round_ = self._begun()
         if self._masked or self._site not in self._shares:
             raise MaskingRefused("a vector was masked before, or there are no shares")
         self._masked = True
-        add_streams(vector, self._streams(round_))
-        return vector
+        return Masks(self._streams(round_))
 
     def confirm(self, survivors: Collection[str]) -> tuple[str, ...]:
         """What to sign, once: the sorted survivors. Raises MaskingRefused for a set that tells too much."""
@@ -217,12 +217,11 @@ class Participant:
             raise MaskingRefused("the round has no keys yet")
         return self._round
 
-    def _streams(self, round_: Round) -> Iterator[tuple[Keystream, bool]]:
-        yield Keystream(self._seed), True
+    def _streams(self, round_: Round) -> Iterator[tuple[bytes, bool]]:
+        yield self._seed, True
         for other in self._around:
             if other in self._shares:
-                seed = pair_seed(self._mask, round_.keys[other][1], round_)
-                yield Keystream(seed), self._site < other
+                yield pair_seed(self._mask, round_.keys[other][1], round_), self._site < other
 
     def _sealed(self, other: str, share: bytes, sender: str) -> bytes:
         round_ = self._begun()
@@ -247,11 +246,12 @@ class Participant:
 class MaskedSum:
     """The server's half of one round: adds masked vectors up, and unmasks the sum."""
 
-    def __init__(self, round_: Round, size: int) -> None:
+    def __init__(self, round_: Round, arrays: Sequence[Vector]) -> None:
+        """`arrays`: zeros, which the sum is gathered in."""
         round_.check()
         self._round = round_
         self._graph = round_.graph
-        self._sum: Vector = np.zeros(size, dtype=np.uint64)
+        self._sum = tuple(arrays)
         self._sharers: set[str] = set()
         self._folded: set[str] = set()
 
@@ -269,25 +269,27 @@ class MaskedSum:
             for receiver in dealt
         }
 
-    def fold(self, site: str, vector: Vector) -> None:
+    def fold(self, site: str, vector: Sequence[Vector]) -> None:
         """Add a site's masked vector, once. Raises MaskingRefused."""
-        if site not in self._sharers or site in self._folded or vector.shape != self._sum.shape:
+        kinds = [[(one.dtype, one.shape) for one in arrays] for arrays in (vector, self._sum)]
+        if site not in self._sharers or site in self._folded or kinds[0] != kinds[1]:
             raise MaskingRefused(f"{site} has not shared its keys, has sent a vector before, or one of another size")
         self._folded.add(site)
-        self._sum += vector
+        for total, array in zip(self._sum, vector, strict=True):
+            total += array
 
     @property
     def survivors(self) -> tuple[str, ...]:
         """Whose vectors are in the sum, sorted."""
         return tuple(sorted(self._folded))
 
-    def unmask(self, revealed: Mapping[str, Mapping[str, bytes]]) -> Vector:
+    def unmask(self, revealed: Mapping[str, Mapping[str, bytes]]) -> tuple[Vector, ...]:
         """The sum of the survivors' vectors, from the shares that sites revealed. Raises MaskingRefused."""
-        streams: list[tuple[Keystream, bool]] = []
+        streams: list[tuple[bytes, bool]] = []
         for site in sorted(self._sharers):
             around = self._graph[site]
             if site in self._folded:
-                streams.append((Keystream(self._joined(site, revealed)), False))
+                streams.append((self._joined(site, revealed), False))
                 continue
             folded_around = [other for other in around if other in self._folded]
             if not folded_around:
@@ -296,8 +298,10 @@ class MaskedSum:
             if key.public_key().public_bytes_raw() != self._round.keys[site][1]:
                 raise MaskingRefused(f"the shares of {site}'s key do not join to it: a site has lied")
             seeds = {other: pair_seed(key, self._round.keys[other][1], self._round) for other in folded_around}
-            streams.extend((Keystream(seed), site < other) for other, seed in seeds.items())
-        add_streams(self._sum, streams)
+            streams.extend((seed, site < other) for other, seed in seeds.items())
+        masks = Masks(streams)
+        for total in self._sum:
+            masks.add_to(total)
         return self._sum
 
     def _joined(self, site: str, revealed: Mapping[str, Mapping[str, bytes]]) -> bytes:
@@ -314,16 +318,21 @@ class MaskedSum:
         return join(dict(sorted(found.items())[:needed]))
 
 
-def add_streams(vector: Vector, streams: Iterator[tuple[Keystream, bool]] | list[tuple[Keystream, bool]]) -> None:
-    """Add each stream to `vector` (True), or take it away, block by block, in place."""
-    opened = list(streams)
-    for start in range(0, vector.size, BLOCK):
-        part = vector[start : start + BLOCK]
-        for stream, adds in opened:
-            if adds:
-                part += stream.words(part.size)
-            else:
-                part -= stream.words(part.size)
+class Masks:
+    """Masks by their seeds, each added (True) or taken away, over one array after the other."""
+
+    def __init__(self, seeds: Iterable[tuple[bytes, bool]]) -> None:
+        self._streams = [(Keystream(seed), np.add if adds else np.subtract) for seed, adds in seeds]
+        self._scratch = np.empty(PIECE, dtype=np.uint64)
+
+    def add_to(self, vector: Vector) -> None:
+        """Mask the next numbers, in place."""
+        for start in range(0, vector.size, PIECE):
+            part = vector[start : start + PIECE]
+            mask = self._scratch.view(vector.dtype)[: part.size]
+            for stream, change in self._streams:
+                stream.fill(mask)
+                change(part, mask, out=part)
 
 
 def pair_seed(own: X25519PrivateKey, theirs: bytes, round_: Round) -> bytes:
@@ -343,27 +352,3 @@ def _derived(own: X25519PrivateKey, theirs: bytes, purpose: bytes) -> bytes:
 
 def _label(round_: Round, sender: str, receiver: str) -> bytes:
     return canonical_bytes({"round": round_.digest, "from": sender, "to": receiver})
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def encode_into(target: Vector, values: npt.NDArray[np.float64], limit: float, bits: int, weight: int) -> None:
-    """Write numbers from -limit to limit as whole steps of limit / (2**(bits-1) - 1), times `weight`, modulo 2**64.
-
-    `values` are used up. Raises MaskingRefused for a number beyond: cut off, it would make the sum another one.
-    """
-    if values.size and not -limit <= float(values.min()) <= float(values.max()) <= limit:
-        raise MaskingRefused(f"a number is beyond the declared limit of {limit:g}")
-    np.multiply(values, ((1 << (bits - 1)) - 1) / limit, out=values)
-    np.rint(values, out=values)
-    steps = target.view(np.int64)
-    steps[:] = values
-    steps *= np.int64(weight)
-
-
-def decoded(total: Vector, limit: float, bits: int, weight: int) -> npt.NDArray[np.float64]:
-    """The sum of what was encoded, divided by the sum of weights, as numbers."""
-    found = total.view(np.int64).astype(np.float64)
-    found *= limit / ((1 << (bits - 1)) - 1) / weight
-    return found

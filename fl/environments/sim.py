@@ -361,9 +361,8 @@ class _Client:
                         settings=self._settings,
                         site=self.name,
                         task=task.kind,
+                        masked=None if self._masking is None else self._masking.masked,
                     )
-                if self._masking is not None:
-                    shown = self._masking.masked(shown, task.model)
                 federation.submit(
                     self.name,
                     answer.round,

@@ -3,7 +3,8 @@
 The answer was received whole, in memory that its script cannot change any more. Then, in this order: it is parsed and
 checked against the declared outputs; dequantised (half-precision floats widened); its difference from the round's model
 is clipped; noised; quantised; and what leaves is written anew, in one layout. Nothing of the script's own bytes leaves:
-not the header, its order, padding or metadata; NaNs and booleans other than 0 and 1 are refused with the rest
+not the header, its order, padding or metadata
+(a file that is that layout already is sent as it is); NaNs and booleans other than 0 and 1 are refused with the rest
 (`fl.guard.gate`). What leaves has one size, whatever it says.
 
 Whatever is refused is told in one sentence that the script has no part in: its reasons, which may repeat the script's
@@ -13,9 +14,9 @@ words, are for its author's simulation alone (`OutputRefused.reasons`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,9 @@ from fl.model import ParamsType, check_metrics
 from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, TensorFile, encode, layout, narrow_bf16, parse, widen_bf16
 from fl.transport.memory import DraftMemory, SealedMemory
 
-Array = npt.NDArray[Any]
+Array: TypeAlias = npt.NDArray[np.floating[Any]]
+Masked: TypeAlias = Callable[[Iterable[Array], Mapping[str, float], float], SealedMemory]
+"""Makes what leaves under masks of an update's differences, its metrics and its weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,10 @@ def disclose(
     settings: JobSettings,
     site: str,
     task: TaskKind = "train",
+    masked: Masked | None = None,
     random: Callable[[int], bytes] = os.urandom,
 ) -> Disclosure:
-    """What may leave of an answer to `model`. Raises OutputRefused.
+    """What may leave of an answer to `model`, under masks if there are any. Raises OutputRefused, MaskingRefused.
 
     Of an evaluation metrics leave and no tensor; a site's own model leaves as an update does, whole.
     """
@@ -76,7 +80,10 @@ def disclose(
             raise OutputRefused(site, "its statistics tell of too few records", reasons)
         current = parse(model.view, max_size=model.size)
         try:
-            memory = _written(update, current, settings, random)
+            if masked is not None:
+                blocks = (block for _, _, block, _ in _shown(update, current, settings, random))
+                return Disclosure(masked(blocks, numbers, shown), 1.0, {})
+            memory = raw.share() if _is_written(update, settings) else _written(update, current, settings, random)
         finally:
             current.raw.release()
     finally:
@@ -158,31 +165,51 @@ def _below_floor(update: TensorFile, settings: JobSettings) -> Iterator[str]:
             yield reason
 
 
+def _is_written(update: TensorFile, settings: JobSettings) -> bool:
+    """Whether the script's file is byte for byte what would be written anew, so that no copy has to be made."""
+    header, _, size = layout(settings.schema_of_model)
+    own = update.raw[: len(header)]
+    return not settings.outputs.transforms and len(update.raw) == size and own == header
+
+
 def _written(
     update: TensorFile, model: TensorFile, settings: JobSettings, random: Callable[[int], bytes]
 ) -> SealedMemory:
     """The update in the one layout, its floats clipped, noised and quantised as declared."""
-    outputs, schema = settings.outputs, settings.schema_of_model
-    full = settings.params_type == ParamsType.FULL
-    scale = _scale(update, model, outputs, full)
-    noise = Keystream(random(KEY_SIZE)) if outputs.noise_multiplier else None
+    schema = settings.schema_of_model
     header, offsets, size = layout(schema)
     with DraftMemory(size) as draft:
         draft.view[: len(header)] = header
-        for name, spec in schema.items():
-            if not outputs.transforms:
+        if not settings.outputs.transforms:
+            for name, spec in schema.items():
                 draft.view[offsets[name] : offsets[name] + spec.size] = update.bytes_of(name)
-                continue
+            return SealedMemory(*draft.seal())
+        for name, start, shown, current in _shown(update, model, settings, random):
+            spec = schema[name]
+            if current is not None:
+                shown += current
             target = np.frombuffer(draft.view, NUMPY_DTYPE[spec.dtype], spec.elements, offsets[name])
-            for start, difference, current in differences(update, model, name, full):
-                shown = _transformed(difference, scale, outputs, noise)
-                if current is not None:
-                    shown += current
-                target[start : start + shown.size] = (
-                    narrow_bf16(shown.astype(np.float32)) if spec.dtype == "BF16" else shown
-                )
+            target[start : start + shown.size] = (
+                narrow_bf16(shown.astype(np.float32)) if spec.dtype == "BF16" else shown
+            )
             del target
         return SealedMemory(*draft.seal())
+
+
+def _shown(
+    update: TensorFile, model: TensorFile, settings: JobSettings, random: Callable[[int], bytes]
+) -> Iterator[tuple[str, int, Array, Array | None]]:
+    """The differences as they may leave, tensor by tensor in flat blocks: name, first index, numbers, and the model's
+    if the update is full."""
+    outputs = settings.outputs
+    full = settings.params_type == ParamsType.FULL
+    scale = _scale(update, model, outputs, full)
+    noise = Keystream(random(KEY_SIZE)) if outputs.noise_multiplier else None
+    for name, spec in settings.schema_of_model.items():
+        wide = outputs.transforms or spec.dtype == "F64"
+        for start, difference, current in _differences(update, model, name, full, np.float64 if wide else np.float32):
+            shown = _transformed(difference, scale, outputs, noise) if outputs.transforms else difference
+            yield name, start, shown, current
 
 
 def _scale(update: TensorFile, model: TensorFile, outputs: Outputs, full: bool) -> float:
@@ -192,30 +219,28 @@ def _scale(update: TensorFile, model: TensorFile, outputs: Outputs, full: bool) 
     squares = 0.0
     for name, spec in update.schema.items():
         if spec.dtype in FLOATS:
-            for _, difference, _ in differences(update, model, name, full):
+            for _, difference, _ in _differences(update, model, name, full, np.float64):
                 squares += float(np.dot(difference, difference))
     norm = float(np.sqrt(squares))
     return min(1.0, outputs.clip_norm / norm) if norm > 0 else 1.0
 
 
-def differences(
-    update: TensorFile, model: TensorFile, name: str, full: bool
-) -> Iterator[tuple[int, npt.NDArray[np.float64], npt.NDArray[np.float64] | None]]:
-    """A tensor's difference from the model in flat float64 blocks, each with its first index and, if the update is
+def _differences(
+    update: TensorFile, model: TensorFile, name: str, full: bool, dtype: type[np.floating[Any]]
+) -> Iterator[tuple[int, Array, Array | None]]:
+    """A tensor's difference from the model in flat blocks of `dtype`, each with its first index and, if the update is
     `full`, the model's block, to be added again."""
     flat = model.array(name).reshape(-1)
     for start, block in update.blocks(name):
         if not full:
-            yield start, block.astype(np.float64), None
+            yield start, block.astype(dtype), None
             continue
         part = flat[start : start + min(BLOCK, block.size)]
-        current = (widen_bf16(part) if update.schema[name].dtype == "BF16" else part).astype(np.float64)
-        yield start, block.astype(np.float64) - current, current
+        current = (widen_bf16(part) if update.schema[name].dtype == "BF16" else part).astype(dtype, copy=False)
+        yield start, np.subtract(block, current, dtype=dtype), current
 
 
-def _transformed(
-    difference: npt.NDArray[np.float64], scale: float, outputs: Outputs, noise: Keystream | None
-) -> npt.NDArray[np.float64]:
+def _transformed(difference: Array, scale: float, outputs: Outputs, noise: Keystream | None) -> Array:
     shown = difference * scale
     if noise is not None and outputs.clip_norm is not None:
         shown += noise.normal(shown.size) * (outputs.noise_multiplier * outputs.clip_norm)

@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 KEY_SIZE: Final = 32
 NONCE_SIZE: Final = 16
+MAX_FILL: Final = 1 << 20
+_ZEROS: Final = memoryview(bytes(MAX_FILL))
 
 
 class Keystream:
@@ -21,6 +23,10 @@ class Keystream:
     def __init__(self, key: bytes, nonce: bytes = bytes(NONCE_SIZE)) -> None:
         """`key` has KEY_SIZE bytes, `nonce` is the first counter block."""
         self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(nonce)).encryptor()
+
+    def fill(self, target: npt.NDArray[np.unsignedinteger[Any]]) -> None:
+        """Write the stream's next bytes over a contiguous array of at most MAX_FILL bytes."""
+        self._encryptor.update_into(_ZEROS[: target.nbytes], target.view(np.uint8).data)
 
     def words(self, count: int, dtype: type[np.unsignedinteger[Any]] = np.uint64) -> npt.NDArray[Any]:
         """The next `count` unsigned integers, uniform over all of `dtype`."""

@@ -17,6 +17,10 @@ Digest: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 MAX_MODEL: Final = 1 << 40
 """No model of a job is larger, in bytes."""
 
+MASKED: Final = "masked"
+MASKED_TAIL: Final = "tail"
+"""The tensors of a masked update: the model's numbers, and the metrics with the weight."""
+
 TaskKind: TypeAlias = Literal["train", "evaluate", "submit_model"]
 """What a script is asked for: an update of the model; metrics of it and nothing else; the site's own last model."""
 Tracking: TypeAlias = Literal["tensorboard", "mlflow"]
@@ -182,12 +186,13 @@ Robust: TypeAlias = NormClipping | TrimmedMean | Krum
 class SecureAggregation(_Options):
     """The server sees the sum over at least `min_members` members' sites (None: more than half of the roster's).
 
-    Numbers of an update's difference from the model lie between -limit and limit, and become whole steps of `limit` /
-    (2**(bits-1) - 1).
+    Numbers of an update's difference from the model lie between -limit and limit. Under masks they have `bits`: with 32
+    the first round has 64, and what is learned of its weights says how fine the steps of later ones can be
+    (`fl.aggregation.fixed_point`); with 64 all have.
     """
 
     limit: float = Field(default=16.0, gt=0, le=1e6)
-    bits: int = Field(default=28, ge=8, le=32)
+    bits: Literal[32, 64] = 32
     min_members: int | None = Field(default=None, ge=2, le=255)
 
 
@@ -322,11 +327,16 @@ class JobSettings(BaseModel):
 
     @property
     def schema_of_update(self) -> Schema:
-        """What a site delivers: the model's tensors, or one masked vector of their numbers, the metrics, the weight."""
-        if self.secure_aggregation is None:
-            return self.schema_of_model
+        """What a site delivers: the model's tensors, or at most these masked vectors."""
+        return self.schema_of_model if self.secure_aggregation is None else self.schema_of_masked(64)
+
+    def schema_of_masked(self, bits: int) -> Schema:
+        """What a site delivers under masks of so many bits."""
         elements = sum(spec.elements for spec in self.schema_of_model.values())
-        return {"masked": TensorSpec("U64", (elements + len(self.outputs.metrics or ()) + 1,))}
+        return {
+            MASKED: TensorSpec(f"U{bits}", (elements,)),
+            MASKED_TAIL: TensorSpec("U64", (len(self.outputs.metrics or ()) + 1,)),
+        }
 
     @property
     def schema_of_model(self) -> Schema:

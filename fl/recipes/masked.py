@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from attestation.canonical import b64, unb64
-from fl.aggregation.mask_talk import MASKED, Notary, bag, confirmation, decode_sum, named, read_bag, round_of
+from fl.aggregation.fixed_point import next_unit
+from fl.aggregation.mask_talk import (
+    Notary,
+    bag,
+    confirmation,
+    decode_sum,
+    fixed_point,
+    introduced,
+    named,
+    read_bag,
+    read_revealed,
+    round_of,
+)
 from fl.aggregation.masking import MaskedSum
 from fl.errors import MaskingRefused
-from fl.jobs.settings import JobSettings, SecureAggregation
+from fl.jobs.settings import MASKED, MASKED_TAIL, JobSettings, SecureAggregation
 from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
-from fl.tensors import parse
+from fl.tensors import NUMPY_DTYPE, parse
 from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
 
@@ -25,43 +39,44 @@ def masked_fedavg(
     """
     rounds = Rounds(sites, settings, model)
     model = rounds.model
+    leader = _Leader(sites, settings, secure, notary)
     for round_ in rounds:
-        masked = _MaskedRound(sites, settings, secure, notary, round_)
-        following, metrics = masked.run(model)
+        following, metrics = leader.run(round_, model)
         rounds.end(round_, metrics, received=model, following=following)
         model.close()
         model = following
     return model
 
 
-class _MaskedRound:
-    """One round, as the server leads it. It trusts no site: whoever answers amiss is out of the job."""
+class _Leader:
+    """The server in its rounds. It trusts no site: whoever answers amiss is out of the job."""
 
-    def __init__(
-        self, sites: Federation, settings: JobSettings, secure: SecureAggregation, notary: Notary, number: int
-    ) -> None:
+    def __init__(self, sites: Federation, settings: JobSettings, secure: SecureAggregation, notary: Notary) -> None:
         self._sites = sites
         self._settings = settings
         self._secure = secure
         self._notary = notary
-        self._number = number
+        self._unit: float | None = None  # of weights, when a round has told what they sum up to
+        self._introductions: dict[str, str] = {}  # of the next round, as far as sites have sent them ahead
 
-    def run(self, model: SealedMemory) -> tuple[SealedMemory, dict[str, float]]:
-        """The next model, and the mean metrics."""
-        sites, number = self._sites, self._number
-        introductions = self._introductions()
-        round_ = round_of(self._notary, introductions, number, self._secure)
-        (elements,) = self._settings.schema_of_update[MASKED].shape
-        total = MaskedSum(round_, elements)
+    def run(self, number: int, model: SealedMemory) -> tuple[SealedMemory, dict[str, float]]:
+        """One round: the next model, and the mean metrics."""
+        sites, unit = self._sites, self._unit
+        introductions = self._introduced(number)
+        round_ = round_of(self._notary, introductions, number, self._secure, unit)
+        sites.schema = self._settings.schema_of_masked(64 if unit is None else 32)
+        kinds = [sites.schema[name] for name in (MASKED, MASKED_TAIL)]
+        total = MaskedSum(round_, [np.zeros(kind.elements, dtype=NUMPY_DTYPE[kind.dtype]) for kind in kinds])
+        message = introduced(introductions, unit)
         dealt = {
-            site: {other: unb64(text, where=site) for other, text in read_bag(body).items()}
-            for site, body in sites.ask(number, "shares", dict.fromkeys(introductions, bag(introductions))).items()
+            site: _decoded(site, read_bag(body))
+            for site, body in sites.ask(number, "shares", dict.fromkeys(introductions, message)).items()
         }
         shares = total.shares_for(dealt)
         bodies = {site: bag({other: b64(share) for other, share in own.items()}) for site, own in shares.items()}
-        sites.ask(number, "dealt", bodies)
-        for update in sites.train(Task(number, self._settings.num_rounds, model)):
-            total.fold(update.site, update.tensors.array(MASKED).astype(np.uint64, copy=True))
+        present = sites.ask(number, "dealt", bodies)
+        for update in sites.train(Task(number, self._settings.num_rounds, model), among=present):
+            total.fold(update.site, [update.tensors.array(name) for name in (MASKED, MASKED_TAIL)])
             update.close()
         survivors = total.survivors
         confirmed = sites.ask(number, "survivors", dict.fromkeys(survivors, named(survivors)))
@@ -69,21 +84,42 @@ class _MaskedRound:
         for site, token in confirmed.items():
             if self._notary.signed(site, token) != wanted:
                 raise MaskingRefused(f"{site} has signed other survivors")
-        revealed = {
-            site: {other: unb64(text, where=site) for other, text in read_bag(body).items()}
+        answers = {
+            site: read_revealed(body)
             for site, body in sites.ask(number, "unmask", dict.fromkeys(confirmed, bag(confirmed))).items()
         }
-        summed = total.unmask(revealed)
-        return decode_sum(summed, parse(model.view, max_size=model.size), self._settings, self._secure)
+        self._introductions = {site: answer.following for site, answer in answers.items() if answer.following}
+        sums = total.unmask({site: _decoded(site, answer.texts) for site, answer in answers.items()})
+        following, metrics, weights = decode_sum(
+            sums, parse(model.view, max_size=model.size), self._settings, fixed_point(round_, self._secure)
+        )
+        if self._secure.bits == 32:
+            self._unit = next_unit(weights, len(survivors))
+        return following, metrics
 
-    def _introductions(self) -> dict[str, str]:
+    def _introduced(self, number: int) -> dict[str, str]:
         """The sites that introduce themselves well; others are out of the job."""
-        found: dict[str, str] = {}
-        asked = dict.fromkeys(self._sites.sites, "")
-        for site, token in self._sites.ask(self._number, "keys", asked).items():
-            try:
-                self._notary.introduced(site, token)
+        ahead, self._introductions = self._introductions, {}
+        present = self._sites.sites
+        found = {  # of those whose leases have not ended since
+            site: token for site, token in ahead.items() if site in present and self._why_not(site, token) is None
+        }
+        asked = {site: "" for site in present if site not in found}
+        for site, token in (self._sites.ask(number, "keys", asked) if asked else {}).items():
+            why = self._why_not(site, token)
+            if why is None:
                 found[site] = token
-            except SealwrightError as error:
-                self._sites.lose(site, error.what, kind="refused")
+            else:
+                self._sites.lose(site, why, kind="refused")
         return found
+
+    def _why_not(self, site: str, token: str) -> str | None:
+        try:
+            self._notary.introduced(site, token)
+        except SealwrightError as error:
+            return error.what
+        return None
+
+
+def _decoded(site: str, texts: Mapping[str, str]) -> dict[str, bytes]:
+    return {other: unb64(text, where=site) for other, text in texts.items()}

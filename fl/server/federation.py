@@ -182,7 +182,7 @@ class Federation:
         self._deadline = 0.0  # of the round that is on
         self._stopped_at = 0.0  # since when the round's clock stands still, while a site is away
         self._inbox: SimpleQueue[Update | Heard | str | JobAborted] = SimpleQueue()
-        self._asked: tuple[int, Step, set[str]] = (-1, "keys", set())  # of whom an answer is expected, and to what
+        self._asked: tuple[int, Step, dict[str, str]] = (-1, "keys", {})  # what was said, to whom has not answered yet
         self._notary: Notary | None = None
 
     # the transport's side
@@ -233,7 +233,11 @@ class Federation:
             self._returned(site.name)
             self._sites[site.name] = site
             task = self._task if site.name in self._pending else None
+            round_, step, unanswered = self._asked
+            body = unanswered.get(site.name)
         self.observe(JobEvent(kind="resumed", site=site.name))
+        if body is not None:
+            site.say(round_, step, body)
         if task is not None:
             site.give(task)
         self._inbox.put(site.name)
@@ -324,11 +328,16 @@ class Federation:
         self.observe(JobEvent(kind="value", site=name, round=step, values={key: value}))
 
     def hear(self, name: str, round_: int, step: Step, body: str) -> None:
-        """A site answers what it was asked, once. Raises MalformedMessage for an answer that nobody asked for."""
+        """A site answers what it was asked, once. Raises MalformedMessage for an answer that nobody asked for.
+
+        One that was away may answer twice, or too late: that is nothing.
+        """
         with self._lock:
             if (round_, step) != self._asked[:2] or name not in self._asked[2]:
+                if name in self._absence:
+                    return
                 raise MalformedMessage(f"an answer about {step} of round {round_} comes out of turn", where=name)
-            self._asked[2].discard(name)
+            del self._asked[2][name]
         self._inbox.put(Heard(name, body))
 
     def abort(self, by: str) -> None:
@@ -381,8 +390,10 @@ class Federation:
         with self._lock:
             return tuple(sorted(self._sites))
 
-    def train(self, task: Task, only: str | None = None) -> Iterator[Update]:
+    def train(self, task: Task, only: str | None = None, *, among: Collection[str] | None = None) -> Iterator[Update]:
         """Give every site the task; yield the admitted updates as they come, each to be closed by the caller.
+
+        `among`: the sites that can take part in this round; the others sit it out.
 
         With `only`, that site alone gets it, and the round may go on with another; an update of it is not demanded, and
         none is after the rounds of training, where only an evaluation can suffer.
@@ -394,7 +405,8 @@ class Federation:
             self._pending.clear()
             self._checking.clear()
             left = len(self._sites)
-            waiting = deque(sorted(self._sites) if only is None else [only] if only in self._sites else [])
+            chosen = self._sites.keys() if among is None else self._sites.keys() & among
+            waiting = deque(sorted(chosen) if only is None else [only] if only in self._sites else [])
         if task.round != self._begun and task.round < task.total_rounds:
             self._begun = task.round
             self.observe(JobEvent(kind="round", round=task.round))
@@ -453,14 +465,15 @@ class Federation:
 
     def ask(self, round_: int, step: Step, bodies: Mapping[str, str]) -> dict[str, str]:
         """Say something to some sites, and wait for their answers, ASK_SECONDS at most; who has not answered then is
-        out of the job.
+        out of the job. A site that is away is waited for as in a round, and is told again when it is back.
 
-        Raises JobFailed when fewer than `min_sites` have answered, JobAborted when someone stops the job.
+        Raises JobFailed when fewer than `min_sites` are left, JobAborted when someone stops the job.
         """
         answers: dict[str, str] = {}
         with self._lock:
-            sites = [self._sites[name] for name in bodies if name in self._sites]
-            self._asked = (round_, step, {site.name for site in sites})
+            missing = self._away.keys() - self._waited_for()[0]
+            sites = [self._sites[name] for name in bodies if name in self._sites and name not in missing]
+            self._asked = (round_, step, {site.name: bodies[site.name] for site in sites})
             self._deadline = self._stopped_at = time.monotonic()
             self._deadline += ASK_SECONDS
         for site in sites:
@@ -468,7 +481,8 @@ class Federation:
         while True:
             with self._lock:
                 open_ = [site.name for site in sites if site.name in self._sites and site.name not in answers]
-            if not open_:
+                missing = self._away.keys() - self._waited_for()[0]
+            if missing.issuperset(open_):
                 break
             event = self._next()
             if event is None:
@@ -477,8 +491,9 @@ class Federation:
             elif isinstance(event, Heard):
                 answers[event.site] = event.body
         with self._lock:
-            self._asked = (round_, step, set())
-        self._need(len(answers), f"{len(answers)} sites have answered about {step} of round {round_}")
+            self._asked = (round_, step, {})
+            left = len(self._sites)
+        self._need(left, f"{left} sites are left at {step} of round {round_}")
         return answers
 
     def finish(self, why: str) -> None:

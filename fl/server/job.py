@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from attestation.canonical import unb64
-from fl.aggregation.mask_talk import Step
+from fl.aggregation.mask_talk import Step, parts
 from fl.aggregation.notary import AttestedNotary
 from fl.aggregation.robust import robust_aggregation
 from fl.errors import ApprovalRefused, JobAborted, MalformedMessage, PeerLost, UpdateRefused
@@ -77,7 +76,8 @@ class RemoteSite:
         )
 
     def say(self, round_: int, step: Step, body: str) -> None:
-        self.attendance.send(Masking(job=self._job.id, round=round_, step=step, body=body))
+        for piece, more in parts(body):
+            self.attendance.send(Masking(job=self._job.id, round=round_, step=step, body=piece, more=more))
 
     def end(self, why: str) -> None:
         self.attendance.send(Finish(job=self._job.id, why=why[:2000]))
@@ -93,7 +93,7 @@ class ServerJob:
         signed: SignedRecord,
         bundle: Bundle,
         *,
-        sealed_model: bytes,
+        sealed_model: SealedMemory,
         model_key: bytes,
         store: JobStore | None = None,
         received: datetime | None = None,
@@ -144,7 +144,7 @@ class ServerJob:
 
     def stored(self) -> StoredJob:
         """The job as it came. Before it runs."""
-        return StoredJob(self.signed.token, self.bundle.raw, self._sealed_model, self._received)
+        return StoredJob(self.signed.token, self.bundle.raw, self._sealed_model.view, self._received)
 
     @property
     def status(self) -> Status:
@@ -155,7 +155,7 @@ class ServerJob:
     def result_size(self) -> int:
         """Bytes of the sealed result that is kept; 0 if there is none."""
         result = self.result
-        return 0 if result is None else len(result[0].payload)
+        return 0 if result is None else result[0].payload.size
 
     def connected(self, attendance: Attendance) -> None:
         """A site is connected: if the job waits for it, it is judged as a peer and asked to prepare."""
@@ -182,7 +182,9 @@ class ServerJob:
                 attendance.send(Finish(job=self.id, why=refusal.what[:2000]))
 
     def heard(self, name: str, frame: Masking) -> None:
-        """A site answers in secure aggregation. Raises MalformedMessage if it was not asked."""
+        """A site answers in secure aggregation. Raises MalformedMessage if it was not asked, or answers in pieces."""
+        if frame.more:
+            raise MalformedMessage("an answer about secure aggregation is in pieces", where=name)
         self._federation.hear(name, frame.round, frame.step, frame.body)
 
     def left(self, name: str, reason: str) -> None:
@@ -311,6 +313,11 @@ class ServerJob:
             reasons=tuple(reason[:1000] for reason in history.reasons[:64]) if details else (),
         )
 
+    def state_of(self, site: str) -> str:
+        """What became of a site of the roster, in short."""
+        with self._changed:
+            return self._history.sites.get(site, self.status.value)[:100]
+
     def watch(self, *, alive: Callable[[], bool]) -> Iterator[JobEvent]:
         """The job's events from its beginning, as they come, until it is over or the watcher is gone."""
         at = 0
@@ -356,7 +363,7 @@ class ServerJob:
             if self._federation.best is not None:
                 self._federation.best.close()
             self._served = None
-            self._sealed_model = b""
+            self._sealed_model.close()
 
     def _run_rounds(self, attending: Callable[[], list[Attendance]], folder: Path) -> None:
         settings = self.bundle.settings
@@ -398,9 +405,8 @@ class ServerJob:
     def _first_model(self) -> SealedMemory:
         """The first model, opened in memory, if it is what the record says and what the bundle declares."""
         record = self.signed.record
-        sealed, self._sealed_model = self._sealed_model, b""
-        memory = SealedMemory.of(open_first_model(sealed, self._model_key, self.id, max_bytes=record.model_size))
-        del sealed
+        with self._sealed_model as sealed:
+            memory = open_first_model(sealed.view, self._model_key, self.id, max_bytes=record.model_size)
         if memory.size != record.model_size or memory.digest != record.model_sha256:
             raise ApprovalRefused(self.id, ("the first model is not the one that the record names",))
         admit_update(memory.view, self.bundle.settings.schema_of_model, site=record.submitter)
@@ -425,7 +431,7 @@ class ServerJob:
         sealed = seal_result(files, recipients, self.id, random=os.urandom)
         gate = ExportGate(self._party, record, ("server", self._server))
         for recipient in recipients:
-            gate.let_out("result", len(sealed.payload), ("user", recipient), sealed=True)
+            gate.let_out("result", sealed.payload.size, ("user", recipient), sealed=True)
         identity = self._party.standing()
         statement = Statement(
             charter=record.charter,
@@ -439,7 +445,7 @@ class ServerJob:
             rounds=record.rounds,
             first_model_sha256=record.model_sha256,
             model_sha256=model.digest,
-            result_sha256=hashlib.sha256(sealed.payload).hexdigest(),
+            result_sha256=sealed.payload.digest,
             recipients=record.recipients,
             started=rfc3339(self._history.started),
             finished=finished,

@@ -14,7 +14,7 @@ from typing import Final
 
 from fl.errors import BudgetSpent, OutputRefused, ScriptFailed
 from fl.guard.accounting import debited
-from fl.guard.disclosure import Disclosure, LoggedNumbers, disclose
+from fl.guard.disclosure import Disclosure, LoggedNumbers, Masked, disclose
 from fl.guard.export import ExportGate, size_of_numbers
 from fl.jobs.bundle import Bundle
 from fl.jobs.outputs import capacity
@@ -82,8 +82,18 @@ class SiteExports:
         else:
             self._held.append((key, shown, step))
 
-    def update(self, answer: Answer, raw: SealedMemory, model: SealedMemory, task: TaskKind = "train") -> Disclosure:
-        """What leaves of the script's answer to `model`, now. Raises OutputRefused, ExportRefused."""
+    def update(
+        self,
+        answer: Answer,
+        raw: SealedMemory,
+        model: SealedMemory,
+        task: TaskKind = "train",
+        masked: Masked | None = None,
+    ) -> Disclosure:
+        """What leaves of the script's answer to `model`, now, under masks if there are any.
+
+        Raises OutputRefused, ExportRefused, MaskingRefused.
+        """
         shown = disclose(
             raw,
             params_type=answer.params_type,
@@ -93,10 +103,12 @@ class SiteExports:
             settings=self._settings,
             site=self._site,
             task=task,
+            masked=masked,
         )
         try:
-            if shown.metrics:
-                self._gate.let_out("metric", size_of_numbers(dict(shown.metrics)), self._server)
+            metrics = shown.metrics if masked is None else dict.fromkeys(self._outputs.metrics or (), 0.0)
+            if metrics:
+                self._gate.let_out("metric", size_of_numbers(dict(metrics)), self._server)
             self._gate.let_out("update", shown.memory.size, self._server)
             self.await_release()
         except BaseException:

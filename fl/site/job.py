@@ -10,7 +10,7 @@ from datetime import datetime
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
 
-from fl.aggregation.mask_talk import MaskingSite
+from fl.aggregation.mask_talk import MaskingSite, Parts
 from fl.aggregation.notary import AttestedNotary
 from fl.errors import ApprovalRefused, MalformedMessage, RoundOver, ScriptFailed, UpdateRefused
 from fl.guard.approval import SignedRecord, approve, read_record
@@ -83,6 +83,7 @@ class SiteJob:
         self._prepare = prepare
         self._tasks: SimpleQueue[Train | Masking | None] = SimpleQueue()
         self._masking: MaskingSite | None = None
+        self._asked = Parts()
         self._stopped = threading.Event()
         self._process: SandboxedProcess | None = None
         self._exports: SiteExports | None = None
@@ -289,9 +290,8 @@ class SiteJob:
                 task.round, task.total_rounds, model, seconds=seconds, value=exports.value, task=task.task
             )
             with memory:
-                shown = exports.update(answer, memory, model, task.task)
-            if self._masking is not None:
-                shown = self._masking.masked(shown, model)
+                masked = None if self._masking is None else self._masking.masked
+                shown = exports.update(answer, memory, model, task.task, masked)
         head = self._head(task, settings, shown)
         try:
             self._deliver(head, shown.memory, seconds)
@@ -312,8 +312,10 @@ class SiteJob:
         """Take a step of secure aggregation."""
         if self._masking is None:
             raise MalformedMessage("the server asks for secure aggregation, which the job does not have", where="task")
-        body = self._masking.hear(asked.round, asked.step, asked.body)
-        self._link.send(Masking(job=self.id, round=asked.round, step=asked.step, body=body))
+        body = self._asked.add(asked.body, more=asked.more)
+        if body is not None:
+            answer = self._masking.hear(asked.round, asked.step, body)
+            self._link.send(Masking(job=self.id, round=asked.round, step=asked.step, body=answer))
 
     def _log(self, key: str, value: float, step: int) -> None:
         self._link.send(Logged(job=self.id, key=key, value=value, step=step))

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from attestation.ears import MAX_EAR, MAX_EARS
 from attestation.identity import MAX_CERTIFICATE
-from fl.aggregation.mask_talk import MAX_BODY, Step
+from fl.aggregation.mask_talk import MAX_PART, Step
 from fl.errors import MalformedMessage
 from fl.jobs.command import MAX_COMMAND
 from fl.jobs.progress import JobEvent, Line, Status
@@ -112,13 +112,17 @@ class Finish(Frame):
 
 
 class Masking(Frame):
-    """Both ways: one step of secure aggregation (`fl.aggregation.mask_talk`), and the answer to it."""
+    """Both ways: one step of secure aggregation (`fl.aggregation.mask_talk`), and the answer to it.
+
+    What the server says may be in pieces: `more` of them follow. An answer is whole.
+    """
 
     kind: Literal["masking"] = "masking"
     job: JobId
     round: Annotated[int, Field(ge=0)]
     step: Step
-    body: Annotated[str, Field(max_length=MAX_BODY)]
+    body: Annotated[str, Field(max_length=MAX_PART)]
+    more: bool = False
 
 
 class Told(Frame):
@@ -126,6 +130,13 @@ class Told(Frame):
 
     kind: Literal["told"] = "told"
     job: JobId
+    command: Annotated[str, Field(max_length=MAX_COMMAND)]
+
+
+class Steer(Frame):
+    """Server to site: what a user has told it about the site itself, signed by the user."""
+
+    kind: Literal["steer"] = "steer"
     command: Annotated[str, Field(max_length=MAX_COMMAND)]
 
 
@@ -208,12 +219,41 @@ class JobReport(Frame):
 
 
 class Reports(Frame):
-    """Server to user: all jobs."""
+    """Server to user: the newest jobs, and who is connected."""
 
     kind: Literal["reports"] = "reports"
     jobs: Annotated[tuple[JobReport, ...], Field(max_length=1000, strict=False)]
     sites: Annotated[tuple[Name, ...], Field(max_length=4096, strict=False)]
     """The sites that are connected."""
+
+
+class SiteReport(Frame):
+    """A site as its server sees it."""
+
+    kind: Literal["site"] = "site"
+    name: Name
+    member: Name
+    connected: Time | None
+    """Since when; None: it is not."""
+    lease_until: Time | None
+    jobs: Annotated[dict[JobId, Line], Field(max_length=64)]
+    """What it does in each job that runs and has it on its roster."""
+
+
+class Places(Frame):
+    """Server to user: the server itself, and every site that the charter knows."""
+
+    kind: Literal["places"] = "places"
+    server: Name
+    member: Name
+    serving: Time
+    """Since when."""
+    charter_version: int
+    keeps_jobs: bool
+    """Whether jobs and results outlive the server's process."""
+    jobs: Annotated[dict[Status, int], Field(strict=False)]
+    """How many the server knows, by status."""
+    sites: Annotated[tuple[SiteReport, ...], Field(max_length=1000, strict=False)]
 
 
 class Happened(Frame):
@@ -237,7 +277,7 @@ class Result(Frame):
 
 
 FromAttendingSite: TypeAlias = Lease | Away | Ready | Left | Logged | Masking
-ToAttendingSite: TypeAlias = Lease | Prepare | Train | Finish | Told | Masking
+ToAttendingSite: TypeAlias = Lease | Prepare | Train | Finish | Told | Steer | Masking
 FROM_ATTENDING_SITE: Final = TypeAdapter[FromAttendingSite](Annotated[FromAttendingSite, Field(discriminator="kind")])
 TO_ATTENDING_SITE: Final = TypeAdapter[ToAttendingSite](Annotated[ToAttendingSite, Field(discriminator="kind")])
 
