@@ -117,7 +117,7 @@ class UserClient:
             created=rfc3339(created),
             submitter=self._kit.user,
         )
-        sealed = seal_first_model(bytes(model.view), self._kit.model_key, job, random=os.urandom)
+        sealed = seal_first_model(model.view, self._kit.model_key, job, random=os.urandom)
         head = Submit(
             record=sign_record(record, self._kit.signing_key), bundle_size=len(bundle.raw), model_size=len(sealed)
         )

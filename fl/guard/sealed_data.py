@@ -28,7 +28,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Protocol
 
 import rfc8785
 from cryptography.exceptions import InvalidTag
@@ -64,11 +64,8 @@ def seal(entries: Mapping[str, Buffer], key: bytes, *, salt: bytes, chunk_bits: 
     `salt` is 32 fresh random bytes, used once: two different contents under one key and one salt break the seal.
     Raises SealedDataRefused for entries that no reader would take.
     """
-    index = _encode_index(entries)
+    index, total = _begin(entries)
     order = sorted(entries)
-    total = _INDEX_SIZE.size + len(index) + sum(len(entries[name]) for name in order)
-    if total > MAX_PLAINTEXT:
-        raise SealedDataRefused(f"{total} bytes are more than one file's {MAX_PLAINTEXT}", where="entries")
     if chunk_bits not in CHUNK_BITS_RANGE or len(salt) != SALT_SIZE:
         raise ValueError("a chunk size is 2**12 to 2**24 bytes, a salt 32 bytes")
     cipher_key, commitment = _derive(key, salt)
@@ -81,14 +78,43 @@ def seal(entries: Mapping[str, Buffer], key: bytes, *, salt: bytes, chunk_bits: 
         yield cipher.encrypt(_nonce(number, last=number == chunks - 1), chunk, header)
 
 
+def sealed_size(entries: Mapping[str, Buffer]) -> int:
+    """How many bytes `seal` makes of `entries`, in chunks of the usual size. Raises SealedDataRefused as it does."""
+    _, total = _begin(entries)
+    return HEADER.size + total + _chunk_count(total, 1 << CHUNK_BITS) * TAG_SIZE
+
+
+class Stream(Protocol):
+    """What a sealed file is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """The bytes that follow, `size` of them unless the end comes before."""
+
+
 def unseal(
-    stream: BinaryIO, key: bytes, *, where: str, max_bytes: int = MAX_PLAINTEXT, file_size: int, sector: int = 1
+    stream: Stream, key: bytes, *, where: str, max_bytes: int = MAX_PLAINTEXT, file_size: int, sector: int = 1
 ) -> dict[str, bytes]:
     """The entries of the sealed file in `stream` (`file_size` bytes long), all of them or none.
 
     On a disk the file is followed by zeros up to the end of its last `sector`, and by nothing else.
 
     Raises SealedDataRefused: not a sealed file, another key, changed, cut, lengthened, or more than `max_bytes`.
+    """
+    total, chunks = opened(stream, key, where=where, max_bytes=max_bytes, file_size=file_size, sector=sector)
+    plain = bytearray(total)
+    at = 0
+    for chunk in chunks:
+        plain[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    return {name: bytes(plain[start : start + size]) for name, start, size in read_index(plain, total, where=where)}
+
+
+def opened(
+    stream: Stream, key: bytes, *, where: str, max_bytes: int = MAX_PLAINTEXT, file_size: int, sector: int = 1
+) -> tuple[int, Iterator[bytes]]:
+    """The size of the plaintext, and its chunks as they are opened. It is whole when the iterator ends, not before.
+
+    Both raise SealedDataRefused, as `unseal` does.
     """
     header = stream.read(HEADER.size)
     if len(header) != HEADER.size or not header.startswith(MAGIC):
@@ -100,28 +126,30 @@ def unseal(
         raise SealedDataRefused(f"the sealed file holds more than {min(max_bytes, MAX_PLAINTEXT)} bytes", where=where)
     size = 1 << chunk_bits
     chunks = _chunk_count(total, size)
-    sealed_size = HEADER.size + total + chunks * TAG_SIZE
-    if total < _INDEX_SIZE.size or file_size != sealed_size + -sealed_size % sector:
+    whole = HEADER.size + total + chunks * TAG_SIZE
+    if total < _INDEX_SIZE.size or file_size != whole + -whole % sector:
         raise SealedDataRefused("the sealed file is cut short, or something was added to it", where=where)
     cipher_key, expected = _derive(key, salt)
     if not hmac.compare_digest(expected, commitment):
         raise SealedDataRefused("the sealed file was sealed under another key, or its header was changed", where=where)
     cipher = AESGCM(cipher_key)
-    plain = bytearray(total)
-    for number in range(chunks):
-        start = number * size
-        wanted = min(size, total - start)
-        sealed = stream.read(wanted + TAG_SIZE)
-        try:
-            opened = cipher.decrypt(_nonce(number, last=number == chunks - 1), sealed, header)
-        except InvalidTag as error:
-            raise SealedDataRefused(f"chunk {number} of the sealed file was changed or moved", where=where) from error
-        if len(opened) != wanted:
-            raise SealedDataRefused(f"chunk {number} of the sealed file is cut short", where=where)
-        plain[start : start + wanted] = opened
-    if stream.read(sector) != bytes(file_size - sealed_size):
-        raise SealedDataRefused("something was added to the sealed file", where=where)
-    return _split(plain, where)
+
+    def pieces() -> Iterator[bytes]:
+        for number in range(chunks):
+            wanted = min(size, total - number * size)
+            sealed = stream.read(wanted + TAG_SIZE)
+            try:
+                piece = cipher.decrypt(_nonce(number, last=number == chunks - 1), sealed, header)
+            except InvalidTag as error:
+                what = f"chunk {number} of the sealed file was changed or moved"
+                raise SealedDataRefused(what, where=where) from error
+            if len(piece) != wanted:
+                raise SealedDataRefused(f"chunk {number} of the sealed file is cut short", where=where)
+            yield piece
+        if stream.read(sector) != bytes(file_size - whole):
+            raise SealedDataRefused("something was added to the sealed file", where=where)
+
+    return total, pieces()
 
 
 def seal_file(
@@ -207,6 +235,15 @@ def _regroup(pieces: Sequence[Buffer], size: int) -> Iterator[bytes]:
         yield bytes(chunk)
 
 
+def _begin(entries: Mapping[str, Buffer]) -> tuple[bytes, int]:
+    """The index of `entries`, and how many bytes the plaintext has with it."""
+    index = _encode_index(entries)
+    total = _INDEX_SIZE.size + len(index) + sum(len(entry) for entry in entries.values())
+    if total > MAX_PLAINTEXT:
+        raise SealedDataRefused(f"{total} bytes are more than one file's {MAX_PLAINTEXT}", where="entries")
+    return index, total
+
+
 def _encode_index(entries: Mapping[str, Buffer]) -> bytes:
     if not 1 <= len(entries) <= MAX_ENTRIES:
         raise SealedDataRefused(f"a sealed file has 1 to {MAX_ENTRIES} entries, not {len(entries)}", where="entries")
@@ -216,11 +253,15 @@ def _encode_index(entries: Mapping[str, Buffer]) -> bytes:
     return rfc8785.dumps([{"name": name, "size": len(entries[name])} for name in sorted(entries)])
 
 
-def _split(plain: bytearray, where: str) -> dict[str, bytes]:
-    """The entries of an authentic plaintext. It came from a holder of the key, which is no reason to trust its form."""
-    (length,) = _INDEX_SIZE.unpack_from(plain)
+def read_index(plain: bytes | bytearray, total: int, *, where: str) -> list[tuple[str, int, int]]:
+    """Each entry's name, place and size in an authentic plaintext of `total` bytes that begins with `plain`.
+
+    It came from a holder of the key, which is no reason to trust its form. Raises SealedDataRefused, also if the index
+    does not end in `plain`.
+    """
     start = _INDEX_SIZE.size
-    if length > min(MAX_INDEX, len(plain) - start):
+    length = int.from_bytes(plain[:start], "big")
+    if len(plain) < start or length > min(MAX_INDEX, len(plain) - start):
         raise SealedDataRefused("the sealed file's index is out of bounds", where=where)
     raw = bytes(plain[start : start + length])
     try:
@@ -230,7 +271,7 @@ def _split(plain: bytearray, where: str) -> dict[str, bytes]:
         raise SealedDataRefused("the sealed file's index is malformed", where=where) from error
     if canonical != raw or not isinstance(index, list) or not 1 <= len(index) <= MAX_ENTRIES:
         raise SealedDataRefused("the sealed file's index is malformed", where=where)
-    entries: dict[str, bytes] = {}
+    entries: list[tuple[str, int, int]] = []
     position, previous = start + length, ""
     for item in index:
         if not isinstance(item, dict) or item.keys() != {"name", "size"}:
@@ -238,10 +279,10 @@ def _split(plain: bytearray, where: str) -> dict[str, bytes]:
         name, size = item["name"], item["size"]
         if not isinstance(name, str) or not NAME.fullmatch(name) or name <= previous:
             raise SealedDataRefused("the sealed file's index has a bad, double or misplaced name", where=where)
-        if type(size) is not int or not 0 <= size <= len(plain) - position:
+        if type(size) is not int or not 0 <= size <= total - position:
             raise SealedDataRefused(f"the sealed file's entry {name} is out of bounds", where=where)
-        entries[name] = bytes(plain[position : position + size])
+        entries.append((name, position, size))
         position, previous = position + size, name
-    if position != len(plain):
+    if position != total:
         raise SealedDataRefused("the sealed file holds bytes that no entry names", where=where)
     return entries

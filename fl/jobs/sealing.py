@@ -13,35 +13,54 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from attestation.hybrid import HybridPrivateKey
 from attestation.hybrid import seal as seal_to_key
 from fl.errors import SealedDataRefused
-from fl.guard.sealed_data import KEY_SIZE, SALT_SIZE, seal, unseal
+from fl.guard.sealed_data import KEY_SIZE, SALT_SIZE, opened, read_index, seal, sealed_size, unseal
 from fl.tensors import Buffer
+from fl.transport.memory import NamedDraft, SealedMemory
 
 FIRST_MODEL: Final = "model.safetensors"
 _FIRST_MODEL_PURPOSE: Final = b"sealwright-first-model-v1\0"
 _RESULT_PURPOSE: Final = b"sealwright-result-v1\0"
 
 
-def seal_first_model(model: bytes, model_key: bytes, job: str, *, random: Callable[[int], bytes]) -> bytes:
+def seal_first_model(model: Buffer, model_key: bytes, job: str, *, random: Callable[[int], bytes]) -> bytes:
     """The first model of `job`, sealed under the model key for this job alone."""
     return b"".join(seal({FIRST_MODEL: model}, _key_of_job(model_key, job), salt=random(SALT_SIZE)))
 
 
-def open_first_model(sealed: bytes, model_key: bytes, job: str, *, max_bytes: int) -> bytes:
-    """Open what `seal_first_model` made for this job. Raises SealedDataRefused."""
-    where = f"first model of {job}"
-    entries = unseal(
-        io.BytesIO(sealed), _key_of_job(model_key, job), where=where, max_bytes=max_bytes + 4096, file_size=len(sealed)
+def open_first_model(sealed: Buffer, model_key: bytes, job: str, *, max_bytes: int) -> SealedMemory:
+    """Open what `seal_first_model` made for this job, chunk by chunk into memory. Raises SealedDataRefused."""
+    where, key = f"first model of {job}", _key_of_job(model_key, job)
+    total, chunks = opened(
+        _Stream(sealed), key, where=where, max_bytes=max_bytes + 4096, file_size=memoryview(sealed).nbytes
     )
-    if entries.keys() != {FIRST_MODEL}:
+    first = next(chunks)
+    entries = read_index(first, total, where=where)
+    _, start, size = entries[0]
+    if [name for name, _, _ in entries] != [FIRST_MODEL] or not size:
         raise SealedDataRefused("it holds something else than one model", where=where)
-    return entries[FIRST_MODEL]
+    with NamedDraft(size) as draft:
+        draft.append(memoryview(first)[start:])
+        for chunk in chunks:
+            draft.append(chunk)
+        return draft.seal()
+
+
+class _Stream:
+    """Bytes in memory, read one after the other."""
+
+    def __init__(self, data: Buffer) -> None:
+        self._rest = memoryview(data)
+
+    def read(self, size: int, /) -> bytes:
+        taken, self._rest = self._rest[:size], self._rest[size:]
+        return bytes(taken)
 
 
 @dataclass(frozen=True, slots=True)
 class SealedResult:
     """A result: its files sealed once under a key of their own, and that key sealed to each recipient."""
 
-    payload: bytes | bytearray
+    payload: SealedMemory
     keys: Mapping[str, bytes]
 
 
@@ -50,12 +69,11 @@ def seal_result(
 ) -> SealedResult:
     """Seal `files` of `job` to each recipient's raw hybrid public key."""
     key = random(KEY_SIZE)
-    payload = bytearray()
-    for piece in seal(files, key, salt=random(SALT_SIZE)):
-        payload += piece
-    return SealedResult(
-        payload, {name: seal_to_key(key, public, info=_result_info(job, name)) for name, public in recipients.items()}
-    )
+    keys = {name: seal_to_key(key, public, info=_result_info(job, name)) for name, public in recipients.items()}
+    with NamedDraft(sealed_size(files)) as draft:
+        for piece in seal(files, key, salt=random(SALT_SIZE)):
+            draft.append(piece)
+        return SealedResult(draft.seal(), keys)
 
 
 def open_result(

@@ -42,7 +42,7 @@ class StoredJob:
 
     record: str
     bundle: bytes
-    sealed_model: bytes
+    sealed_model: Buffer
     received: datetime
 
 

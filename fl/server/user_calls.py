@@ -27,6 +27,7 @@ from fl.server.job_store import JobStore
 from fl.server.jobs import Jobs
 from fl.transport.chunks import assemble, serve_chunks
 from fl.transport.frames import Happened, Order, Pull, Reports, Result, Submit, Verdict, pack
+from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
 from policies.rights import command_reasons
 
@@ -108,15 +109,14 @@ class UserCalls:
         with assemble(requests, size=head.bundle_size, sha256=None, where="bundle") as memory:
             bundle = parse_bundle(bytes(memory.view))
         approve(signed, bundle, charter, self._party.clock(), server=self._server, site=None)
-        with assemble(requests, size=head.model_size, sha256=None, where="first model") as memory:
-            sealed = bytes(memory.view)
+        sealed = assemble(requests, size=head.model_size, sha256=None, where="first model")
         job = self._job(signed, bundle, sealed)
         self._log.accepted(user, "submit", record.job, about.token)
         self._jobs.run(job)
         yield pack(Verdict(accepted=True))
 
     def _job(
-        self, signed: SignedRecord, bundle: Bundle, sealed_model: bytes, received: datetime | None = None
+        self, signed: SignedRecord, bundle: Bundle, sealed_model: SealedMemory, received: datetime | None = None
     ) -> ServerJob:
         return ServerJob(
             self._party,
@@ -135,7 +135,8 @@ class UserCalls:
             try:
                 signed = read_record(stored.record, self._party.charter())
                 bundle = parse_bundle(stored.bundle)
-                self._jobs.run(self._job(signed, bundle, stored.sealed_model, stored.received), again=True)
+                sealed = SealedMemory.of(stored.sealed_model)
+                self._jobs.run(self._job(signed, bundle, sealed, stored.received), again=True)
             except SealwrightError as error:
                 self._party.tell(f"a stored job cannot go on: {error.what}")
 
@@ -168,11 +169,11 @@ class UserCalls:
             record=job.signed.token,
             statement=statement,
             sealed_key=b64(sealed.keys[signed.command.user]),
-            size=len(sealed.payload),
+            size=sealed.payload.size,
             receipt=receipt,
         )
         yield pack(head)
-        yield from serve_chunks(sealed.payload)
+        yield from serve_chunks(sealed.payload.view)
 
     def _abort(self, request: bytes, caller: Caller) -> Iterator[bytes]:
         job, signed = self._about_job(request, caller, "abort")

@@ -114,6 +114,11 @@ class SealedMemory:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        """What nobody has closed (a result that is kept no more) goes with its last user."""
+        if getattr(self, "_mapping", None) is not None:
+            self.close()
+
 
 class DraftMemory:
     """A memory file of `size` bytes while it is being written. `seal` ends that; without it the draft is discarded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -136,7 +137,9 @@ def test_a_result_opens_only_as_its_server_stated_it(world: FederationWorld, ser
 
 def test_a_first_model_is_sealed_for_one_job() -> None:
     sealed = seal_first_model(b"weights", MODEL_KEY, "job-1", random=lambda size: b"\1" * size)
-    assert open_first_model(sealed, MODEL_KEY, "job-1", max_bytes=100) == b"weights"
+    with open_first_model(sealed, MODEL_KEY, "job-1", max_bytes=100) as opened:
+        assert opened.view == b"weights"
+        assert opened.digest == hashlib.sha256(b"weights").hexdigest()
     for key, job in ((MODEL_KEY, "job-2"), (bytes(32), "job-1")):
         with pytest.raises(Refused):
             open_first_model(sealed, key, job, max_bytes=100)
