@@ -82,7 +82,7 @@ class WeightedMean:
                         mean = step(name, start, current, difference)
                     elif self._params_type is ParamsType.DIFF:
                         mean += _block(model, name, start, end).astype(total.dtype, copy=False)
-                    draft.append(_as_dtype(mean, spec.dtype).view(np.uint8).data)
+                    draft.append(as_dtype(mean, spec.dtype).view(np.uint8).data)
             self._total, self.count = 0.0, 0
             return draft.seal()
 
@@ -92,7 +92,8 @@ def _block(model: TensorFile, name: str, start: int, end: int) -> npt.NDArray[An
     return widen_bf16(flat) if model.schema[name].dtype == "BF16" else flat
 
 
-def _as_dtype(mean: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+def as_dtype(mean: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Numbers in the form of safetensors' `dtype`: integers rounded, booleans true from one half on."""
     found: npt.NDArray[Any]
     if dtype == "BF16":
         found = narrow_bf16(mean)

@@ -12,20 +12,21 @@ Rules:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 
-from fl.edge.contract import EdgeJob
-from fl.edge.partial_sum import MAX_IDS, PartialSum, VersionSum
+from fl.edge.contract import EdgeJob, ModelVersion, Tensors, Update, Verdict
+from fl.edge.partial_sum import MAX_IDS, PartialSum, VersionSum, float_schema
 from fl.edge.permits import Demand, Permits
 from fl.edge.task import DeviceTask
-from fl.edge.update import Arrays, ModelVersion, Outcome, Update, float_schema
 from fl.tensors import Schema
 
 HELD_BYTES: Final = 64 << 20
 TASK_SECONDS: Final = 600.0
+_CONTRIBUTION: Final = re.compile(r"[0-9a-f]{64}")
 
 
 class TreeBranch:
@@ -89,28 +90,32 @@ class TreeBranch:
         """The task with this digest."""
         return self._tasks.get(digest)
 
-    def add(self, update: Update) -> Outcome:
+    def add(self, update: Update) -> Verdict:
         """Take one device's update. Its arrays are kept until its claim is settled, and must not change."""
         seen = self._seen.get(update.version)
         if seen is None:
             self.permits.give_back()  # its device is free all the same
-            return Outcome("stale", f"version {update.version} is trained no more")
+            return "stale"
         why = self._why_refused(update)
         if why is not None:
-            return Outcome("refused", why)
+            return f"refused: {why}"
         contribution = bytes.fromhex(update.contribution)
         if contribution in seen:
-            return Outcome("duplicate")
+            return "duplicate"
         size = _size(update.tensors)
         if self._size_of_held + size > self._held_bytes or len(seen) >= MAX_IDS:
-            return Outcome("busy", "as many updates wait here as there is room for")
+            return "busy"
         seen.add(contribution)
         self._held[contribution] = update
         self._size_of_held += size
         self.permits.give_back()
-        return Outcome("counted")
+        return "counted"
 
     def _why_refused(self, update: Update) -> str | None:
+        if not _CONTRIBUTION.fullmatch(update.contribution):
+            return "its contribution has no id"
+        if not 0 < update.weight < math.inf:
+            return f"its weight {update.weight:g} is not above 0"
         if update.tensors.keys() != self.schema.keys():
             return "its tensors are not those of the model"
         for name, spec in self.schema.items():
@@ -151,7 +156,7 @@ class TreeBranch:
             found = self._sums[version] = VersionSum(self.schema)
         return found
 
-    def _scale(self, tensors: Arrays) -> float:
+    def _scale(self, tensors: Tensors) -> float:
         most = self._job.bounds.max_norm
         norm = 0.0 if most is None else norm_of(tensors)
         return 1.0 if most is None or norm <= most else most / norm
@@ -191,6 +196,10 @@ class TreeBranch:
         if tasks is not None:
             self._tasks = dict(tasks)
 
+    def grant(self, total: int) -> None:
+        """The parent has granted so many permits since this node's start."""
+        self.permits.grant(total, self._clock())
+
     def demand(self) -> Demand:
         """What to tell the parent of tasks."""
         self.permits.expire(self._clock())
@@ -198,7 +207,7 @@ class TreeBranch:
         return Demand(self.permits.returned, waiting)
 
 
-def norm_of(tensors: Arrays) -> float:
+def norm_of(tensors: Tensors) -> float:
     """The L2 norm over all tensors, in float64; NaN or infinity if any number is not finite."""
     total = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
@@ -208,5 +217,5 @@ def norm_of(tensors: Arrays) -> float:
     return math.sqrt(total) if total >= 0 else math.nan
 
 
-def _size(tensors: Arrays) -> int:
+def _size(tensors: Tensors) -> int:
     return sum(array.nbytes for array in tensors.values())

@@ -5,7 +5,7 @@ the number of contributions, and each one's id. Sums of sums are sums, so the sh
 float64's rounding: a relative error of at most the number of contributions times 2**-53.
 
 The wire form is a u32 (big-endian) with the length of a JSON header, the header, then one safetensors file: F64 tensors
-`VERSION/NAME` and, for each version, `VERSION#` with the ids (U8, count x 16, ascending).
+`VERSION/NAME` and, for each version, `VERSION#` with the ids (U8, count x 32, ascending).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fl.edge.update import ID_BYTES, MAX_VERSION, Arrays
+from fl.edge.contract import ID_BYTES, MAX_VERSION, Tensors
 from fl.errors import MalformedMessage, MalformedTensors
 from fl.model import MAX_WEIGHT
-from fl.tensors import Buffer, Schema, TensorSpec, encode, layout, parse
+from fl.tensors import FLOATS, Buffer, Schema, TensorSpec, encode, layout, parse
 
 MAX_VERSIONS: Final = 64
 """Versions of the model that are alive at the same time."""
@@ -32,6 +32,11 @@ MAX_IDS: Final = 1 << 20
 """Contributions of one version in one partial sum."""
 MAX_HEADER: Final = 64 << 10
 _PREFIX: Final = 4
+
+
+def float_schema(schema: Schema) -> Schema:
+    """The tensors of floats of a model: those that updates have."""
+    return {name: spec for name, spec in schema.items() if spec.dtype in FLOATS}
 
 
 class VersionSum:
@@ -49,7 +54,7 @@ class VersionSum:
         """How many contributions it has."""
         return len(self.ids)
 
-    def fold(self, contribution: bytes, tensors: Arrays, weight: float, *, scale: float = 1.0) -> None:
+    def fold(self, contribution: bytes, tensors: Tensors, weight: float, *, scale: float = 1.0) -> None:
         """Add one contribution: `weight` times `scale` times its difference. The caller has checked all of it."""
         for name, total in self.sums.items():
             total += np.multiply(tensors[name], weight * scale, dtype=np.float64, casting="same_kind")
@@ -149,9 +154,7 @@ def _read(raw: memoryview, schema: Schema, where: str) -> tuple[str, int, dict[i
     (length,) = struct.unpack_from(">I", raw)
     if length > MAX_HEADER or length > len(raw) - _PREFIX:
         raise ValueError(f"the header says {length} bytes, more than there are or may be")
-    head = _Head.model_validate(
-        json.loads(bytes(raw[_PREFIX : _PREFIX + length]), object_pairs_hook=_unique), strict=True
-    )
+    head = _Head.model_validate(json.loads(bytes(raw[_PREFIX : _PREFIX + length]), object_pairs_hook=_unique))
     numbers = [one.version for one in head.versions]
     if sorted(set(numbers)) != numbers:
         raise ValueError("its versions are not ascending")
