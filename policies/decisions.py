@@ -53,23 +53,57 @@ class Decision:
     reasons: tuple[str, ...]
 
 
+class Given:
+    """The input of rules: a JSON-able document as it is handed over, or a `complaint` why it cannot be, exactly.
+
+    One object that is given to several rules is handed over once.
+    """
+
+    __slots__ = ("complaint", "content")
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self.content = b""
+        self.complaint: str | None = None
+        try:
+            self.content = json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as error:
+            self.complaint = f"the input of the rules is not plain JSON: {error}"
+        if b"\\u0000" in self.content:
+            self.complaint = "the input of the rules holds a NUL character"
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """One question: the rules, the package that is to decide, its input."""
 
     rules: Rules
     package: str
-    document: Mapping[str, Any]
+    given: Given
 
     def askable(self) -> bool:
         """Whether an evaluator can be asked at all."""
         named = _PACKAGE.fullmatch(self.package) is not None
-        return named and bool(self.rules.modules) and _input_complaint(self.document) is None
+        return named and bool(self.rules.modules) and self.given.complaint is None
 
-    def frame(self, *, whole: bool = False) -> dict[str, Any]:
-        """As the evaluator reads it; `whole` with the rules themselves."""
-        question = {"rules": self.rules.digest, "package": self.package, "input": self.document}
+    def question(self, place: int, *, whole: bool) -> dict[str, Any]:
+        """As the evaluator reads it, with its input at `place`; `whole` with the rules themselves."""
+        question = {"rules": self.rules.digest, "package": self.package, "input": place}
         return {**question, "modules": self.rules.modules, "data": self.rules.data} if whole else question
+
+
+def _frame(asked: Sequence[Asked], *, whole: bool = False) -> bytes:
+    """The questions as one frame's content; each input is in it once. Raises ValueError if it is too large."""
+    places: dict[int, int] = {}
+    inputs: list[bytes] = []
+    for one in asked:
+        if id(one.given) not in places:
+            places[id(one.given)] = len(inputs)
+            inputs.append(one.given.content)
+    questions = json.dumps([one.question(places[id(one.given)], whole=whole) for one in asked], allow_nan=False)
+    frame = b'{"inputs":[%b],"questions":%b}' % (b",".join(inputs), questions.encode("ascii"))
+    if len(frame) > FRAME_LIMIT:
+        raise ValueError(f"rules and input are larger than {FRAME_LIMIT} bytes")
+    return frame
 
 
 def _denied(*reasons: str) -> Decision:
@@ -108,11 +142,8 @@ class _Worker:
             self.close()
             raise
 
-    def ask(self, questions: Sequence[Mapping[str, Any]], deadline: float) -> list[dict[str, Any]]:
-        """Return the answers to `questions`. Raises WorkerLost if there are none by `deadline` (monotonic)."""
-        frame = json.dumps({"questions": questions}, ensure_ascii=True, allow_nan=False).encode("ascii")
-        if len(frame) > FRAME_LIMIT:
-            raise ValueError(f"rules and input are larger than {FRAME_LIMIT} bytes")
+    def ask(self, frame: bytes, deadline: float) -> list[dict[str, Any]]:
+        """Return the answers to a frame's questions. Raises WorkerLost if there are none by `deadline` (monotonic)."""
         stdin = self.process.stdin
         if stdin is None:
             raise WorkerLost("the evaluator has no input")
@@ -188,10 +219,10 @@ class _Workers:
             worker = self._take(seconds)
             try:
                 deadline = time.monotonic() + seconds
-                replies = worker.ask([one.frame() for one in asked], deadline)
+                replies = worker.ask(_frame(asked), deadline)
                 for place, one in enumerate(asked):
                     if replies[place].get("unknown"):
-                        (replies[place],) = worker.ask([one.frame(whole=True)], deadline)
+                        (replies[place],) = worker.ask(_frame([one], whole=True), deadline)
             except BaseException:
                 worker.close()
                 raise
@@ -261,26 +292,25 @@ class Rules:
 
     def complaint(self, package: str) -> str | None:
         """Return why these rules can decide nothing as `package` (they do not compile, they lack a rule), or None."""
-        decision, sound = self._outcome(package, {})
+        decision, sound = self._outcome(package, Given({}))
         return None if sound else decision.reasons[0]
 
     def decide(self, package: str, document: Mapping[str, Any]) -> Decision:
         """Decide over `document` (the rules' `input`, JSON-able) by `package`; never raises for what is in either."""
-        return self._outcome(package, document)[0]
+        return self._outcome(package, Given(document))[0]
 
-    def _outcome(self, package: str, document: Mapping[str, Any]) -> tuple[Decision, bool]:
+    def _outcome(self, package: str, given: Given) -> tuple[Decision, bool]:
         """The decision, and whether it is the rules' own: they were there, were evaluated, and said what they must."""
         if not _PACKAGE.fullmatch(package):
             return _denied(f"{package[:100]!r} is no name of a package"), False
         if not self.modules:
             return _denied(f"the rules of {package} are not there"), False
-        complaint = _input_complaint(document)
-        if complaint is not None:
-            return _denied(complaint), False
+        if given.complaint is not None:
+            return _denied(given.complaint), False
         if not self._turn.acquire(timeout=self.time_limit):
             return _denied(f"the rules of {package} are busy with an earlier question"), False
         try:
-            (reply,) = _workers.ask([Asked(self, package, document)], self.time_limit)
+            (reply,) = _workers.ask([Asked(self, package, given)], self.time_limit)
         except (WorkerLost, OSError, ValueError) as error:
             return _denied(f"the rules of {package} could not be evaluated: {error}"), False
         finally:
@@ -318,17 +348,7 @@ class Rules:
                     _judge(one.package, reply["allow"][0], reply["reasons"][0])
                     for one, reply in zip(asked, replies, strict=True)
                 ]
-        return [one.rules.decide(one.package, one.document) for one in asked]
-
-
-def _input_complaint(document: Mapping[str, Any]) -> str | None:
-    """Why `document` cannot be handed over exactly as it is, or None."""
-    try:
-        text = json.dumps(document, ensure_ascii=False, allow_nan=False)
-        text.encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as error:
-        return f"the input of the rules is not plain JSON: {error}"
-    return "the input of the rules holds a NUL character" if "\\u0000" in text else None
+        return [one.rules._outcome(one.package, one.given)[0] for one in asked]
 
 
 def _fault(reply: Mapping[str, Any]) -> str | None:

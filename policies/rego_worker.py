@@ -2,14 +2,15 @@
 
 It runs as a file (`python -I rego_worker.py`), with an empty environment (Rego's `opa.runtime` shows it) and imports
 nothing of ours. `policies.decisions` starts, bounds and replaces it. Frames both ways: 4 bytes of length (big-endian),
-then JSON. A frame has {"questions": [...]} and is answered by {"answers": [...]}, as many in the same order. A question
-{"rules", "package", "input", "modules"?, "data"?} names rules by digest; if they are not loaded here the answer is
-{"unknown": true}, and the question comes again with them. Other answers: {"allow": [...], "reasons": [...]} (each empty
-if undefined) or {"error": "..."}.
+then JSON. A frame has {"inputs": [...], "questions": [...]} and is answered by {"answers": [...]}, one for a question,
+in their order. A question {"rules", "package", "input", "modules"?, "data"?} names rules by digest and its input by its
+place; if the rules are not loaded here the answer is {"unknown": true}, and the question comes again with them. Other
+answers: {"allow": [...], "reasons": [...]} (each empty if undefined) or {"error": "..."}.
 
-The input goes in by `set_input_term`, as JSON text. regopy's `set_input` builds the values one by one and is not
-faithful: it cuts strings at NUL, does not escape quotes and backslashes, and wraps integers beyond 63 bits (seen in
-1.5.2): a policy would then judge another document than the one it was given.
+An input goes in by `set_input_term`, as JSON text, unless it is simple. regopy's `set_input` builds the values one by
+one, half as slowly and once for several rules, but is not faithful: it cuts strings at NUL, does not escape quotes and
+backslashes, and wraps integers beyond 63 bits (seen in 1.5.2): a policy would then judge another document than the one
+it was given.
 """
 
 from __future__ import annotations
@@ -29,6 +30,33 @@ LOADED_LIMIT = 64
 """Prebuilt queries kept, the least recently used going first."""
 
 
+def is_simple(value: Any) -> bool:
+    """Whether `set_input` builds `value`, of JSON, exactly: short integers and printable ASCII without quotes."""
+    kind = type(value)
+    if kind is dict:
+        return all(is_simple(key) and is_simple(item) for key, item in value.items())
+    if kind is list:
+        return all(map(is_simple, value))
+    if kind is str:
+        return value.isascii() and value.isprintable() and '"' not in value and "\\" not in value
+    return value is None or kind is bool or (kind is int and -(2**62) < value < 2**62)
+
+
+class Given:
+    """One input, and how it goes into an interpreter."""
+
+    def __init__(self, document: Any) -> None:
+        self.document = document
+        self.built = regopy.Input(document) if is_simple(document) else None
+
+    def enter(self, interpreter: regopy.Interpreter) -> None:
+        """Make it `input` of the next query."""
+        if self.built is None:
+            interpreter.set_input_term(json.dumps(self.document, ensure_ascii=False, allow_nan=False))
+        else:
+            interpreter.set_input(self.built)
+
+
 class Loaded:
     """Rules with one query built (0.2 ms an evaluation, against 5 ms when built each time)."""
 
@@ -43,9 +71,9 @@ class Loaded:
             f'out := {{"allow": [x | x := data.{package}.allow], "reasons": [x | x := data.{package}.reasons]}}'
         )
 
-    def ask(self, document: Any) -> dict[str, Any]:
-        """Evaluate over `document`."""
-        self.interpreter.set_input_term(json.dumps(document, ensure_ascii=False, allow_nan=False))
+    def ask(self, given: Given) -> dict[str, Any]:
+        """Evaluate over the input."""
+        given.enter(self.interpreter)
         output = self.interpreter.query_bundle(self.bundle)
         if not output.ok():
             return {"error": str(output)[:2000]}
@@ -53,8 +81,8 @@ class Loaded:
         return {"allow": out["allow"], "reasons": out["reasons"]}
 
 
-def answer(question: dict[str, Any], loaded: OrderedDict[tuple[str, str], Loaded]) -> dict[str, Any]:
-    """Return the answer to one question."""
+def answer(question: dict[str, Any], given: Given, loaded: OrderedDict[tuple[str, str], Loaded]) -> dict[str, Any]:
+    """Return the answer to one question about what is given."""
     key = (question["rules"], question["package"])
     try:
         if key not in loaded:
@@ -64,7 +92,7 @@ def answer(question: dict[str, Any], loaded: OrderedDict[tuple[str, str], Loaded
             while len(loaded) > LOADED_LIMIT:
                 loaded.popitem(last=False)
         loaded.move_to_end(key)
-        return loaded[key].ask(question["input"])
+        return loaded[key].ask(given)
     except (regopy.RegoError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         loaded.pop(key, None)
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
@@ -100,7 +128,9 @@ def main(seconds: float) -> None:
         if body is None:
             return
         signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM's default action ends the process, even inside C++
-        reply = {"answers": [answer(question, loaded) for question in json.loads(body)["questions"]]}
+        asked = json.loads(body)
+        inputs = [Given(document) for document in asked["inputs"]]
+        reply = {"answers": [answer(question, inputs[question["input"]], loaded) for question in asked["questions"]]}
 
 
 if __name__ == "__main__":

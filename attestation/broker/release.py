@@ -14,7 +14,7 @@ from typing import Any, Final
 from attestation.broker.sessions import Protocol as SessionProtocol
 from attestation.canonical import format_time
 from attestation.ear import Ear
-from policies.decisions import Asked, Rules
+from policies.decisions import Asked, Given, Rules
 from policies.documents import Enrolment
 
 FLOOR_PACKAGE: Final = "sealwright.floor"
@@ -82,16 +82,16 @@ def decide_releases(questions: Sequence[Question], floor: Rules | None, owner: R
     reasons: list[list[str]] = [[] for _ in questions]
     asked: list[tuple[int, str, Asked]] = []
     for number, question in enumerate(questions):
-        document = question.document()
+        given = Given(question.document())
         if floor is None:
             reasons[number].append("the charter has no floor (policies/floor.rego), so nothing is released")
         else:
-            asked.append((number, "charter's floor", Asked(floor, FLOOR_PACKAGE, document)))
+            asked.append((number, "charter's floor", Asked(floor, FLOOR_PACKAGE, given)))
         if owner is None:
             reasons[number].append(f"the owner has no release policy for {question.resource}, so it is not released")
         else:
             packages = (RELEASE_PACKAGE, KBS_PACKAGE) if question.protocol == "kbs" else (RELEASE_PACKAGE,)
-            asked += [(number, "owner's policy", Asked(owner, package, document)) for package in packages]
+            asked += [(number, "owner's policy", Asked(owner, package, given)) for package in packages]
     decisions = Rules.decide_all([one for _, _, one in asked])
     for (number, who, one), decision in zip(asked, decisions, strict=True):
         if not decision.allow or decision.reasons:

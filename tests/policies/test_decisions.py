@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.decisions import Asked, Rules
+from policies.decisions import Asked, Given, Rules
 from policies.errors import MalformedDocument
 from policies.ready_made import READY_MADE, ready_made, release_policy, shared_policies
 
@@ -106,9 +106,11 @@ ODD = "package p\nimport rego.v1\nallow if input.n % 2 == 1\ndefault allow := fa
 
 def test_many_questions_at_once_are_answered_each_as_if_alone() -> None:
     odd, because = Rules({"p.rego": ODD}), Rules({"p.rego": YES.replace("set()", '{"because"}')})
-    asked = [Asked(rules, "p", {"n": number}) for number in range(9) for rules in (odd, because)]
+    numbers = [Given({"n": number}) for number in range(9)]
+    asked = [Asked(rules, "p", one) for one in numbers for rules in (odd, because)]
     found = Rules.decide_all(asked)
-    assert found == [one.rules.decide(one.package, one.document) for one in asked]
+    alone = [rules.decide("p", {"n": number}) for number in range(9) for rules in (odd, because)]
+    assert found == alone
     assert [one.allow for one in found[::2]] == [number % 2 == 1 for number in range(9)]
     assert Rules.decide_all([]) == []
 
@@ -117,13 +119,13 @@ def test_many_questions_at_once_are_answered_each_as_if_alone() -> None:
 def test_one_of_many_questions_spoils_no_other(spoiler: str) -> None:
     good, bad = Rules({"p.rego": YES}), Rules({"p.rego": ENDLESS}, time_limit=1.0)
     asked = {
-        "endless": Asked(bad, "p", {}),
-        "absent": Asked(good, "q", {}),
-        "unnamed": Asked(good, "p; allow := true", {}),
-        "input": Asked(good, "p", {"n": float("nan")}),
+        "endless": Asked(bad, "p", Given({})),
+        "absent": Asked(good, "q", Given({})),
+        "unnamed": Asked(good, "p; allow := true", Given({})),
+        "input": Asked(good, "p", Given({"n": float("nan")})),
     }[spoiler]
     for place in range(3):
-        questions = [Asked(good, "p", {})] * 2
+        questions = [Asked(good, "p", Given({}))] * 2
         questions.insert(place, asked)
         found = Rules.decide_all(questions)
         assert [one.allow for one in found] == [number != place for number in range(3)]
