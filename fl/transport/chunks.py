@@ -32,6 +32,28 @@ def serve_chunks(data: Buffer, offset: int = 0) -> Iterator[bytes]:
         yield pack(Chunk(offset=start, xxh3=xxhash.xxh3_64_intdigest(piece)), piece)
 
 
+def checked(frames: Iterable[bytes], *, start: int, size: int, where: str) -> Iterator[memoryview]:
+    """The pieces of a transfer of `size` bytes from `start` on; frames after the last one are left unread.
+
+    Raises MalformedMessage for a chunk out of place, too long or damaged.
+    """
+    at = start
+    if at == size:
+        return
+    for raw in frames:
+        head, piece = unpack(_CHUNK, raw, where=where)
+        if head.offset != at or len(piece) != min(CHUNK, size - at):
+            raise MalformedMessage(
+                f"a chunk of {len(piece)} bytes for {head.offset} came at {at} of {size}", where=where
+            )
+        if xxhash.xxh3_64_intdigest(piece) != head.xxh3:
+            raise MalformedMessage(f"the chunk at {at} is damaged", where=where)
+        yield piece
+        at += len(piece)
+        if at == size:
+            return
+
+
 class Assembly:
     """A transfer that comes in, in one go or, after cuts, in several. `take` as often as it needs, then `seal`.
 
@@ -51,24 +73,11 @@ class Assembly:
     def take(self, frames: Iterable[bytes]) -> None:
         """Take the chunks that follow; frames after the last one are left unread.
 
-        What has come before `frames` raise anything is kept. Raises MalformedMessage for a chunk out of place, too
-        long or damaged.
+        What has come before `frames` raise anything is kept. Raises MalformedMessage as `checked` does.
         """
-        if self.at == self.size:
-            return
-        for raw in frames:
-            head, piece = unpack(_CHUNK, raw, where=self._where)
-            if head.offset != self.at or len(piece) != min(CHUNK, self.size - self.at):
-                raise MalformedMessage(
-                    f"a chunk of {len(piece)} bytes for {head.offset} came at {self.at} of {self.size}",
-                    where=self._where,
-                )
-            if xxhash.xxh3_64_intdigest(piece) != head.xxh3:
-                raise MalformedMessage(f"the chunk at {self.at} is damaged", where=self._where)
+        for piece in checked(frames, start=self.at, size=self.size, where=self._where):
             self._draft.write(self.at, piece)
             self.at += len(piece)
-            if self.at == self.size:
-                return
 
     def seal(self, *, sha256: str | None = None) -> SealedMemory:
         """The whole, sealed. Raises MalformedMessage if something is missing, or if it has another digest."""

@@ -30,6 +30,6 @@ def test_masked_rounds() -> None:
 
 
 def test_the_federation_s_rounds() -> None:
-    found = list(figures(federation.measure(megabytes=(0.1,), rounds=2, hellos=1)))
-    assert found
-    assert all(math.isfinite(value) and value > 0 for value in found)
+    measured = federation.measure(megabytes=(0.1,), rounds=2, hellos=1)
+    assert {"round_of_0.1_MB_over_https", "driver_grpc"} <= measured.keys()
+    assert all(math.isfinite(value) and value >= 0 for value in figures(measured))
