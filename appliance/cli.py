@@ -24,7 +24,7 @@ NOUNS: dict[str, str] = {
     "broker": "Run a broker: appraisal, key release, credentials, ledger.",
     "secret": "Deposit and inspect a member's own resources.",
     "charter": "Found, change, sign and read a consortium's charter.",
-    "site": "Prepare a site's data for its guest.",
+    "site": "Prepare a site's data; list, restart and stop sites.",
     "job": "Bundle, approve, submit, watch and download federated jobs.",
     "audit": "Check a ledger, its receipts and its evidence offline.",
     "demo": "One attested federated job and its attacks, end to end.",

@@ -235,6 +235,33 @@ def abort(job: JobName, kit: KitFolder, as_json: AsJson = False) -> None:
         sys.stderr.write(f"{job} is being stopped\n")
 
 
+@app.command(epilog="Example: seal job delete trial-20260131-120000-0a1b2c3d --kit kit/")
+def delete(job: JobName, kit: KitFolder, as_json: AsJson = False) -> None:
+    """Have the server forget a job that is over, and its result: your own, or any with the right to operate."""
+    with _env(kit).connected() as (client, _):
+        client.delete(job)
+    if as_json:
+        print_json({"job": job, "deleted": True})
+    else:
+        sys.stderr.write(f"{job} is deleted at the server; the ledger has what it was\n")
+
+
+@app.command(epilog="Example: seal job clone trial-20260131-120000-0a1b2c3d --kit kit/")
+def clone(
+    job: JobName,
+    kit: KitFolder,
+    site: Annotated[list[str] | None, typer.Option("--site", help="A site (default: those of the job).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job of your own once more, with the bundle and first model that the server keeps; prints the new id."""
+    with _env(kit).connected() as (client, _):
+        made = client.clone(job, roster=site)
+    if as_json:
+        print_json({"job": made})
+    else:
+        sys.stdout.write(made + "\n")
+
+
 Why = Annotated[str, typer.Option("--why", help="One line for those who read the ledger.")]
 
 

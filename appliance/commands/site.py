@@ -1,4 +1,5 @@
-"""`seal site`: what a site prepares on its own host: the key of its data, and the data sealed under it."""
+"""`seal site`: what a site prepares on its own host (the key of its data, and the data sealed under it); and how
+sites stand at the server (`appliance.commands.site_administration`)."""
 
 from __future__ import annotations
 
@@ -10,10 +11,16 @@ from typing import Annotated
 
 import typer
 
+from appliance.commands.site_administration import list_sites, restart, status, stop
 from appliance.output import print_json
 from policies.errors import Unusable
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prepare a site's data for its guest.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prepare a site's data; look after sites.")
+
+app.command(name="list", epilog="Example: seal site list --kit kit/")(list_sites)
+app.command(epilog="Example: seal site status borealis-site --kit kit/")(status)
+app.command(epilog="Example: seal site restart borealis-site --kit kit/")(restart)
+app.command(epilog="Example: seal site stop borealis-site --kit kit/")(stop)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

@@ -26,7 +26,7 @@ from fl.guard.approval import read_record
 from fl.jobs.bundle import Bundle
 from fl.jobs.command import SignedVerb, parse_command, sign_command
 from fl.jobs.progress import JobEvent
-from fl.jobs.record import JobRecord, record_digest, sign_record
+from fl.jobs.record import JobRecord, parse_record, record_digest, sign_record
 from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, rfc3339, write_file
 from fl.jobs.sealing import open_result, seal_first_model
 from fl.jobs.statement import verify_statement
@@ -37,6 +37,8 @@ from fl.transport.frames import (
     Happened,
     JobReport,
     Order,
+    Origin,
+    Places,
     Pull,
     Reports,
     Result,
@@ -96,8 +98,7 @@ class UserClient:
         """
         approval = self._charter.bundle(bundle.digest)
         settings = bundle.settings
-        created = self._now()
-        job = f"{settings.name[:60]}-{created:%Y%m%d-%H%M%S}-{os.urandom(4).hex()}"
+        job, created = self._new_job(settings.name)
         if approval is None:
             raise ApprovalRefused(job, (f"the bundle {bundle.digest} is not approved in the charter",))
         if self._kit.model_key is None:
@@ -123,6 +124,32 @@ class UserClient:
         )
         self._send(head, bundle.raw, sealed)
         return job
+
+    def clone(self, job: str, *, roster: Sequence[str] | None = None, recipients: Sequence[str] | None = None) -> str:
+        """Submit a job of this user's own once more, with the bundle and the first model that the server has; its id.
+
+        `roster` and `recipients` None: as they were. Raises CommandRefused for another's job, ApprovalRefused as
+        `submit`, PeerLost if the server does not keep the first model.
+        """
+        signed = read_record(self._ask_one("Origin", self._order("clone", job), Origin).record, self._charter)
+        earlier = signed.record
+        if earlier.job != job or earlier.submitter != self._kit.user:
+            raise ApprovalRefused(job, ("the server shows the record of another job",))
+        clone, created = self._new_job(earlier.name)
+        changed = {
+            "job": clone,
+            "created": rfc3339(created),
+            "roster": list(roster or earlier.roster),
+            "recipients": list(recipients or earlier.recipients),
+        }
+        record = parse_record({**earlier.model_dump(mode="json"), **changed})
+        self._send(Submit(record=sign_record(record, self._kit.signing_key), bundle_size=0, model_size=0, like=job))
+        return clone
+
+    def _new_job(self, name: str) -> tuple[str, datetime]:
+        """The id of a new job, and now."""
+        created = self._now()
+        return f"{name[:60]}-{created:%Y%m%d-%H%M%S}-{os.urandom(4).hex()}", created
 
     def _send(self, head: Submit, *parts: bytes) -> None:
         pulled: SimpleQueue[bool] = SimpleQueue()
@@ -161,6 +188,10 @@ class UserClient:
         """Stop a job. Raises Refused without the right to operate, unless it is the user's own."""
         self._ask_one("Abort", self._order("abort", job), Verdict)
 
+    def delete(self, job: str) -> None:
+        """Have the server forget a job that is over, its result included. Raises Refused as `abort` does."""
+        self._ask_one("Delete", self._order("delete", job), Verdict)
+
     def reject(self, job: str, why: str = "") -> None:
         """Take the sites of the user's member out of a job, or keep them out. Raises Refused."""
         self._ask_one("Decide", self._order("reject", job, why), Verdict)
@@ -168,6 +199,18 @@ class UserClient:
     def approve(self, job: str, why: str = "") -> None:
         """Take an earlier rejection by the user's member back, while the job has not begun. Raises Refused."""
         self._ask_one("Decide", self._order("approve", job, why), Verdict)
+
+    def places(self) -> Places:
+        """The server and the charter's sites, as the server sees them."""
+        return self._ask_one("Places", self._order("list"), Places)
+
+    def restart(self, place: str) -> None:
+        """Have a site, or the server, end what it does and start anew. Raises Refused, PeerLost."""
+        self._ask_one("Steer", self._order("restart", place=place), Verdict)
+
+    def stop(self, place: str) -> None:
+        """Have a site, or the server, stop. Raises Refused, PeerLost."""
+        self._ask_one("Steer", self._order("stop", place=place), Verdict)
 
     def watch(self, job: str, *, timeout: float | None = None) -> Iterator[JobEvent]:
         """A job's events from its beginning until it is over. Raises PeerLost when the time is up."""
@@ -230,13 +273,14 @@ class UserClient:
         at, mark = self._connected_at
         return at + timedelta(seconds=time.monotonic() - mark)
 
-    def _order(self, verb: SignedVerb, job: str | None = None, why: str = "") -> Order:
-        """The user's signed command. Raises MalformedMessage for what is no job's id."""
+    def _order(self, verb: SignedVerb, job: str | None = None, why: str = "", place: str | None = None) -> Order:
+        """The user's signed command. Raises MalformedMessage for what is no job's id and no place's name."""
         command = {
             "charter": self._charter.id,
             "server": self._kit.file.server.name,
             "command": verb,
             "job": job,
+            "place": place,
             "user": self._kit.user,
             "created": rfc3339(self._now()),
             "nonce": os.urandom(16).hex(),

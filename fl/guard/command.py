@@ -3,9 +3,10 @@
 The rules, all of which are checked and every broken one told:
 - it is signed by a user of the charter, about this charter, this server and this job;
 - it is fresh where it arrives first: within SKEW of the server's clock, and each nonce once; where it comes later (at a
-  site that was away), it is not older than a job's record may be;
+  site that was away), it is not older than a job's record may be, unless it is about the site itself;
 - the user has the right that the command needs (`policies.rights`);
-- at a site, a member's word on a job (`approve`, `reject`) is that of the site's own member.
+- at a site, a member's word on a job (`approve`, `reject`) is that of the site's own member;
+- who restarts or stops a site or a server is a user of its own member, at the server as at the site.
 """
 
 from __future__ import annotations
@@ -72,13 +73,16 @@ def check_command(
     job: str | None = None,
     submitter: str | None = None,
     own_member: str | None = None,
+    place: tuple[str, str] | None = None,
 ) -> None:
     """Check that the command may be done at `at`. Raises CommandRefused with every reason.
 
-    `job` is the job that it has to be about, `submitter` who submitted that. `own_member` is a site's member; None at
-    the server.
+    `job` is the job that it has to be about, `submitter` who submitted that; `place` the site or server, and its
+    member. `own_member` is a site's member; None at the server.
     """
-    reasons = tuple(_reasons(signed, charter, at, server=server, job=job, submitter=submitter, own_member=own_member))
+    reasons = tuple(
+        _reasons(signed, charter, at, server=server, job=job, submitter=submitter, own_member=own_member, place=place)
+    )
     if reasons:
         raise CommandRefused(signed.command.command, signed.command.user, reasons)
 
@@ -92,6 +96,7 @@ def _reasons(
     job: str | None,
     submitter: str | None,
     own_member: str | None,
+    place: tuple[str, str] | None,
 ) -> Iterator[str]:
     command = signed.command
     if command.charter != charter.id:
@@ -100,12 +105,17 @@ def _reasons(
         yield f"it is for the server {command.server}, not {server}"
     if job is not None and command.job != job:
         yield f"it is about the job {command.job}, not {job}"
-    oldest = at - (SKEW if own_member is None else MAX_AGE)
+    name, member = place or (None, "")
+    if command.place != name:
+        yield f"it is about {command.place or 'no site'}, not {name or 'a job'}"
+    oldest = at - (SKEW if own_member is None or place is not None else MAX_AGE)
     if not oldest <= command.created_at <= at + SKEW:
         yield f"it was signed at {command.created}, which is not now"
     yield from command_reasons(charter, command.user, command.command, submitter=submitter)
     if own_member is not None and command.command in {"approve", "reject"} and signed.user.member != own_member:
         yield f"{command.user} does not speak for {own_member}"
+    if place is not None and signed.user.member != member:
+        yield f"{command.user} does not speak for {member}, whose {name} is"
 
 
 class Nonces:

@@ -21,12 +21,15 @@ from fl.jobs.settings import Digest, Name
 COMMAND_TYPE: Final = "sealwright-command+jwt"
 MAX_COMMAND: Final = 8 << 10
 """Characters of the longest command."""
-SignedVerb = Literal["abort", "download", "list", "report", "watch", "approve", "reject"]
+SignedVerb = Literal[
+    "abort", "delete", "clone", "download", "list", "report", "watch", "approve", "reject", "restart", "stop"
+]
 """All commands but `submit`, whose signature is the job record's."""
 
 
 class UserCommand(BaseModel):
-    """What the user signs. `job` is None for `list` alone; `nonce` makes each command one of its own."""
+    """What the user signs: about one `job`, or about one `place` (`restart`, `stop`: a site or the server itself), or
+    about neither (`list`). `nonce` makes each command one of its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -35,6 +38,7 @@ class UserCommand(BaseModel):
     server: Name
     command: SignedVerb
     job: JobId | None
+    place: Name | None = None
     user: UserName
     created: Time
     nonce: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -59,6 +63,9 @@ def parse_command(payload: dict[str, Any]) -> UserCommand:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "command"
         raise MalformedMessage(f"the command is wrong at {place}: {first['msg']}", where="command") from error
-    if (command.job is None) != (command.command == "list"):
-        raise MalformedMessage("every command but `list` is about one job", where="command")
+    about_place = command.command in {"restart", "stop"}
+    if (command.place is not None) != about_place:
+        raise MalformedMessage("`restart` and `stop` are about one site or server, and no other is", where="command")
+    if (command.job is None) != (about_place or command.command == "list"):
+        raise MalformedMessage("every command but `list`, `restart` and `stop` is about one job", where="command")
     return command

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import datetime
 from queue import Empty, SimpleQueue
 
 from attestation.errors import LeaseEnded, PeerLapsed
 from fl.errors import LeaseLapsed
 from fl.party import Party
-from fl.transport.frames import Finish, Frame, Lease, Masking, Prepare, Told, Train
+from fl.transport.frames import Finish, Frame, Lease, Masking, Prepare, Steer, Told, Train
 from fl.transport.lease import CHECK_SECONDS, OwnLease, PeerLease, paused
 from policies.errors import Refused, SealwrightError
 from policies.questions import Place
@@ -28,6 +29,7 @@ class Attendance:
         self.cause: SealwrightError | None = None
         """The refusal, or the end of a lease, that ended the connection, if one did."""
         identity = party.identity()
+        self.since = party.clock()
         here: Place = ("server", identity.name)
         self._lease = PeerLease(certificate, lease, role="site", here=here, charter=party.charter, clock=party.clock)
         self._own = OwnLease(identity.certificate_der)
@@ -36,6 +38,11 @@ class Attendance:
     def name(self) -> str:
         """The site's name."""
         return self._lease.peer.name
+
+    @property
+    def good_until(self) -> datetime:
+        """When the site's lease ends if it is not renewed."""
+        return self._lease.peer.good_until
 
     def renew(self, lease: Lease) -> None:
         """Take the site's newer EARs. Raises PeerRefused."""
@@ -68,7 +75,7 @@ class Attendance:
         """Whether the connection ended because a lease did, so that the site may come back and go on."""
         return isinstance(self.cause, LeaseLapsed)
 
-    def send(self, frame: Prepare | Train | Finish | Lease | Told | Masking) -> None:
+    def send(self, frame: Prepare | Train | Finish | Lease | Told | Steer | Masking) -> None:
         """Send the site a frame; nothing happens if the connection has ended."""
         self._outbox.put(frame)
 

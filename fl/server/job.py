@@ -32,7 +32,7 @@ from fl.party import Party
 from fl.server.aggregator import SandboxedAggregation
 from fl.server.calls import StoppedSending
 from fl.server.federation import Federation, Task
-from fl.server.job_store import JobStore, StoredJob
+from fl.server.job_store import EndedJob, JobStore, StoredJob
 from fl.server.workflows import run_workflow
 from fl.tensors import Buffer
 from fl.transport.chunks import Assembly
@@ -80,7 +80,8 @@ class RemoteSite:
             self.attendance.send(Masking(job=self._job.id, round=round_, step=step, body=piece, more=more))
 
     def end(self, why: str) -> None:
-        self.attendance.send(Finish(job=self._job.id, why=why[:2000]))
+        if not self._job.suspended:
+            self.attendance.send(Finish(job=self._job.id, why=why[:2000]))
 
 
 class ServerJob:
@@ -115,6 +116,8 @@ class ServerJob:
         self._served: SealedMemory | None = None
         self._tracking: Callable[[JobEvent], None] | None = None
         self._stopped_by: str | None = None
+        self.suspended = False
+        """Whether the job goes on with the next server, of which its sites need not be told."""
         self._logged: dict[str, int] = {}
         self._arriving: dict[str, tuple[Deliver, Assembly]] = {}  # what was under way when its site was cut off
         self._present: dict[str, Attendance] = {}
@@ -142,9 +145,28 @@ class ServerJob:
 
     # what the service calls
 
+    def restore(self, ended: EndedJob) -> None:
+        """This job is over: a server of before ran it, and this became of it."""
+        history = self._history
+        for event in ended.events:
+            history.observe(event)
+        self._events = list(ended.events)
+        history.started = ended.started
+        history.end(ended.status, ended.finished, reasons=ended.reasons)
+        self.result = ended.result
+        self._sealed_model.close()
+
+    def ended(self) -> EndedJob:
+        """What became of the job, which is over."""
+        with self._changed:
+            events = list(self._events)
+        history = self._history
+        finished = history.finished or self._party.clock()
+        return EndedJob(self.status, history.reasons, history.started, finished, events, self.result)
+
     def stored(self) -> StoredJob:
         """The job as it came. Before it runs."""
-        return StoredJob(self.signed.token, self.bundle.raw, self._sealed_model.view, self._received)
+        return StoredJob(self.signed.token, self.bundle.raw, self._sealed_model, self._received)
 
     @property
     def status(self) -> Status:
@@ -264,6 +286,11 @@ class ServerJob:
         self._stopped_by = by
         self._federation.abort(by)
 
+    def suspend(self, by: str) -> None:
+        """The server stops: the job ends here without an end, and goes on from its store with the next server."""
+        self.suspended = True
+        self.abort(by)
+
     def why_undecidable(self, signed: SignedCommand) -> str | None:
         """Why a member's word on this job changes nothing; None if it does."""
         member = signed.user.member
@@ -340,7 +367,7 @@ class ServerJob:
     # the job's own thread
 
     def run(self, attending: Callable[[], list[Attendance]]) -> None:
-        """Run the job to its end, whatever that is; afterwards `status` is over."""
+        """Run the job to its end, whatever that is; afterwards `status` is over, unless it was suspended."""
         try:
             if self._stopped_by is not None:
                 raise JobAborted(self.id, self._stopped_by)
@@ -351,7 +378,8 @@ class ServerJob:
             with tempfile.TemporaryDirectory(prefix="sealwright-", dir=memory_folder()) as folder:
                 self._run_rounds(attending, Path(folder))
         except JobAborted as stop:
-            self._end(Status.ABORTED, stop.reasons)
+            if not self.suspended:
+                self._end(Status.ABORTED, stop.reasons)
         except SealwrightError as error:
             self._end(Status.FAILED, error.reasons if isinstance(error, Refused) else (error.what,))
         except Exception as error:  # a fault of ours: the job has to end in any case, and the fault has to be seen

@@ -1,18 +1,22 @@
-"""What a server keeps of its jobs that are not over, so that it goes on with them after it was killed.
+"""What a server keeps of its jobs, so that it goes on with them after it was killed, and has their results still.
 
-    <digest of the job's id>.job     the record, the bundle, the first model as it came, when it came
+    <digest of the job's id>.job     the record, the bundle, when it came
+    <digest of the job's id>.model   the first model as it came: sealed for this job
     <digest of the job's id>.round   the next round, its model, what the algorithm remembers, what happened so far
+    <digest of the job's id>.end     what became of it, instead of a round: its events, statement, recipients' keys
+    <digest of the job's id>.result  the result as it goes out: sealed to its recipients
 
-Each is one sealed file (`fl.guard.sealed_data`), replaced whole or not at all, under a key that is derived from the key
-of first models: brokers release that to this server alone, so that the folder may lie where a host sees it. A host that
-puts an older file back makes sites refuse: each gives each round once.
+Model and result are sealed already; the others are sealed files (`fl.guard.sealed_data`) under a key that is derived
+from the key of first models: brokers release that to this server alone, so that the folder may lie where a host sees
+it. Each is replaced whole or not at all. A host that puts an older round back makes sites refuse: each gives each round
+once.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
@@ -23,10 +27,14 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from attestation.canonical import b64, unb64
 from fl.errors import SealedDataRefused
 from fl.guard.sealed_data import open_file, seal_file
+from fl.jobs.progress import JobEvent, Status
 from fl.jobs.record import JobId
 from fl.jobs.results import JobHistory
+from fl.jobs.sealing import SealedResult
+from fl.jobs.statement import SignedStatement
 from fl.model import params_of, tensors_of
 from fl.server.federation import Federation, Saved
 from fl.tensors import Buffer, encode, parse
@@ -42,8 +50,35 @@ class StoredJob:
 
     record: str
     bundle: bytes
-    sealed_model: Buffer
+    sealed_model: SealedMemory
     received: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class EndedJob:
+    """What became of a job; `result` is None if there is none, or none any more."""
+
+    status: Status
+    reasons: tuple[str, ...]
+    started: datetime
+    finished: datetime
+    events: Sequence[JobEvent]
+    result: tuple[SealedResult, SignedStatement, str] | None
+
+
+class _End(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: Literal[1] = 1
+    job: JobId
+    status: Status
+    reasons: Annotated[tuple[str, ...], Field(strict=False)]
+    started: str
+    finished: str
+    size: Annotated[int, Field(ge=0)]
+    keys: dict[str, str]
+    statement: SignedStatement | None
+    receipt: str
 
 
 class _Index(BaseModel):
@@ -73,27 +108,79 @@ class JobStore:
         entries = {
             "record": stored.record.encode(),
             "bundle": stored.bundle,
-            "model": stored.sealed_model,
             "received": stored.received.isoformat().encode(),
         }
+        self._write_raw(self._path(job, "model"), stored.sealed_model.view)
         self._write(self._path(job, "job"), entries)
 
     def forget(self, job: str) -> None:
-        """The job is over."""
-        for kind in ("round", "job"):
+        """Nothing of the job is wanted any more."""
+        for kind in ("job", "round", "end", "result", "model"):  # without its first there is no job
+            self._path(job, kind).unlink(missing_ok=True)
+
+    def forget_result(self, job: str) -> None:
+        """Of a job that is over, what is large is wanted no more."""
+        for kind in ("result", "model"):
             self._path(job, kind).unlink(missing_ok=True)
 
     def all(self) -> Iterator[StoredJob]:
-        """Every job that is not over, the oldest first. What cannot be opened is told of and left where it is."""
+        """Every job, the oldest first. What cannot be opened is told of and left where it is."""
         found = []
         for path in sorted(self._folder.glob("*.job")):
             try:
                 entries = open_file(path, self._key)
                 received = datetime.fromisoformat(entries["received"].decode())
-                found.append(StoredJob(entries["record"].decode(), entries["bundle"], entries["model"], received))
-            except (SealedDataRefused, KeyError, ValueError) as error:
+                model = _mapped(path.with_suffix(".model")) or SealedMemory.of(b"-")  # it was wanted no more
+                found.append(StoredJob(entries["record"].decode(), entries["bundle"], model, received))
+            except (SealedDataRefused, OSError, KeyError, ValueError) as error:
                 self._tell(f"a stored job cannot be opened, {path.name}: {error}")
         yield from sorted(found, key=lambda stored: stored.received)
+
+    def sealed_model(self, job: str) -> SealedMemory | None:
+        """A job's first model as it came, if it is kept still. The caller's to close."""
+        return _mapped(self._path(job, "model"))
+
+    def end(self, job: str, ended: EndedJob) -> EndedJob:
+        """Keep what became of a job; the same, its result where it is kept. Raises SealedDataRefused."""
+        sealed, statement, receipt = ended.result or (None, None, "")
+        if sealed is not None:
+            self._write_raw(self._path(job, "result"), sealed.payload.view)
+        index = _End(
+            job=job,
+            status=ended.status,
+            reasons=ended.reasons,
+            started=ended.started.isoformat(),
+            finished=ended.finished.isoformat(),
+            size=0 if sealed is None else sealed.payload.size,
+            keys={} if sealed is None else {name: b64(key) for name, key in sealed.keys.items()},
+            statement=statement,
+            receipt=receipt,
+        )
+        lines = b"\n".join(event.model_dump_json().encode() for event in ended.events)
+        self._write(self._path(job, "end"), {"index": index.model_dump_json().encode(), "events": lines})
+        self._path(job, "round").unlink(missing_ok=True)
+        return self.ended(job) or ended
+
+    def ended(self, job: str) -> EndedJob | None:
+        """What became of a job; None if it is not over. Raises SealedDataRefused."""
+        path = self._path(job, "end")
+        if not path.exists():
+            return None
+        entries = open_file(path, self._key)
+        try:
+            index = _End.model_validate_json(entries["index"])
+            events = [JobEvent.model_validate_json(line) for line in entries["events"].splitlines()]
+            keys = {name: unb64(key, where=job) for name, key in index.keys.items()}
+            if index.job != job or not index.status.over:
+                raise ValueError("it is of another job")
+            payload = _mapped(path.with_suffix(".result")) if index.statement is not None else None
+            result = None
+            if payload is not None and index.statement is not None and payload.size == index.size:
+                result = SealedResult(payload, keys), index.statement, index.receipt
+            started, finished = (datetime.fromisoformat(text) for text in (index.started, index.finished))
+        except (OSError, KeyError, ValueError, SealwrightError) as error:
+            raise SealedDataRefused(f"what became of a job cannot be read: {error}", where=job) from error
+        return EndedJob(index.status, index.reasons, started, finished, events, result)
 
     def keeper(self, job: str, history: JobHistory, federation: Callable[[], Federation]) -> JobKeeper:
         """What keeps one job's state from round to round; its `federation` has the best model."""
@@ -111,11 +198,37 @@ class JobStore:
     def _path(self, job: str, kind: str) -> Path:
         return self._folder / f"{sha256(job.encode()).hexdigest()[:32]}.{kind}"
 
+    def _write_raw(self, path: Path, data: Buffer) -> None:
+        """Write what is sealed already."""
+        draft = path.with_name(f".{path.name}.draft")
+        try:
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise SealedDataRefused(f"a job cannot be kept: {error.strerror}", where=str(self._folder)) from error
+
     def _write(self, path: Path, entries: Mapping[str, Buffer]) -> None:
         try:
             seal_file(path, entries, self._key, random=os.urandom)
         except OSError as error:
             raise SealedDataRefused(f"a job cannot be kept: {error.strerror}", where=str(self._folder)) from error
+
+
+def _mapped(path: Path) -> SealedMemory | None:
+    """A file, mapped; None if it is not there. Raises OSError, ValueError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return SealedMemory(descriptor, os.fstat(descriptor).st_size)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 class JobKeeper:

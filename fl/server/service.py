@@ -15,6 +15,7 @@ from attestation.errors import LeaseEnded
 from fl.errors import LeaseLapsed, MalformedMessage, PeerLost, RoundOver, UpdateRefused
 from fl.guard.gate import max_update_size
 from fl.party import Party
+from fl.server.administration import Steering
 from fl.server.attendance import Attendance, Attendances
 from fl.server.calls import (
     Call,
@@ -66,8 +67,15 @@ MAX_LOGGED_A_ROUND: Final = 20_000
 class FederationService:
     """The jobs and the connected sites of one server."""
 
-    def __init__(self, party: Party, name: str, model_key: bytes, store: JobStore | None = None) -> None:
-        """`store`: keeps the jobs that are not over; those that it has go on."""
+    def __init__(
+        self,
+        party: Party,
+        name: str,
+        model_key: bytes,
+        store: JobStore | None = None,
+        steer: Callable[[Steering], None] = lambda _: None,
+    ) -> None:
+        """`store`: keeps the jobs; those in it that are not over go on. `steer`: restarts or stops the server."""
         self._party = party
         self._lock = threading.Lock()
         self._room = Room()
@@ -75,7 +83,7 @@ class FederationService:
         self._calls: dict[bytes, int] = {}
         self.attendances = Attendances(self._site_joined, self._site_left)
         self._jobs = Jobs(party, self.attendances.all, store)
-        users = UserCalls(party, name, model_key, self._jobs, self._names, store)
+        users = UserCalls(party, name, model_key, self._jobs, self.attendances.all, steer, store)
         self._streamed: dict[str, Call] = {"Attend": self._attend, "Deliver": self._deliver, **users.streamed}
         self._asked: dict[str, Call] = {"Fetch": self._fetch, **users.asked}
         users.go_on()
@@ -115,14 +123,10 @@ class FederationService:
 
     def close(self, why: str) -> None:
         """Stop all jobs and end all connections."""
-        for job in self._jobs.all():
-            job.abort(why)
+        self._jobs.stop(why)
         for attendance in self.attendances.all():
             attendance.end(why)
         self._jobs.close(why)
-
-    def _names(self) -> list[str]:
-        return [attendance.name for attendance in self.attendances.all()]
 
     # sites
 

@@ -1,4 +1,4 @@
-"""What users tell the server: submit, list, report, watch, download, abort; approve and reject at a member's own sites.
+"""What users tell the server about jobs; about the server and its sites it is `fl.server.administration`.
 
 Every call is judged by its caller's certificate, which TLS has proved, by the signed command that it brings, and by the
 rights that the charter gives at that moment. What is done is in the ledger before it is done; what is refused is too.
@@ -6,8 +6,9 @@ rights that the charter gives at that moment. What is done is in the ledger befo
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
@@ -19,19 +20,23 @@ from fl.guard.command import Nonces, SignedCommand, check_command, read_command
 from fl.guard.command_log import CommandLog
 from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
 from fl.jobs.progress import Status
-from fl.jobs.record import record_digest
+from fl.jobs.record import JobRecord, record_digest
+from fl.jobs.sealing import open_first_model, seal_first_model
 from fl.party import Party
+from fl.server.administration import Administration, Steering
 from fl.server.calls import Call, Caller, first_frame, only_frame, unstalled
 from fl.server.job import ServerJob
 from fl.server.job_store import JobStore
 from fl.server.jobs import Jobs
 from fl.transport.chunks import assemble, serve_chunks
-from fl.transport.frames import Happened, Order, Pull, Reports, Result, Submit, Verdict, pack
+from fl.transport.frames import Happened, Order, Origin, Pull, Reports, Result, Submit, Verdict, pack
 from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
 from policies.rights import command_reasons
 
 if TYPE_CHECKING:
+    from fl.server.attendance import Attendance
+    from policies.documents import Role
     from policies.rights import Command
 
 LISTED_JOBS: Final = 100
@@ -48,16 +53,18 @@ class UserCalls:
         server: str,
         model_key: bytes,
         jobs: Jobs,
-        sites: Callable[[], list[str]],
+        attending: Callable[[], list[Attendance]],
+        steer: Callable[[Steering], None],
         store: JobStore | None = None,
     ) -> None:
-        """`sites`: the names of the connected sites; `store`: keeps the jobs that are not over."""
+        """`attending`: the connected sites; `steer` restarts or stops the server; `store`: keeps the jobs."""
         self._store = store
         self._party = party
         self._server = server
         self._model_key = model_key
         self._jobs = jobs
-        self._sites = sites
+        self._attending = attending
+        self._administration = Administration(party, server, jobs, attending, self._order, steer)
         self._log = CommandLog(party.record, party.tell, {"server": server})
         self._lock = threading.Lock()
         self._nonces = Nonces()
@@ -76,7 +83,10 @@ class UserCalls:
             "Watch": self._watch,
             "Download": self._download,
             "Abort": self._abort,
+            "Delete": self._delete,
+            "Origin": self._origin,
             "Decide": self._decide,
+            **self._administration.asked,
         }
 
     # --- submit -----------------------------------------------------------------------------------------------------
@@ -100,20 +110,52 @@ class UserCalls:
         about.job, about.token = record.job, record_digest(head.record)
         if record.submitter != user:
             raise ApprovalRefused(record.job, (f"{user} brings a record of {record.submitter}",))
-        largest = record.model_size + SEALING_OVERHEAD + (record.model_size >> 8)
-        if not 0 < head.bundle_size <= MAX_BUNDLE or not 0 < head.model_size <= largest:
-            raise MalformedMessage("the bundle or the first model is larger than it may be", where="submission")
         if self._jobs.find(record.job) is not None:
             raise ApprovalRefused(record.job, ("a job of this id was submitted before",))
-        yield pack(Pull(offset=0))
-        with assemble(requests, size=head.bundle_size, sha256=None, where="bundle") as memory:
-            bundle = parse_bundle(bytes(memory.view))
-        approve(signed, bundle, charter, self._party.clock(), server=self._server, site=None)
-        sealed = assemble(requests, size=head.model_size, sha256=None, where="first model")
+        if head.like is not None:
+            bundle, sealed = self._like(head, record)
+            approve(signed, bundle, charter, self._party.clock(), server=self._server, site=None)
+        else:
+            bundle, sealed = yield from self._transferred(head, signed, requests)
         job = self._job(signed, bundle, sealed)
         self._log.accepted(user, "submit", record.job, about.token)
         self._jobs.run(job)
         yield pack(Verdict(accepted=True))
+
+    def _transferred(
+        self, head: Submit, signed: SignedRecord, requests: Iterator[bytes]
+    ) -> Generator[bytes, None, tuple[Bundle, SealedMemory]]:
+        """The bundle and the sealed first model, as they follow. Raises ApprovalRefused, MalformedMessage."""
+        record = signed.record
+        largest = record.model_size + SEALING_OVERHEAD + (record.model_size >> 8)
+        if not 0 < head.bundle_size <= MAX_BUNDLE or not 0 < head.model_size <= largest:
+            raise MalformedMessage("the bundle or the first model is larger than it may be", where="submission")
+        yield pack(Pull(offset=0))
+        with assemble(requests, size=head.bundle_size, sha256=None, where="bundle") as memory:
+            bundle = parse_bundle(bytes(memory.view))
+        approve(signed, bundle, self._party.charter(), self._party.clock(), server=self._server, site=None)
+        return bundle, assemble(requests, size=head.model_size, sha256=None, where="first model")
+
+    def _like(self, head: Submit, record: JobRecord) -> tuple[Bundle, SealedMemory]:
+        """The bundle and the first model of an earlier job of the same submitter. Raises ApprovalRefused, PeerLost.
+
+        The model is the submitter's: whoever else ran it for one round would have it.
+        """
+        job = self._jobs.find(head.like)
+        if job is None:
+            raise PeerLost(f"there is no job {head.like}", where="job")
+        earlier = job.signed.record
+        if earlier.submitter != record.submitter:
+            raise ApprovalRefused(record.job, (f"{record.submitter} did not submit the job {job.id}",))
+        same = (earlier.bundle, earlier.model_sha256, earlier.model_size)
+        if same != (record.bundle, record.model_sha256, record.model_size) or head.bundle_size or head.model_size:
+            raise ApprovalRefused(record.job, (f"its bundle and first model are not those of the job {job.id}",))
+        kept = None if self._store is None else self._store.sealed_model(job.id)
+        if kept is None:
+            raise PeerLost(f"the first model of job {job.id} is not kept: submit the job itself again", where="job")
+        with kept, open_first_model(kept.view, self._model_key, job.id, max_bytes=record.model_size) as model:
+            sealed = seal_first_model(model.view, self._model_key, record.job, random=os.urandom)
+        return job.bundle, SealedMemory.of(sealed)
 
     def _job(
         self, signed: SignedRecord, bundle: Bundle, sealed_model: SealedMemory, received: datetime | None = None
@@ -130,13 +172,20 @@ class UserCalls:
         )
 
     def go_on(self) -> None:
-        """Run the stored jobs that a server of before took. What may not run any more ends with its reasons."""
+        """Run the stored jobs that a server of before took, and remember those that are over.
+
+        What may not run any more ends with its reasons.
+        """
         for stored in () if self._store is None else self._store.all():
             try:
                 signed = read_record(stored.record, self._party.charter())
                 bundle = parse_bundle(stored.bundle)
-                sealed = SealedMemory.of(stored.sealed_model)
-                self._jobs.run(self._job(signed, bundle, sealed, stored.received), again=True)
+                job = self._job(signed, bundle, stored.sealed_model, stored.received)
+                if (ended := None if self._store is None else self._store.ended(job.id)) is None:
+                    self._jobs.run(job, again=True)
+                else:
+                    job.restore(ended)
+                    self._jobs.restore(job)
             except SealwrightError as error:
                 self._party.tell(f"a stored job cannot go on: {error.what}")
 
@@ -146,7 +195,7 @@ class UserCalls:
         self._ordered(request, caller, "list")
         newest = self._jobs.all()[-LISTED_JOBS:]
         told = tuple(job.report(details=False) for job in newest)
-        yield pack(Reports(jobs=told, sites=tuple(self._sites()[:LISTED_SITES])))
+        yield pack(Reports(jobs=told, sites=tuple(one.name for one in self._attending()[:LISTED_SITES])))
 
     def _report(self, request: bytes, caller: Caller) -> Iterator[bytes]:
         job, _ = self._about_job(request, caller, "report")
@@ -181,6 +230,15 @@ class UserCalls:
         job.abort(signed.command.user)
         yield pack(Verdict(accepted=True))
 
+    def _delete(self, request: bytes, caller: Caller) -> Iterator[bytes]:
+        job, _ = self._about_job(request, caller, "delete", check=_is_over)
+        self._jobs.delete(job)
+        yield pack(Verdict(accepted=True))
+
+    def _origin(self, request: bytes, caller: Caller) -> Iterator[bytes]:
+        job, _ = self._about_job(request, caller, "clone")
+        yield pack(Origin(record=job.signed.token))
+
     def _decide(self, request: bytes, caller: Caller) -> Iterator[bytes]:
         job, signed = self._about_job(request, caller, "approve", "reject", check=_may_be_decided)
         job.decide(signed)
@@ -201,6 +259,9 @@ class UserCalls:
         if job is None:
             raise MalformedMessage("the command is about no job", where="command")
         return job, signed
+
+    def _order(self, request: bytes, caller: Caller, *verbs: Command) -> SignedCommand:
+        return self._ordered(request, caller, *verbs)[1]
 
     def _ordered(
         self,
@@ -237,7 +298,14 @@ class UserCalls:
         about.verb, about.job, about.token = command.command, command.job, token
         job = self._jobs.find(command.job)
         submitter = None if job is None else job.signed.record.submitter
-        check_command(signed, charter, at, server=self._server, job=command.job, submitter=submitter)
+        place = None
+        if command.place is not None:
+            role: Role = "server" if command.place == self._server else "site"
+            enrolled = charter.enrolment(role, command.place)
+            if enrolled is None:
+                raise CommandRefused(command.command, user, (f"the charter has no {role} {command.place}",))
+            place = command.place, enrolled.member
+        check_command(signed, charter, at, server=self._server, job=command.job, submitter=submitter, place=place)
         with self._lock:
             self._nonces.take(command, at)
         if command.job is not None:
@@ -271,6 +339,11 @@ def _has_result_for(job: ServerJob, signed: SignedCommand) -> None:
         raise PeerLost(f"job {job.id} has no result: it is {job.status.value}{kept}", where="job")
     if signed.command.user not in job.result[0].keys:
         raise ApprovalRefused(job.id, (f"{signed.command.user} is not among the result's recipients",))
+
+
+def _is_over(job: ServerJob, signed: SignedCommand) -> None:
+    if not job.status.over:
+        raise ApprovalRefused(job.id, (f"the job is {job.status.value}: it is deleted when it is over",))
 
 
 def _may_be_decided(job: ServerJob, signed: SignedCommand) -> None:

@@ -28,6 +28,7 @@ from fl.transport.frames import (
     Prepare,
     Pull,
     Ready,
+    Steer,
     Told,
     Train,
     Verdict,
@@ -65,7 +66,7 @@ class Attending:
         self._watch = threading.Thread(target=self._watch_leases, name="leases", daemon=True)
         self._watch.start()
 
-    def frames(self, accepted: Callable[[], None]) -> Iterator[Prepare | Train | Finish | Told | Masking]:
+    def frames(self, accepted: Callable[[], None]) -> Iterator[Prepare | Train | Finish | Told | Steer | Masking]:
         """What the server says, until the connection ends; `accepted` is called when it has taken this site.
 
         Raises PeerRefused, Refused (by the server), LeaseLapsed if it may be begun anew, PeerLost, MalformedMessage.

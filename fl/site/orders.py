@@ -15,7 +15,7 @@ from fl.guard.command import Nonces, SignedCommand, check_command, read_command
 from fl.guard.command_log import CommandLog
 from fl.jobs.command import UserCommand
 from fl.party import Party
-from fl.transport.frames import Told
+from fl.transport.frames import Steer, Told
 from policies.errors import SealwrightError
 
 MAX_REJECTED: Final = 10_000
@@ -61,6 +61,26 @@ class Orders:
             self.log.refused(user, verb, told.job, error, token)
             return None
         return signed if self._written(signed, told.job) else None
+
+    def steered(self, steer: Steer) -> SignedCommand | None:
+        """Judge a command about this site itself. Returns it if it is to be done; None if it was refused."""
+        user: str | None = None
+        verb, token = "unknown", ""
+        try:
+            charter, at = self._party.charter(), self._party.clock()
+            signed = read_command(steer.command, charter)
+            user, verb, token = signed.command.user, signed.command.command, signed.token
+            enrolled = charter.enrolment("site", self._site)
+            member = "" if enrolled is None else enrolled.member
+            place = self._site, member
+            check_command(signed, charter, at, server=self._server, own_member=member, place=place)
+            self._nonces.take(signed.command, at)
+            self.log.accepted(user, verb, None, token)
+        except SealwrightError as error:
+            self._party.tell(f"the server shows a command that is refused here: {error.what}")
+            self.log.refused(user, verb, None, error, token)
+            return None
+        return signed
 
     def why_rejected(self, job: str) -> str | None:
         """The sentence that names who has rejected a job for this site, if somebody has."""

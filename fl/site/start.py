@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attestation.client import PAUSE_SECONDS
 from attestation.errors import LeaseEnded, PeerLapsed, PeerRefused
 from fl.errors import LeaseLapsed, PeerLost
+from fl.guard.command import SignedCommand
 from fl.guard.limits import Limits
 from fl.party import Party
 from fl.site.job import SiteJob
@@ -19,7 +20,7 @@ from fl.site.lasting_link import LastingLink
 from fl.site.link import Attending
 from fl.site.orders import Orders
 from fl.transport.channel import connect
-from fl.transport.frames import Finish, Left, Masking, Prepare, Told, Train
+from fl.transport.frames import Finish, Left, Masking, Prepare, Steer, Told, Train
 from fl.transport.route import Route
 from policies.documents import ServerAddress
 from policies.errors import SealwrightError
@@ -66,7 +67,8 @@ def run(
     - `data`: the site's decrypted files by name; scripts find them by `flare.data_path(name)`. They stay in memory.
     - `record`: writes `(kind, document)` into the ledger and returns the entry with its receipt as JSON text, or "".
       Called with `job` when an approved job is taken; if it raises, the job is not taken.
-    - `stop`: ends it; running scripts are killed.
+    - `stop`: ends it; running scripts are killed. So does a user of the site's own member with the right to operate
+      (`seal site stop`).
     - `tell`: takes lines for the guest's log. Scripts' own output never goes there.
     - `limits`: what a script may use. `connected`: called at each connection.
     - `patience`: without a connection for so many seconds it gives up. Until then jobs go on with what they have.
@@ -122,6 +124,12 @@ def run(
                 if now >= paused_until:
                     raise
                 ends = max(ends, now + patience)
+            except _Steered as order:
+                site.end_jobs(PeerLost(f"the site ends its jobs: {order.verb} by {order.user}", where=where))
+                if order.verb == "stop":
+                    return
+                ends, wait, paused_until = time.monotonic() + patience, FIRST_PAUSE, None
+                continue
             except PeerLost as lost:
                 if stop.is_set():
                     return
@@ -133,6 +141,15 @@ def run(
             wait = min(2 * wait, LONGEST_PAUSE if paused_until is None else LOOK_SECONDS)
     finally:
         site.end_jobs(PeerLost("the site stops", where=where))
+
+
+class _Steered(Exception):
+    """A user has ordered the site to restart or to stop."""
+
+    def __init__(self, signed: SignedCommand) -> None:
+        super().__init__(signed.command.command)
+        self.verb = signed.command.command
+        self.user = signed.command.user
 
 
 class _Site:
@@ -199,6 +216,9 @@ class _Site:
     def _take_part(self, attending: Attending, taken: set[str], paused: set[str], begin: Callable[[], None]) -> None:
         for frame in attending.frames(begin):
             jobs = self._jobs = {job_id: job for job_id, job in self._jobs.items() if job.thread.is_alive()}
+            if isinstance(frame, Steer):
+                self._steer(frame, attending)
+                continue
             job = jobs.get(frame.job)
             if isinstance(frame, Prepare):
                 if job is not None and frame.job in paused:
@@ -225,11 +245,20 @@ class _Site:
             self._party.tell(f"job {told.job}: {signed.command.command} by {signed.command.user}")
             job.finish()
 
-    def say_goodbye(self, attending: Attending) -> None:
-        """The site stops: without this the server would wait for it to come back."""
+    def _steer(self, frame: Steer, attending: Attending) -> None:
+        """A user's command about the site itself. Raises _Steered if it is to be done."""
+        signed = None if self._orders is None else self._orders.steered(frame)
+        if signed is not None:
+            why = "the site stops" if signed.command.command == "stop" else "the site restarts"
+            self._party.tell(f"{why}: {signed.command.user} wants it")
+            self.say_goodbye(attending, why)
+            raise _Steered(signed)
+
+    def say_goodbye(self, attending: Attending, why: str = "the site stops") -> None:
+        """Jobs end here: without this the server would wait for the site to come back to them."""
         for job_id, job in list(self._jobs.items()):
             if job.thread.is_alive():
-                attending.send(Left(job=job_id, reasons=("the site stops",)))
+                attending.send(Left(job=job_id, reasons=(why,)))
         attending.flush()
 
     def end_jobs(self, why: SealwrightError) -> None:

@@ -188,12 +188,21 @@ class Verdict(Frame):
 
 
 class Submit(Frame):
-    """User to server: run this job. The bundle and the sealed first model follow, in this order, as chunks."""
+    """User to server: run this job. The bundle and the sealed first model follow, in this order, as chunks; nothing
+    follows if both are those of an earlier job (`like`)."""
 
     kind: Literal["submit"] = "submit"
     record: Token
     bundle_size: Size
     model_size: Size
+    like: JobId | None = None
+
+
+class Origin(Frame):
+    """Server to user: the record of the user's own job, which is to be cloned."""
+
+    kind: Literal["origin"] = "origin"
+    record: Token
 
 
 class Order(Frame):

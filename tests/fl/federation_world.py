@@ -357,6 +357,7 @@ class FederationWorld:
                 running.error = error
             finally:
                 running.connected.set()
+                running.ended.set()
 
         thread = threading.Thread(target=target, name=f"site {name}")
         thread.start()
@@ -375,11 +376,13 @@ class RunningSite:
 
     stop: threading.Event = field(default_factory=threading.Event)
     connected: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
 
 
-def found_federation(folder: Path) -> FederationWorld:
-    """Found the charter: two sites and a server enrolled, three users."""
+def found_federation(folder: Path, sites: Mapping[str, str] | None = None) -> FederationWorld:
+    """Found the charter: a server and `sites` (name → member; None: SITES) enrolled, three users."""
+    sites = dict(zip(SITES, SITES, strict=True)) if sites is None else sites
     at = now()
     broker_key = Ed25519PrivateKey.generate()
     issuer = load_issuer(folder / "issuer.pem", create_issuer(folder / "issuer.pem", "one", at))
@@ -428,11 +431,11 @@ def found_federation(folder: Path) -> FederationWorld:
         Enrolment(
             role="server" if name == SERVER else "site",
             name=name,
-            member="acme-pharma" if name == SERVER else name,
+            member=sites.get(name, "acme-pharma"),
             image="server-image" if name == SERVER else "site-image",
             init_data_sha256=sha256(f"{'server' if name == SERVER else 'site'}/{name}".encode()).hexdigest(),
         )
-        for name in (SERVER, *SITES)
+        for name in (SERVER, *sites)
     ]
     files = files_of([*images, *enrolments, *(user.document() for user in users.values())])
     files["policies/floor.rego"] = (RULES / "floor.rego").read_bytes()

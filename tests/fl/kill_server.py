@@ -107,7 +107,9 @@ def main() -> None:
                 trained[event.site].append(int(event.values["trained"]))
         found["trained"] = trained
         found["ledger"] = [json.loads(line)[1] for line in state.with_name("ledger").read_text().splitlines()]
-        wait_until(lambda: not list(state.iterdir()), 5)
+        wait_until(lambda: any(path.suffix == ".end" for path in state.iterdir()), 5)
+        with world.client(address) as client:
+            client.delete(mine)
         found["left_in_store"] = [path.name for path in state.iterdir()]
         second_pipe.send("stop")
         second.join(20)

@@ -47,9 +47,9 @@ ADA = "acme-pharma/ada"
 OLE = "borealis-hospital/ole"
 STALL = "import time\nfrom fl import client as flare\nflare.init()\nflare.receive()\ntime.sleep(100)\n"
 MAY = {
-    "project-admin": set(COMMANDS),
-    "org-admin": {"abort", "list", "report", "watch", "approve", "reject"},
-    "lead": {"submit", "abort", "download", "list", "report", "watch"},
+    "project-admin": set(COMMANDS) - {"clone"},
+    "org-admin": {"abort", "delete", "list", "report", "watch", "approve", "reject", "restart", "stop"},
+    "lead": {"submit", "abort", "delete", "download", "list", "report", "watch", "restart", "stop"},
     "member": {"list", "report", "watch"},
     "nothing": set(),
 }
@@ -90,7 +90,9 @@ def outcome(act: Callable[[], object]) -> str:
         act()
     except Refused as refusal:
         words = "; ".join(refusal.reasons)
-        return "denied" if "has no right to" in words or "nor has the right" in words else words
+        return (
+            "denied" if any(of in words for of in ("has no right to", "nor has the right", "did not submit")) else words
+        )
     return "done"
 
 
@@ -111,6 +113,10 @@ def test_each_set_of_rights_gives_its_commands_and_no_other(
                 "report": lambda: client.report(job),
                 "watch": lambda: next(client.watch(job)),
                 "download": lambda: client.download(job, tmp_path / "x", ledgers=None),
+                "delete": lambda: client.delete(job),
+                "clone": lambda: client.clone(job),
+                "restart": lambda: client.restart(SITES[0]),
+                "stop": lambda: client.stop(SITES[0]),
                 "approve": lambda: client.approve(job),
                 "reject": lambda: client.reject(job, "not with our data"),
                 "abort": lambda: client.abort(job),
@@ -129,6 +135,10 @@ def test_each_set_of_rights_gives_its_commands_and_no_other(
         if "reject" in MAY[rights]:
             assert owner.report(job).sites["cygnus-bio"] == f"lost: {who} has rejected the job: not with our data"
             assert found["approve"] == "cygnus-bio has not rejected the job"
+        if "delete" in MAY[rights]:
+            assert found["delete"] == "the job is running: it is deleted when it is over"
+        if "restart" in MAY[rights]:  # the right, but over its own member's sites alone
+            assert found["restart"] == found["stop"] == f"{who} does not speak for {SITES[0]}, whose {SITES[0]} is"
         if "download" in MAY[rights]:
             assert "has no result: it is running" in found["download"]
         for other in owner.reports().jobs:

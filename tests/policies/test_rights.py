@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from charter_world import NOW, World, user
 
@@ -10,9 +12,9 @@ from policies.documents import RIGHTS, RIGHTS_SETS
 from policies.rights import COMMANDS, NEEDED, command_reasons
 
 MAY = {
-    "project-admin": set(COMMANDS),
-    "org-admin": {"abort", "list", "report", "watch", "approve", "reject"},
-    "lead": {"submit", "abort", "download", "list", "report", "watch"},
+    "project-admin": set(COMMANDS) - {"clone"},
+    "org-admin": {"abort", "delete", "list", "report", "watch", "approve", "reject", "restart", "stop"},
+    "lead": {"submit", "abort", "delete", "download", "list", "report", "watch", "restart", "stop"},
     "member": {"list", "report", "watch"},
     "nothing": set(),
 }
@@ -37,12 +39,25 @@ def test_each_set_may_give_its_commands_and_no_other(charter: Charter, rights: s
     assert all(f"cygnus-bio/{rights}" in reason for reason in reasons)
 
 
-def test_who_may_submit_may_stop_the_own_job_and_no_other(charter: Charter) -> None:
+@pytest.mark.parametrize("command", ["abort", "delete"])
+def test_who_may_submit_may_stop_and_delete_the_own_job_and_no_other(
+    charter: Charter, command: Literal["abort", "delete"]
+) -> None:
     own, other = "cygnus-bio/submitter", "acme-pharma/ada"
-    assert command_reasons(charter, own, "abort", submitter=own) == ()
-    assert command_reasons(charter, own, "abort", submitter=other)
-    assert command_reasons(charter, "cygnus-bio/member", "abort", submitter="cygnus-bio/member")
-    assert command_reasons(charter, own, "abort")
+    assert command_reasons(charter, own, command, submitter=own) == ()
+    assert command_reasons(charter, own, command, submitter=other)
+    assert command_reasons(charter, "cygnus-bio/member", command, submitter="cygnus-bio/member")
+    assert command_reasons(charter, own, command)
+
+
+def test_a_job_is_cloned_by_who_submitted_it_and_may_submit_still(charter: Charter) -> None:
+    """The first model is the submitter's: whoever else ran it for one round would have it."""
+    for who in ("cygnus-bio/submitter", "cygnus-bio/lead"):
+        assert command_reasons(charter, who, "clone", submitter=who) == ()
+    assert (
+        "did not submit the job" in command_reasons(charter, "cygnus-bio/lead", "clone", submitter="acme-pharma/ada")[0]
+    )
+    assert command_reasons(charter, "cygnus-bio/org-admin", "clone", submitter="cygnus-bio/org-admin")
 
 
 def test_strangers_may_nothing(charter: Charter) -> None:
