@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import hmac
 import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from attestation.canonical import b64, unb64
-from attestation.ears import MAX_EAR, MAX_EARS, verify_ears
-from attestation.identity import enrolment_reasons
+from attestation.errors import PeerRefused
+from attestation.introduction import introduce, read_introduction
 from attestation.jws import read_jws, sign_jws
 from fl.errors import MaskingRefused
 from fl.party import Party
 
 MASKING_TYPE: Final = "sealwright-masking+jwt"
-
-
-class Introduction(BaseModel):
-    """A signed word with what a stranger needs to believe it: the signing key (SPKI in DER, base64), and its EARs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    word: Annotated[str, Field(max_length=4096)]
-    sign_key: Annotated[str, Field(max_length=128)]
-    ears: Annotated[
-        tuple[Annotated[str, Field(max_length=MAX_EAR)], ...], Field(min_length=1, max_length=MAX_EARS, strict=False)
-    ]
 
 
 class AttestedNotary:
@@ -56,28 +39,16 @@ class AttestedNotary:
         return found
 
     def introduce(self, payload: Mapping[str, Any]) -> str:
-        identity = self._party.identity()
-        public = identity.sign_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        return Introduction(word=self.sign(payload), sign_key=b64(public), ears=identity.ears).model_dump_json()
+        return introduce(self._party.identity(), dict(payload), typ=MASKING_TYPE)
 
     def introduced(self, site: str, token: str) -> dict[str, Any]:
+        charter, at = self._party.charter(), self._party.clock()
         try:
-            said = Introduction.model_validate_json(token)
-            der = unb64(said.sign_key, where="introduction")
-            key = load_der_public_key(der)
-        except (ValidationError, ValueError, UnsupportedAlgorithm) as error:
-            raise MaskingRefused(f"the introduction of {site} is malformed") from error
-        charter = self._party.charter()
-        ear = verify_ears(said.ears, charter, self._party.clock())[0]
-        reasons = [*enrolment_reasons(ear, charter)]
-        if (ear.subject.role, ear.subject.name) != ("site", site):
-            reasons.append(f"its EARs are those of {ear.subject.role}/{ear.subject.name}")
-        if not hmac.compare_digest(ear.keys.get("sign", ""), sha256(der).hexdigest()):
-            reasons.append("its key is not the one that its EARs name")
-        if reasons or not isinstance(key, Ed25519PublicKey):
-            raise MaskingRefused(f"{site} is not who it says: {'; '.join(reasons) or 'its key is not Ed25519'}")
-        self._keys[site] = key
-        return self.signed(site, said.word)
+            found = read_introduction(token, charter, at, role="site", name=site, typ=MASKING_TYPE)
+        except PeerRefused as error:
+            raise MaskingRefused(f"{site} is not who it says: {'; '.join(error.reasons)}") from error
+        self._keys[site] = found.key
+        return dict(found.word)
 
     def sign(self, payload: Mapping[str, Any]) -> str:
         identity = self._party.identity()

@@ -1,1 +1,1 @@
-"""Devices: the protocol that they speak, the gateway that they speak it to, the tree above, the kits that devices run."""
+"""Devices: the protocol that they speak, the gateways that they speak it to, the tree above, the kits that they run."""

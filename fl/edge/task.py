@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Final, Literal
 
 from attestation.canonical import canonical_bytes
 from policies.errors import Unusable
 
-GraphFormat = Literal["executorch", "torch-export"]
-"""`executorch`: a training program (.pte) with forward, gradients and parameters; `torch-export`: an archive of
-torch.export's without pickled parts."""
+GraphFormat = Literal["executorch"]
+"""`executorch`: a training program (.pte) with a loss, gradients and named parameters (fl.edge.training_graph)."""
 MAX_GRAPH: Final = 256 << 20
 MAX_CONFIG: Final = 64 << 10
 _CONTEXT: Final = b"sealwright-device-task-v1\0"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DeviceTask:
     """What devices run for the job called `job`: a graph, and `config`, JSON values that its runner reads.
 
@@ -38,7 +38,7 @@ class DeviceTask:
                 do=f"Stay below {MAX_GRAPH} and {MAX_CONFIG} bytes.",
             )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The hex SHA-256 that the charter's `code/device-DIGEST.json` approves."""
         return task_digest(self.job, self.format, sha256(self.graph).hexdigest(), self.config)

@@ -1,0 +1,107 @@
+"""How a device's difference from a model travels: a safetensors file in one of three encodings, compressed or not.
+
+- `f32`: each tensor of floats as F32.
+- `bf16`: as BF16, rounded to nearest even: half the bytes, a relative error of at most 2**-8.
+- `int8`: as I8 with a scale, the F32 scalar `NAME#scale`: value = scale * integer, and scale = max |value| / 127.
+  Rounding is random in proportion, so that the mean of many devices' errors tends to zero (QSGD, Alistarh et al. 2017).
+
+Compression is zlib (RFC 1950). Its content is bounded by the model's size before anything is inflated.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from fl.edge.contract import Tensors
+from fl.edge.messages import Encoding
+from fl.errors import MalformedTensors
+from fl.tensors import Buffer, Schema, TensorSpec, encode, layout, narrow_bf16, parse, widen_bf16
+
+LEVEL: Final = 1
+"""zlib's level: the fastest, since weights compress little at any."""
+DTYPE: Final[Mapping[Encoding, str]] = {"f32": "F32", "bf16": "BF16", "int8": "I8"}
+SCALE: Final = "#scale"
+_SLACK: Final = 64 << 10
+"""Bytes that another library's header may have beyond ours."""
+
+
+def encoded_schema(schema: Schema, encoding: Encoding) -> dict[str, TensorSpec]:
+    """What a difference from a model with these tensors of floats looks like in `encoding`."""
+    found = {name: TensorSpec(DTYPE[encoding], spec.shape) for name, spec in schema.items()}
+    if encoding == "int8":
+        found |= {name + SCALE: TensorSpec("F32", ()) for name in schema}
+    return found
+
+
+def max_size(schema: Schema, encoding: Encoding) -> int:
+    """The most bytes of a difference, not compressed."""
+    return layout(encoded_schema(schema, encoding))[2] + _SLACK
+
+
+def encode_delta(tensors: Tensors, encoding: Encoding, rng: np.random.Generator, *, compressed: bool) -> bytes:
+    """Write finite float32 `tensors`. Raises MalformedTensors for a number that is not finite."""
+    parts: dict[str, tuple[TensorSpec, Buffer]] = {}
+    for name, values in tensors.items():
+        array = np.ascontiguousarray(values, dtype="<f4")
+        if not np.isfinite(array).all():
+            raise MalformedTensors(f"tensor {name!r} holds a number that is not finite", where="difference")
+        spec = TensorSpec(DTYPE[encoding], array.shape)
+        if encoding == "f32":
+            parts[name] = spec, array.tobytes()
+        elif encoding == "bf16":
+            parts[name] = spec, narrow_bf16(array).astype("<u2").tobytes()
+        else:
+            scale = np.float32(np.abs(array).max(initial=0.0) / np.float32(127))
+            steps = array / scale if scale > 0 else np.zeros_like(array)
+            low = np.floor(steps)
+            up = rng.random(array.shape, dtype=np.float32) < steps - low
+            parts[name] = spec, np.clip(low + up, -127, 127).astype(np.int8).tobytes()
+            parts[name + SCALE] = TensorSpec("F32", ()), scale.astype("<f4").tobytes()
+    raw = encode(parts)
+    return zlib.compress(raw, LEVEL) if compressed else raw
+
+
+def decode_delta(
+    raw: Buffer, encoding: Encoding, schema: Schema, *, compressed: bool
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Read a difference from a model whose tensors of floats are `schema`: float32, each of the model's shape.
+
+    The arrays may be read-only views of `raw`. Whether the numbers are finite is the caller's to check. Raises
+    MalformedTensors for anything that is not exactly such a difference.
+    """
+    where = "difference"
+    most = max_size(schema, encoding)
+    content: Buffer = _inflated(raw, most) if compressed else raw
+    file = parse(content, max_size=most, where=where)
+    if file.schema != encoded_schema(schema, encoding):
+        raise MalformedTensors(f"its tensors are not those of the model as {encoding}", where=where)
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for name in schema:
+        array = file.array(name)
+        if encoding == "bf16":
+            array = widen_bf16(array)
+        elif encoding == "int8":
+            scale = np.float32(file.array(name + SCALE)[()])
+            if not 0 <= scale < np.inf:
+                raise MalformedTensors(f"the scale of {name!r} is below 0 or not finite", where=where)
+            array = array.astype(np.float32) * scale
+        found[name] = array
+    return found
+
+
+def _inflated(raw: Buffer, most: int) -> bytes:
+    stream = zlib.decompressobj()
+    try:
+        content = stream.decompress(raw, most + 1)
+    except zlib.error as error:
+        raise MalformedTensors("it is not compressed as it says", where="difference") from error
+    if len(content) > most or not stream.eof or stream.unused_data or stream.unconsumed_tail:
+        raise MalformedTensors(
+            f"it inflates to more than {most} bytes, is cut off, or bytes follow", where="difference"
+        )
+    return content

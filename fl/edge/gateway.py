@@ -1,0 +1,335 @@
+"""What a gateway answers devices: who they are, whether they may, what they are to do, what became of their results.
+
+No I/O and no waiting: bytes in, bytes out, for one thread. `fl.edge.gateway_service` has the HTTP around it. Every
+answer is one that the table (`fl.edge.protocol`) has for its message. What the gateway remembers of devices is for
+their good alone (they need not wait for what they have done already): it can be killed at any time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, cast, get_args
+
+from attestation.canonical import b64
+from attestation.introduction import introduce
+from fl.edge.contract import Branch, EdgeJob, ModelVersion, Update, contribution_id
+from fl.edge.deltas import decode_delta, max_size
+from fl.edge.messages import (
+    ANSWERS,
+    PROOF_TYPE,
+    REQUESTS,
+    Answer,
+    Blob,
+    Encoding,
+    JobAnswer,
+    JobRequest,
+    Request,
+    ResultAnswer,
+    ResultRequest,
+    SelectionAnswer,
+    SelectionRequest,
+    Task,
+    TaskAnswer,
+    TaskRequest,
+    read_words,
+)
+from fl.edge.protocol import RULES, Message, Status
+from fl.edge.sealing import SEAL_OVERHEAD, GroupKeys, seal_answer
+from fl.edge.tokens import Device, read_token
+from fl.errors import MalformedMessage, MalformedTensors
+from fl.tensors import FLOATS, Schema, parse
+from policies.devices import job_matches
+from policies.errors import Refused
+
+if TYPE_CHECKING:
+    from attestation.identity import Identity
+    from fl.edge.task import DeviceTask
+    from policies.charter import Charter
+
+MAX_REQUEST: Final = 32 << 10
+"""Bytes of a request's words: of whatever a request has but tensors."""
+COOKIE_SECONDS: Final = 7 * 86400
+"""A device has so long for a task: then its version is over anyway."""
+REMEMBERED: Final = 1 << 16
+"""Devices of which this gateway knows what they reported last."""
+MAX_BLOBS: Final = 64
+_ENCODINGS: Final[tuple[Encoding, ...]] = get_args(Encoding)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long devices wait, in seconds: with no job, until they are wanted, after a fault or for want of room."""
+
+    no_job: float = 60.0
+    task: float = 5.0
+    again: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request whose sender is known."""
+
+    message: Message
+    request: Request
+    device: Device
+    tensors: memoryview = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway's decisions.
+
+    `keys`, `charter`, `identity` and `clock` give what the guest has now; `branches` this gateway's jobs by their ids.
+    """
+
+    keys: Callable[[], GroupKeys]
+    charter: Callable[[], Charter]
+    identity: Callable[[], Identity]
+    clock: Callable[[], datetime]
+    branches: Callable[[], Mapping[str, Branch]]
+    pace: Pace = Pace()
+    randomness: Callable[[int], bytes] = os.urandom
+    _reported: OrderedDict[tuple[str, str], int] = field(default_factory=OrderedDict, repr=False)
+    """The newest version for which each device reported: (job, device) → version."""
+    _blobs: OrderedDict[str, tuple[Blob, bytes]] = field(default_factory=OrderedDict, repr=False)
+    """By the group key's id and what they are of."""
+    _schemas: OrderedDict[str, Schema] = field(default_factory=OrderedDict, repr=False)
+    """The tensors of floats of each model, by its digest."""
+
+    # --- for strangers ------------------------------------------------------------------------------------------------
+
+    def proof(self, nonce: str) -> str:
+        """Who this gateway is, said freshly over a device's nonce (32 hex digits), and the group key to seal to.
+
+        Raises LeaseEnded while the gateway has no lease.
+        """
+        charter, keys = self.charter(), self.keys()
+        word = {
+            "charter": {"id": charter.id, "version": charter.version},
+            "group_key": b64(keys.public),
+            "key_id": keys.id.hex(),
+            "nonce": nonce,
+        }
+        return introduce(self.identity(), word, typ=PROOF_TYPE)
+
+    def blob(self, identifier: str) -> bytes | None:
+        """The bytes of the blob with this id: a model or a graph that devices are given now."""
+        for blob, sealed in self._blobs.values():
+            if blob.id == identifier:
+                return sealed
+        for branch in self.branches().values():  # another gateway gave it to the device
+            for version in branch.current():
+                self._model(version)
+                if (task := branch.task(version.task)) is not None:
+                    self._graph(task)
+        return next((sealed for blob, sealed in self._blobs.values() if blob.id == identifier), None)
+
+    def most(self) -> int:
+        """Bytes of the largest request that is read at all."""
+        sizes = [
+            max_size(self._schema(version), encoding)
+            for branch in self.branches().values()
+            for version in branch.current()[-1:]
+            for encoding in _ENCODINGS
+        ]
+        return SEAL_OVERHEAD + MAX_REQUEST + max(sizes, default=0)
+
+    def ticket(self, text: str) -> str | None:
+        """The id of the upload that this ticket is for, or None if no gateway gave it lately."""
+        identifier, cookie = text[:32], text[32:]
+        at = self.keys().cookie_time(cookie, ticket=identifier)
+        return identifier if at is not None and self._recent(at, COOKIE_SECONDS) else None
+
+    # --- for devices --------------------------------------------------------------------------------------------------
+
+    def opened(self, message: Message, body: bytes) -> Call | bytes:
+        """Who sends this request, and what it is; or the body of the answer that refuses its sender.
+
+        Raises KeyGone, Refused (what cannot be opened) and MalformedMessage: then nobody is there to be answered.
+        """
+        opened = self.keys().open(message, body)
+        if len(opened.words) > MAX_REQUEST or (message != "result" and opened.tensors):
+            raise MalformedMessage("the request is longer than it may be", where=message)
+        request = read_words(REQUESTS[message], opened.words, where=message)
+        try:
+            device = read_token(request.token, self.charter(), self.clock())
+            if not opened.is_signed_by(device.key):
+                raise Refused(
+                    "the request is not signed by the token's device", where="device", do="Sign with the device's key."
+                )
+        except Refused as error:
+            return self._sealed(message, request, _refusal(message, "; ".join(error.reasons)))
+        return Call(message, request, device, opened.tensors)
+
+    def decide(self, call: Call) -> Answer:
+        """What to answer."""
+        request = call.request
+        if isinstance(request, JobRequest):
+            return self._job(call.device, request)
+        branch = self.branches().get(_job_of(request))
+        if branch is None:
+            return _answer(call.message, "NO_JOB", "this gateway does not have the job", self.pace.no_job)
+        if not call.device.may(branch.job.name):
+            return _refusal(call.message, f"the device's token is not for the job {branch.job.name}")
+        if branch.over:
+            return _answer(call.message, "DONE", "the job is over", self.pace.no_job)
+        if isinstance(request, TaskRequest):
+            return self._task(call.device, branch)
+        if isinstance(request, SelectionRequest):
+            return self._selection(branch, request)
+        return self._result(call.device, branch, cast(ResultRequest, request), call.tensors)
+
+    def sealed(self, call: Call, answer: Answer) -> bytes:
+        """The body of an answer."""
+        return self._sealed(call.message, call.request, answer)
+
+    def failed(self, call: Call) -> Answer:
+        """The answer to a request at which this gateway failed."""
+        return _answer(call.message, "ERROR", "the gateway failed", self.pace.again)
+
+    # --- messages -----------------------------------------------------------------------------------------------------
+
+    def _job(self, device: Device, request: JobRequest) -> Answer:
+        offered = [
+            branch
+            for _, branch in sorted(self.branches().items())
+            if job_matches(branch.job.name, request.jobs) and device.may(branch.job.name)
+        ]
+        able = [branch for branch in offered if _able(branch.job, request.capabilities)]
+        for branch in able:
+            if not branch.over:
+                job = branch.job
+                return JobAnswer(status="OK", job=job.job, name=job.name, method=job.method, config=dict(job.config))
+        if able:
+            return _answer("job", "DONE", "every job that matches is over", 0.0)
+        why = "no job has a name that matches" if not offered else "this device lacks what the job demands"
+        return _answer("job", "NO_JOB", why, self.pace.no_job)
+
+    def _task(self, device: Device, branch: Branch) -> Answer:
+        current = branch.current()
+        if not current:
+            return _answer("task", "NO_TASK", "there is no version to train yet", self.pace.task)
+        if self._reported.get((branch.job.job, device.name), -1) >= current[-1].version:
+            return _answer("task", "RETRY", "the device has trained the newest version", self.pace.task)
+        version = branch.select(device.name)
+        if version is None:
+            return _answer("task", "RETRY", "the device is not wanted now", self.pace.task)
+        task = branch.task(version.task)
+        if task is None:
+            return _answer("task", "ERROR", "the version's task is not here", self.pace.again)
+        at = int(self.clock().timestamp())
+        keys, upload = self.keys(), self.randomness(16).hex()
+        return TaskAnswer(
+            status="OK",
+            task=Task(
+                version=version.version,
+                name=task.job,
+                digest=version.task,
+                format=task.format,
+                config=dict(task.config),
+                graph=self._graph(task),
+                model=self._model(version),
+                cookie=keys.cookie(at, **_claims(branch.job.job, version.version, version.task, device)),
+                ticket=upload + keys.cookie(at, ticket=upload),
+            ),
+        )
+
+    def _selection(self, branch: Branch, request: SelectionRequest) -> Answer:
+        versions = tuple(version.version for version in branch.current())
+        status: Status = "OK" if request.version in versions else "NO_TASK"
+        return SelectionAnswer(status=status, versions=versions)
+
+    def _result(self, device: Device, branch: Branch, request: ResultRequest, tensors: memoryview) -> Answer:
+        claims = _claims(request.job, request.version, request.task, device)
+        at = self.keys().cookie_time(request.cookie, **claims)
+        if at is None or not self._recent(at, COOKIE_SECONDS):
+            return _refusal("result", "no gateway gave this device this task lately")
+        version = next((one for one in branch.current() if one.version == request.version), None)
+        if version is None:
+            return _answer("result", "NO_TASK", "the version is trained no more", 0.0)
+        try:
+            schema = self._schema(version)
+            delta = decode_delta(tensors, request.encoding, schema, compressed=request.compressed)
+        except MalformedTensors as error:
+            return _refusal("result", f"the result is refused: {error.what}")
+        weight = min(request.weight, branch.job.bounds.max_weight)
+        contribution = contribution_id(request.job, request.version, device.name)
+        verdict = branch.add(Update(request.version, delta, weight, contribution))
+        if verdict in ("counted", "duplicate"):
+            self._remember(request.job, device, request.version)
+            return ResultAnswer(status="OK", message=verdict)
+        if verdict == "stale":
+            return _answer("result", "NO_TASK", "the version is trained no more", 0.0)
+        if verdict == "busy":
+            return _answer("result", "RETRY", "there is no room now", self.pace.task)
+        return _refusal("result", f"the result is {verdict}")
+
+    # --- within -------------------------------------------------------------------------------------------------------
+
+    def _sealed(self, message: Message, request: Request, answer: Answer) -> bytes:
+        if (message, answer.status) not in RULES:
+            raise AssertionError(f"{answer.status} is no answer to {message}")
+        key = bytes.fromhex(request.answer_key)
+        return seal_answer(answer.to_bytes(), key, request.request, self.randomness)
+
+    def _recent(self, at: int, seconds: int) -> bool:
+        return -seconds < self.clock().timestamp() - at < seconds
+
+    def _remember(self, job: str, device: Device, version: int) -> None:
+        place = (job, device.name)
+        self._reported[place] = max(version, self._reported.get(place, -1))
+        self._reported.move_to_end(place)
+        while len(self._reported) > REMEMBERED:
+            self._reported.popitem(last=False)
+
+    def _graph(self, task: DeviceTask) -> Blob:
+        return self._blob(f"graph {task.digest}", task.graph)
+
+    def _model(self, version: ModelVersion) -> Blob:
+        return self._blob(f"model {version.digest}", version.model)
+
+    def _blob(self, what: str, content: bytes) -> Blob:
+        keys = self.keys()
+        place = f"{keys.id.hex()} {what}"
+        found = self._blobs.get(place)
+        if found is None:
+            found = self._blobs[place] = keys.seal_blob(content)
+            while len(self._blobs) > MAX_BLOBS:
+                self._blobs.popitem(last=False)
+        return found[0]
+
+    def _schema(self, version: ModelVersion) -> Schema:
+        found = self._schemas.get(version.digest)
+        if found is None:
+            schema = parse(version.model, max_size=len(version.model), where="model").schema
+            found = {name: spec for name, spec in schema.items() if spec.dtype in FLOATS}
+            self._schemas[version.digest] = found
+            while len(self._schemas) > MAX_BLOBS:
+                self._schemas.popitem(last=False)
+        return found
+
+
+def _job_of(request: Request) -> str:
+    if isinstance(request, TaskRequest | SelectionRequest | ResultRequest):
+        return request.job
+    raise TypeError(type(request).__name__)
+
+
+def _able(job: EdgeJob, capabilities: Mapping[str, str]) -> bool:
+    return all(capabilities.get(name) == value for name, value in job.capabilities.items())
+
+
+def _claims(job: str, version: int, task: str, device: Device) -> dict[str, Any]:
+    return {"device": device.name, "job": job, "task": task, "version": version}
+
+
+def _answer(message: Message, status: Status, text: str, seconds: float) -> Answer:
+    return ANSWERS[message](status=status, message=text[:500], retry_seconds=seconds)
+
+
+def _refusal(message: Message, why: str) -> Answer:
+    return _answer(message, "INVALID_REQUEST", why, 0.0)

@@ -1,0 +1,61 @@
+"""What an app gives its device: where training data is, filters, and what it wants to hear of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+Filter = Callable[[Arrays], Arrays]
+"""Turns a model (before training) or a difference (before it is sent) into another with the same names and shapes."""
+Event = Callable[[str, Mapping[str, Any]], None]
+"""Hears of `joined`, `task`, `trained`, `dropped`, `reported`, `refused`, `waiting`, `over`, with details."""
+Condition = Callable[[], str | None]
+"""Why a device shall not work now (battery, network, use); None if it may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's inputs, float32 of the graph's input shape, and labels, int64 or float32 as the graph takes them."""
+
+    inputs: npt.NDArray[Any]
+    labels: npt.NDArray[Any]
+
+
+class Dataset(Protocol):
+    """A device's examples for one job."""
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+
+    def batches(self, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+        """One pass over them, shuffled by `rng`, in batches of exactly `size`; what is left over is left out."""
+
+
+class DataSource(Protocol):
+    """Where an app's examples are."""
+
+    def dataset(self, job: str, config: Mapping[str, Any]) -> Dataset:
+        """The examples for the job of this name, with the task's configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayDataset:
+    """Examples in memory: `inputs` and `labels` have one row each."""
+
+    inputs: npt.NDArray[Any]
+    labels: npt.NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batches(self, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+        """Shuffled batches of exactly `size`."""
+        order = rng.permutation(len(self.inputs))
+        for at in range(0, len(order) - size + 1, size):
+            chosen = order[at : at + size]
+            yield Batch(self.inputs[chosen], self.labels[chosen])
