@@ -13,7 +13,7 @@ EXTRAS := demo,tracking,dev,fuzz
 SLICE ?= 0/1
 SECONDS ?= 20
 
-.PHONY: help setup demo image demo-vm test test-long vectors fuzz gpu-sdk lint format bench docs lock clean
+.PHONY: help setup demo image demo-vm test coverage test-long vectors fuzz gpu-sdk lint format bench docs lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,10 @@ demo-vm: image ## The federated job of `make demo` with its guests booted as mac
 	@$(VENV)/bin/seal demo --vm build/image --out build/demo-vm
 
 test: setup ## Run the tests in parallel.
+	-@appliance/setup.sh $(APT_TESTS)
+	$(PY) -m pytest -n $(JOBS) -m 'not long'
+
+coverage: setup ## The same, telling which lines the tests' own processes did not run.
 	-@appliance/setup.sh $(APT_TESTS)
 	$(PY) -m pytest -n $(JOBS) -m 'not long' --cov --cov-report=term:skip-covered
 
