@@ -12,12 +12,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from appliance import user_data
 from appliance.vault import Vault, opened_vault, vault_of
 from attestation.attester.boot import Boot, read_boot
 from attestation.canonical import canonical_bytes
@@ -27,6 +28,9 @@ from attestation.identity import Identity
 from policies.charter import Charter
 from policies.documents import InitData
 from policies.errors import Refused, SealwrightError, Unusable
+
+if TYPE_CHECKING:
+    from fl.guard.sandbox import SiteData
 
 KEY_SIZE: Final = 32
 RETRY_SECONDS: Final = 1.0
@@ -160,6 +164,9 @@ def _run(boot: Boot, stop: threading.Event) -> int:
     service = SERVICES.get(session.init.role)
     if service is None:
         raise _incomplete(f"this image has no service for the role {session.init.role}")
+    gpus = boot.gpu_session()
+    if gpus is not None:
+        gpus.begin()
     say("attesting", world=boot.world, role=session.init.role, name=session.init.name)
     lease = Lease(session, stop)
     identity = lease.identity()
@@ -195,6 +202,10 @@ def _run(boot: Boot, stop: threading.Event) -> int:
             say("released", resources=sorted(resources.values()))
             for broker, why in session.false_shares.items():
                 say("false share", broker=broker, what=why)
+            if gpus is not None:
+                gpus.allow_work()
+                say("gpus work")
+                open_ones.callback(gpus.end_work)
             service(session.init, boot, lease, keys, stop)
         if vault is not None:
             say("closed vault", vault=vault)
@@ -236,28 +247,51 @@ def _serve(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes], 
 
 
 def _train(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes], stop: threading.Event) -> None:
-    """The role `site`: open the site's data in memory, and train on it."""
-    from fl.guard.sealed_data import open_file
+    """The role `site`: open the site's data, and train on it."""
     from fl.site import run
 
     if init.server is None:
         raise _incomplete("a site needs `server`")
-    if "data" not in boot.disks:
-        raise _incomplete("a site needs a disk `data`")
-    data = open_file(boot.disks["data"], _key(keys, "data"))
-    say("opened", entries={name: len(content) for name, content in sorted(data.items())})
-    run(
-        identity=lease.identity,
-        charter=lease.charter,
-        clock=lease.now,
-        server=init.server,
-        server_name=init.server.name,
-        data=data,
-        record=lease.record,
-        stop=stop,
-        tell=tell,
-        connected=lambda: say("joined"),
-    )
+    with _site_data(boot, lease, keys) as data:
+        run(
+            identity=lease.identity,
+            charter=lease.charter,
+            clock=lease.now,
+            server=init.server,
+            server_name=init.server.name,
+            data=data,
+            record=lease.record,
+            stop=stop,
+            tell=tell,
+            connected=lambda: say("joined"),
+        )
+
+
+@contextmanager
+def _site_data(boot: Boot, lease: Lease, keys: Mapping[str, bytes]) -> Iterator[SiteData]:
+    """The site's sealed file, opened in memory, and its data volume, mounted: those that the init-data name keys of."""
+    from fl.guard.sandbox import SiteData
+    from fl.guard.sealed_data import open_file
+
+    purposes = {"data": "data", user_data.PURPOSE: user_data.DISK}
+    wanted = {purpose: disk for purpose, disk in purposes.items() if purpose in keys}
+    if not wanted:
+        raise _incomplete("a site needs a resource for the purpose `data` or `user_data`")
+    for disk in wanted.values():
+        if disk not in boot.disks:
+            raise _incomplete(f"a site needs a disk `{disk}`")
+    data = SiteData()
+    if "data" in wanted:
+        data.update(open_file(boot.disks["data"], _key(keys, "data")))
+        say("opened", entries={name: len(content) for name, content in sorted(data.items())})
+    with ExitStack() as opened:
+        if user_data.PURPOSE in wanted:
+            key = _key(keys, user_data.PURPOSE)
+            data.folder, header = opened.enter_context(user_data.opened_user_data(boot.disks[user_data.DISK], key))
+            if lease.vault is not None:
+                lease.vault.never_older(header.volume, header.generation)
+            say("opened data volume", volume=header.volume, generation=header.generation, fills=len(header.layers))
+        yield data
 
 
 SERVICES: Final[dict[str, Callable[[InitData, Boot, Lease, Mapping[str, bytes], threading.Event], None]]] = {

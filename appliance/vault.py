@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from appliance.data_volume import DataVolumeRefused
 from appliance.sealed_volume import DISK, SealedVolume, changed_blocks_refused, format_volume, open_volume
 from attestation.client import GuestSession
 from attestation.guest_vault import GuestVault, open_vault
@@ -22,6 +23,9 @@ from policies.vaults import vault_place
 STARTS = "starts"
 """In the store: how often the vault was opened. Counting it makes the store of every boot a new one."""
 
+DATA_VOLUME = "data-volume-"
+"""In the store, before a data volume's identity: its newest generation."""
+
 
 @dataclass(frozen=True)
 class Vault:
@@ -31,6 +35,18 @@ class Vault:
     """Where the volume is mounted; it is gone when the guest ends."""
     state: GuestVault
     """Values that must never go back, kept by the brokers' word."""
+
+    def never_older(self, volume: str, generation: int) -> None:
+        """See that a data volume is not older than this guest has seen it, and remember how new it is.
+
+        Raises DataVolumeRefused for one that is.
+        """
+        name = f"{DATA_VOLUME}{volume}"
+        seen = int.from_bytes(self.state.entries.get(name, b""), "big")
+        if generation < seen:
+            raise DataVolumeRefused(f"the data volume was rolled back: to generation {generation}, after {seen}")
+        if generation > seen:
+            self.state.save({**self.state.entries, name: generation.to_bytes(8, "big")})
 
 
 def vault_of(init: InitData) -> Resource | None:

@@ -45,7 +45,16 @@ def guest_packages(platform: Platform) -> tuple[SourceTree, ...]:
         SourceTree(_PROJECT / "attestation", leave_out=left_out),
         SourceTree(_PROJECT / "fl"),
         SourceTree(
-            _PROJECT / "appliance", only=("__init__.py", "luks_header.py", "node.py", "sealed_volume.py", "vault.py")
+            _PROJECT / "appliance",
+            only=(
+                "__init__.py",
+                "data_volume.py",
+                "luks_header.py",
+                "node.py",
+                "sealed_volume.py",
+                "user_data.py",
+                "vault.py",
+            ),
         ),
     )
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from appliance.commands import vm_boot, vm_vault
+from appliance.commands import vm_boot, vm_data, vm_vault
 from appliance.output import print_json
 from attestation.evidence.report import Product
 
@@ -227,3 +227,4 @@ def _number(text: str, option: str) -> int:
 
 vm_boot.add_verbs(app)
 vm_vault.add_verbs(app)
+app.add_typer(vm_data.app, name="data")

@@ -19,6 +19,7 @@ from attestation.errors import AttesterUnavailable
 
 if TYPE_CHECKING:
     from attestation.attester.gpu import SdkDevices
+    from attestation.attester.gpu_session import GpuSession
 
 BOOT_FILE = "run/boot.json"
 GPU_PYTHON = "usr/lib/sealwright/gpu-sdk/bin/python"
@@ -63,6 +64,14 @@ class Boot:
         from attestation.attester.gpu import SdkDevices  # an image without GPUs need not hold what this reads them by
 
         return SdkDevices(python)
+
+    def gpu_session(self) -> GpuSession | None:
+        """What says when GPUs may be attested and may work; None where none can be attested: there none ever works."""
+        if self.devices() is None:
+            return None
+        from attestation.attester.gpu_session import GpuSession
+
+        return GpuSession(self.guest / "usr/bin", self.guest / "var/run")
 
 
 def read_boot(guest: Path) -> Boot:

@@ -31,7 +31,7 @@ from cvm_image.build.store import Store, content_key, folder_digest
 from cvm_image.build.tools import Mount, Tools
 from cvm_image.build.trees import extract_packages, lay_out_tree, settle
 from cvm_image.build.wheels import fetch_wheels
-from cvm_image.build.workload import File, collect, compile_python, unpack_wheels, write_tree
+from cvm_image.build.workload import GUEST, OURS, WHEELS, File, collect, compile_python, unpack_wheels, write_tree
 from cvm_image.manifest import ImageManifest
 from cvm_image.signing import SigningKeys
 
@@ -315,10 +315,11 @@ def _workload_layer(build: Build, tools: Tools, files: dict[str, File]) -> Path:
     )
     layer = build.store.made(key)
     if layer is None:
-        fetch_wheels(build.lock.wheels, build.store, online=build.archives is not None, log=build.log)
+        wheels = _wheels_tree(build, tools)
         with _step(build, f"workload layer ({len(files)} files)"), build.store.making(key) as folder:
-            write_tree({**unpack_wheels(build.lock.wheels, build.store), **files}, folder / "tree")
-            compile_python(tools, folder / "tree")
+            shutil.copytree(wheels, folder / "tree", copy_function=os.link)
+            write_tree(files, folder / "tree")
+            compile_python(tools, folder / "tree", (OURS, GUEST))
             for container in build.lock.containers:
                 unpack_container(take_container(container, build.recipe_path, build.store), folder / "tree" / CONTAINER)
             make_layer(
@@ -326,6 +327,21 @@ def _workload_layer(build: Build, tools: Tools, files: dict[str, File]) -> Path:
             )
         layer = build.store.made(key)
     return _present(layer)
+
+
+def _wheels_tree(build: Build, tools: Tools) -> Path:
+    """The wheels' files, compiled: apart from our own packages, which change more often."""
+    key = content_key(
+        "wheels", rules=("workload",), wheels=[one.sha256 for one in build.lock.wheels], tools=_tools_key(build)
+    )
+    made = build.store.made(key)
+    if made is None:
+        fetch_wheels(build.lock.wheels, build.store, online=build.archives is not None, log=build.log)
+        with _step(build, f"wheels ({len(build.lock.wheels)})"), build.store.making(key) as folder:
+            write_tree(unpack_wheels(build.lock.wheels, build.store), folder / "result")
+            compile_python(tools, folder / "result", (WHEELS,))
+        made = build.store.made(key)
+    return _present(made)
 
 
 def _fetched(build: Build, purpose: Purpose) -> list[LockedPackage]:

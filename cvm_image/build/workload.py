@@ -131,16 +131,17 @@ def write_tree(files: Mapping[str, File], root: Path) -> None:
             parent.mkdir(exist_ok=True)
             parent.chmod(0o755)
             made.add(parent)
+        path.unlink(missing_ok=True)  # it may be linked to a file of the cache
         path.write_bytes(file.data)
         path.chmod(0o755 if file.executable else 0o644)
 
 
-def compile_python(tools: Tools, root: Path) -> None:
-    """Compile every module below the guest's Python folders, so that the guest need not (it could not keep the result).
+def compile_python(tools: Tools, root: Path, folders: Sequence[str]) -> None:
+    """Compile every module below these folders of `root`, so that the guest need not (it could not keep the result).
 
     The compiled files carry a digest of their source and no time (PEP 552, unchecked: the root is on dm-verity).
     """
-    for folder in (OURS, WHEELS, GUEST):
+    for folder in folders:
         if not (root / folder).is_dir():
             continue
         tools.run(

@@ -20,7 +20,7 @@ OWN_PACKAGES: Final = ("fl", "policies")
 """What a training script's `from fl import client` needs of us."""
 
 SYSTEM_PREFIXES: Final = (Path("/usr"), Path("/usr/local"))
-OURS: Final = ("bundle", "data", "scratch", "packages", "libraries", "site", "proc", "dev", "tmp", "etc")
+OURS: Final = ("bundle", "data", "user_data", "scratch", "packages", "libraries", "site", "proc", "dev", "tmp", "etc")
 """First parts of paths that mean something of ours inside."""
 
 _MASKED: Final = """

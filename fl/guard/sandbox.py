@@ -7,6 +7,7 @@ resource limits and a control group (`fl.guard.limits`, `fl.guard.control_groups
 ======================  ================================================================================
 `/bundle`               the bundle's files, read-only, as they were when the `Sandbox` was made
 `/data/NAME`            one read-only file for each entry of `data`; held in memory, never on a disk
+`/user_data`            the folder of a `SiteData` that has one (a mounted data volume), read-only
 `/scratch`              its working directory, bounded, in memory; `/tmp` and `/dev/shm` lead into it
 `/packages`, `/site`    our packages and the interpreter's site-packages, read-only
 Python and `/usr/lib`   what the interpreter and torch load, read-only; no program but the interpreter
@@ -49,7 +50,7 @@ from fl.guard.sandboxed_process import Outcome, SandboxedProcess, Start
 from fl.guard.sealed_data import NAME as DATA_NAME
 from fl.guard.seccomp import launch_filter, script_filter
 
-__all__ = ["CHANNEL_VARIABLE", "Limits", "Outcome", "Sandbox", "SandboxedProcess"]
+__all__ = ["CHANNEL_VARIABLE", "USER_DATA", "Limits", "Outcome", "Sandbox", "SandboxedProcess", "SiteData"]
 
 CHANNEL_VARIABLE: Final = "SEAL_CHANNEL"
 MAX_BUNDLE_BYTES: Final = 256 << 20
@@ -68,6 +69,14 @@ _NSSWITCH: Final = b"passwd: files\ngroup: files\nhosts: files\n"
 _ENVIRONMENT: Final = {"HOME": "/scratch", "LANG": "C.UTF-8", "TMPDIR": "/tmp", "TZ": "UTC", "USER": "script"}  # noqa: S108
 _GPU_DEVICE: Final = re.compile(r"/dev/(nvidia(\d+|ctl|-uvm|-uvm-tools|-modeset)|nvidia-caps/nvidia-cap\d+)")
 _serials: Final = itertools.count(1)
+USER_DATA: Final = "/user_data"
+"""Where a script finds the files of its site's data volume."""
+
+
+class SiteData(dict[str, bytes]):
+    """A site's files by name, held in memory; and `folder`, what its data volume shows, if it has one."""
+
+    folder: Path | None = None
 
 
 class Sandbox:
@@ -90,7 +99,7 @@ class Sandbox:
         - `bundle`: its files by relative path, or the folder that holds them (regular files only, read here and never
           again, so that nothing changes after a check; best is to hand in the very bytes that were checked).
         - `script`: relative path in the bundle. `arguments`: its `sys.argv[1:]`.
-        - `data`: plaintext by name (`sealed_data.NAME`) → `/data/NAME`.
+        - `data`: plaintext by name (`sealed_data.NAME`) → `/data/NAME`; a `SiteData` may have a folder → `/user_data`.
         - `packages`: importable package folders (with `__init__.py`), or folders that hold packages, such as a guest's
           unpacked `lib`; None: fl and policies, from where this process has them.
         - `require_cgroup`: refuse where only per-process limits can be had (production).
@@ -102,6 +111,7 @@ class Sandbox:
         """
         self._bundle = _read_folder(bundle) if isinstance(bundle, Path) else dict(bundle)
         self._data = dict(data or {})
+        self._folder = data.folder if isinstance(data, SiteData) else None
         _check_files(self._bundle, self._data, script)
         if sum(len(a.encode(errors="surrogateescape")) + 1 for a in arguments) > MAX_ARGUMENTS or any(
             "\0" in a for a in arguments
@@ -180,7 +190,7 @@ class Sandbox:
         plan = {
             "after": self._arguments_after(),
             "before": self._arguments_before(has_channel=has_channel),
-            "binds": [[str(source), inside] for source, inside in self._view.binds],
+            "binds": [[str(source), inside] for source, inside in self._binds()],
             "bubblewrap": self._bubblewrap,
             "command": [str(self._view.interpreter), "-I", "-S", "-B", "-X", "utf8", "/bootstrap.py"],
             "configuration": 0,
@@ -190,6 +200,9 @@ class Sandbox:
             "user": user,
         }
         return plan, blobs
+
+    def _binds(self) -> list[tuple[Path, str]]:
+        return [*self._view.binds, *([] if self._folder is None else [(self._folder, USER_DATA)])]
 
     def _arguments_before(self, *, has_channel: bool) -> list[str]:
         """bubblewrap's arguments before the read-only binds: namespaces, environment, links."""

@@ -28,7 +28,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
 import rfc8785
 from cryptography.exceptions import InvalidTag
@@ -37,7 +37,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fl.errors import SealedDataRefused
-from fl.tensors import Buffer
+
+if TYPE_CHECKING:
+    from fl.tensors import Buffer  # a guest without tensors opens sealed files too
 
 MAGIC: Final = b"SEAL1"
 HEADER: Final = struct.Struct(">5sBQ32s32s")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +20,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import load_pem_x509_certificates
 from test_kbs_protocol import KbsClient, KbsGuest, TeeKey, unb64url
 
+from appliance import node
+from attestation.attester.boot import Boot
 from attestation.attester.gpu import additional_evidence
 from attestation.binding import device_nonce, kbs_device_nonce, report_data
 from attestation.broker.appraisal import brief_ear
@@ -26,7 +30,7 @@ from attestation.client import BrokerClient, GuestSession
 from attestation.ear import EarDocument
 from attestation.ears import MAX_EAR
 from attestation.endorsements.nvidia_endorsements import GpuEndorsements
-from attestation.errors import BrokerRefused
+from attestation.errors import AttesterUnavailable, BrokerRefused
 from attestation.evidence.composite import MAX_ADDITIONAL, SnpEvidence
 from attestation.evidence.report import Product
 from attestation.identity import appraise_peer
@@ -36,7 +40,9 @@ from attestation.verifier.gpu.profile_toml import gpu_profile_to_toml
 from attestation.virtual.chip import Chip
 from attestation.virtual.vendor import Vendor
 from policies.charter.making import Changes
-from policies.errors import Unusable
+from policies.charter.proposal import files_of
+from policies.documents import Enrolment, parse_init_data, write_init_data
+from policies.errors import Refused, Unusable
 
 GPU_KEY = "borealis-hospital/key/gpu"
 GPU_RULES = b"""package sealwright.release
@@ -117,8 +123,24 @@ def world(
             }
         )
     )
+    enrol_site_with_gpus(made)
     put_endorsements(made.folder / "one/gpu", devices, datetime.now(UTC).replace(microsecond=0))
     return made
+
+
+def enrol_site_with_gpus(made: Any) -> None:
+    """A site whose init-data ask for the key."""
+    north = parse_init_data(made.init_data["site/north"])
+    raw = write_init_data(north.model_copy(update={"name": "gpus", "resources": {"model": GPU_KEY}}))
+    made.init_data["site/gpus"] = raw
+    place = Enrolment(
+        role="site",
+        name="gpus",
+        member="borealis-hospital",
+        image="site-image",
+        init_data_sha256=sha256(raw).hexdigest(),
+    )
+    made.change(Changes(put=files_of([place])))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -439,3 +461,163 @@ def test_the_ledger_keeps_it_and_an_auditor_comes_to_the_same(
     outcomes = [decision.outcome for decision in report.decisions]
     assert "released" in outcomes
     assert any("gpu1: gpu-freshness" in outcome for outcome in outcomes)
+
+
+# --- a guest's own order ---
+
+SMI = """
+import pathlib, sys
+here = pathlib.Path(__file__).parent
+told, words = here / "told", sys.argv[1:]
+with told.open("a") as file:
+    file.write(" ".join(("nvidia-smi", *words)) + "\\n")
+broken = (here / "broken").read_text() if (here / "broken").exists() else ""
+state = here / "state"
+if words == ["conf-compute", "-f"]:
+    print("CC status:", "OFF" if broken == "off" else "ON")
+elif words == ["conf-compute", "-grs"]:
+    ready = state.exists() or broken == "ready at once"
+    print("Confidential Compute GPUs Ready state:", "ready" if ready else "not-ready")
+elif words == ["conf-compute", "-srs", "1"]:
+    state.touch() if broken != "never ready" else None
+    print("Successfully set Confidential Compute GPUs Ready state to Ready")
+elif words == ["conf-compute", "-srs", "0"]:
+    state.unlink()
+else:
+    sys.exit(9)
+"""
+DAEMON = """
+import pathlib, sys
+with (pathlib.Path(__file__).parent / "told").open("a") as file:
+    file.write(" ".join(("nvidia-persistenced", *sys.argv[1:])) + "\\n")
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBoot(Boot):
+    """A guest with two GPUs, whose driver's programs lie below `guest`; the processor is the virtual one."""
+
+    consortium: Any
+    cards: tuple[gpus.Device, ...]
+
+    def attester(self) -> Any:
+        return self.consortium.attester("site", "gpus")
+
+    def devices(self) -> Any:
+        asked = TestDevices(*self.cards)
+
+        class Asked:
+            seconds = asked.seconds
+
+            def evidence(_, nonce: bytes) -> str:
+                with (self.guest / "usr/bin/told").open("a") as file:
+                    file.write("evidence\n")
+                return asked.evidence(nonce)
+
+        return Asked()
+
+
+@pytest.fixture
+def gpu_boot(world: Any, devices: tuple[gpus.Device, ...], tmp_path: Path) -> GpuBoot:
+    programs = tmp_path / "usr/bin"
+    programs.mkdir(parents=True)
+    for name, text in (("nvidia-smi", SMI), ("nvidia-persistenced", DAEMON)):
+        (programs / name).write_text(f"#!{sys.executable}\n{text}")
+        (programs / name).chmod(0o755)
+    return GpuBoot(tmp_path, {}, world.init_data["site/gpus"], "virtual", None, {}, world, devices[:2])
+
+
+def run_node(boot: GpuBoot, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run the guest's node with a service that ends at once; what happened, in order."""
+    told = boot.guest / "usr/bin/told"
+
+    def say(event: str, **fields: Any) -> None:
+        with told.open("a") as file:
+            file.write(f"{event}\n")
+
+    def service(init: Any, boot: Any, lease: Any, keys: Mapping[str, bytes], stop: Any) -> None:
+        say("service", keys=keys)
+        assert keys == {"model": b"for two GPUs"}
+
+    monkeypatch.setattr(node, "say", say)
+    monkeypatch.setitem(node.SERVICES, "site", service)
+    try:
+        assert node._run(boot, threading.Event()) == 0
+    finally:
+        lines = told.read_text().splitlines()
+    return lines
+
+
+def test_gpus_work_only_after_all_evidence_was_judged_and_keys_were_released(
+    broker: Any, gpu_boot: GpuBoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = run_node(gpu_boot, monkeypatch)
+    assert [line for line in lines if line != "renewed"] == [
+        "nvidia-persistenced --uvm-persistence-mode",
+        "nvidia-smi conf-compute -f",
+        "nvidia-smi conf-compute -grs",
+        "attesting",
+        "evidence",
+        "attested",
+        "released",
+        "nvidia-smi conf-compute -srs 1",
+        "nvidia-smi conf-compute -grs",
+        "gpus work",
+        "service",
+        "nvidia-smi conf-compute -srs 0",
+        "nvidia-smi conf-compute -grs",
+        "stopped",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("broken", "said", "last"),
+    [
+        ("off", "confidential mode is OFF", "nvidia-smi conf-compute -f"),
+        ("ready at once", "take work before they were attested", "nvidia-smi conf-compute -grs"),
+        ("never ready", "did not become ready", "nvidia-smi conf-compute -grs"),
+    ],
+)
+def test_gpus_in_another_state_get_nothing_to_work_on(
+    broker: Any, gpu_boot: GpuBoot, monkeypatch: pytest.MonkeyPatch, broken: str, said: str, last: str
+) -> None:
+    (gpu_boot.guest / "usr/bin/broken").write_text(broken)
+    with pytest.raises(Refused, match=said):
+        run_node(gpu_boot, monkeypatch)
+    lines = (gpu_boot.guest / "usr/bin/told").read_text().splitlines()
+    assert lines[-1] == last
+    assert "service" not in lines
+    assert ("attested" in lines) == (broken == "never ready")
+
+
+def test_gpus_of_a_refused_guest_stay_without_work(
+    broker: Any, gpu_boot: GpuBoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two GPUs is not admitted: neither key nor work."""
+    unknown = replace(gpu_boot, cards=(gpu_boot.cards[0], gpus.make_device(number=7)))
+    with pytest.raises(Refused):
+        run_node(unknown, monkeypatch)
+    lines = (gpu_boot.guest / "usr/bin/told").read_text().splitlines()
+    assert "evidence" in lines
+    assert not {"released", "service", "nvidia-smi conf-compute -srs 1"} & set(lines)
+
+
+def test_a_driver_that_is_silent_or_unclear_ends_the_guest(gpu_boot: GpuBoot) -> None:
+    session = gpu_boot.gpu_session()
+    assert session is not None
+    smi = gpu_boot.guest / "usr/bin/nvidia-smi"
+    for text, said in (
+        ("import sys; sys.exit('no devices were found')", "status 1: no devices were found"),
+        ("print('CC status: ON\\nCC status: OFF')", "does not say it once and clearly"),
+        ("print('CC status: ONE TWO')", "does not say it once and clearly"),
+    ):
+        smi.write_text(f"#!{sys.executable}\n{text}\n")
+        with pytest.raises(AttesterUnavailable, match=said):
+            session.begin(seconds=0.1)
+    smi.write_text(f"#!{sys.executable}\nprint('Confidential Compute GPUs Ready state: almost')\n")
+    with pytest.raises(AttesterUnavailable, match="'almost'"):
+        session.is_ready()
+    smi.unlink()
+    with pytest.raises(AttesterUnavailable, match="cannot be started"):
+        session.begin(seconds=0.1)
+    assert Boot(gpu_boot.guest, {}, b"", "hardware", None, {}).gpu_session() is None

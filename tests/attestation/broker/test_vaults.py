@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from appliance.vault import Vault
 from attestation.broker.storage import open_storage, read_database
 from attestation.broker_session import BrokerSession
 from attestation.client import GuestSession
@@ -31,6 +32,7 @@ from attestation.virtual.chip import Chip
 from attestation.virtual.vendor import Vendor
 from policies.charter.making import Changes
 from policies.charter.proposal import files_of
+from policies.errors import Refused
 from policies.keys import load_private_key
 from policies.vaults import VaultRecovery
 
@@ -218,6 +220,22 @@ def test_a_disk_of_before_is_refused_and_told(three: Vaults) -> None:
     assert len(told) == 2
     assert disk.formatted == 1
     assert three.audits() == dict.fromkeys(NAMES, ())
+
+
+def test_a_data_volume_is_never_older_than_the_vault_has_seen_it(three: Vaults) -> None:
+    disk, scans = three.disk(), "ab" * 16
+    first = opened(three, disk)
+    first.save({"rounds": b"1"})
+    Vault(disk.folder, first).never_older(scans, 7)
+    vault = Vault(disk.folder, opened(three, disk))
+    with pytest.raises(Refused, match="data volume was rolled back: to generation 6, after 7"):
+        vault.never_older(scans, 6)
+    vault.never_older(scans, 7)
+    vault.never_older("cd" * 16, 1)
+    vault.never_older(scans, 8)
+    with pytest.raises(Refused, match="to generation 7, after 8"):
+        vault.never_older(scans, 7)
+    assert vault.state.entries["rounds"] == b"1"
 
 
 def test_of_two_live_clones_one_stops(three: Vaults) -> None:

@@ -21,7 +21,7 @@ from hostile_scripts import SMALL, Attacker
 from fl.errors import SandboxFailed, SandboxUnusable
 from fl.guard import control_groups
 from fl.guard.mounts import view
-from fl.guard.sandbox import Sandbox, unprivileged_user
+from fl.guard.sandbox import Sandbox, SiteData, unprivileged_user
 
 HELLO = {"client.py": b"print('hello')\n"}
 
@@ -409,3 +409,24 @@ tell(loss=loss.item())
     )
     assert ran.outcome.kind == "finished", ran.outcome.log.decode()
     assert ran.said["loss"] < 0.01
+
+
+def test_a_site_s_data_volume_is_shown_read_only_beside_its_files(attack: Attacker, tmp_path: Path) -> None:
+    folder = tmp_path / "volume"
+    (folder / "north").mkdir(parents=True)
+    (folder / "north/scan").write_bytes(b"a scan")
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o777)  # as open as it may be: the sandbox says what is read-only
+    data = SiteData({"train.csv": b"1,2"})
+    data.folder = folder
+    said = attack(
+        """
+scan = "/user_data/north/scan"
+attempt("write", lambda: open(scan, "wb"))
+attempt("add", lambda: os.mkdir("/user_data/new"))
+tell(read=open(scan).read(), beside=open("/data/train.csv").read())
+""",
+        data=data,
+    ).said
+    assert said == {"read": "a scan", "beside": "1,2", "write": "EROFS", "add": "EROFS"}
+    assert (folder / "north/scan").read_bytes() == b"a scan"

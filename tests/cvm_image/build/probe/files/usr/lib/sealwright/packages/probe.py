@@ -1,7 +1,7 @@
 """What a guest's role can see and do. Made by the tests, and by nobody else.
 
 With init-data of a charter it is the service of a guest that attests at real brokers (appliance.node); with others it
-makes each attempt that should fail and tells the outcome as one JSON line, or uses a sealed volume.
+makes each attempt that should fail and tells the outcome as one JSON line, or reads a data volume.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from appliance import node
-from appliance.sealed_volume import KEY_SIZE, changed_blocks_refused, format_volume, open_volume
+from appliance.user_data import opened_user_data
 from attestation.attester.boot import Boot, read_boot
 from policies.documents import InitData
 from policies.errors import SealwrightError
 
 
 def main(guest: Path) -> int:
-    """Be an attested guest, or use a sealed volume, or tell everything, as the init-data say."""
+    """Be an attested guest, or read a data volume, or tell everything, as the init-data say."""
     boot = read_boot(guest)
     wishes = tomllib.loads(boot.init_data.decode())
     if "charter" in wishes:
         node.SERVICES["server"] = serve
         return node.main(guest)
-    if "volume" in wishes:
-        return use_volume(boot, wishes["volume"])
+    if "user_data" in wishes:
+        return read_user_data(boot, wishes["user_data"])
     if "listen" in wishes:
         return listen(wishes["listen"])
     nonce = hashlib.sha512(boot.init_data).digest()
@@ -103,31 +104,33 @@ def listen(ports: list[int]) -> int:
     return 0
 
 
-def use_volume(boot: Boot, wanted: dict[str, Any]) -> int:
-    """Format, open and use the sealed volume under the key that stands in this test's init-data, and tell how it went.
-
-    What is written is random but for a mark, so that whoever searches the disk cannot find it compressed away.
-    """
-    disk, key = boot.disks["vault"], str(wanted["key"]).encode().ljust(KEY_SIZE)
+def read_user_data(boot: Boot, wanted: dict[str, Any]) -> int:
+    """Open the data volume under the key that stands in this test's init-data, read every file, tell how it went."""
     told: dict[str, Any] = {}
     try:
-        if wanted["do"] == "make":
-            format_volume(disk, key)
-        volume = open_volume(disk, key)
-        try:
-            record = volume.folder / "record"
-            if wanted["do"] == "make":
-                record.write_bytes((str(wanted["mark"]).encode() + b"\n") * 200_000)
-            with changed_blocks_refused():
-                told["read"] = hashlib.sha256(record.read_bytes()).hexdigest()
-        finally:
-            volume.close()
-        told["closed"] = not Path("/dev/mapper/vault").exists()
+        with opened_user_data(boot.disks["user-data"], bytes.fromhex(wanted["key"])) as (folder, header):
+            told["generation"] = header.generation
+            told["attempts"] = {
+                "write": outcome(lambda: (folder / "new").write_bytes(b"x")),
+                "write disk": outcome(partial(write_disk, boot.disks["user-data"])),
+            }
+            told["files"] = {
+                path.relative_to(folder).as_posix(): outcome(partial(digest, path))
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            }
+        told["left"] = sorted(path.name for path in Path("/dev/mapper").glob("user-data*"))
     except SealwrightError as error:
         told["refused"] = error.what
-    sys.stdout.write(json.dumps({"volume": told}) + "\n")
+    sys.stdout.write(json.dumps({"user_data": told}) + "\n")
     sys.stdout.flush()
     return 0
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 VOLATILE = {"tmpfs", "devtmpfs", "proc", "sysfs", "devpts", "cgroup2", "configfs", "securityfs", "mqueue"}
@@ -146,9 +149,9 @@ def write_root() -> object:
     return Path("/etc/passwd").write_text("x")
 
 
-def write_disk() -> object:
-    """Write to the disk of the root."""
-    with Path("/dev/vda").open("r+b") as disk:
+def write_disk(device: Path = Path("/dev/vda")) -> object:
+    """Write to a disk; that of the root, if none is named."""
+    with device.open("r+b") as disk:
         return disk.write(b"x")
 
 
