@@ -10,6 +10,7 @@ n**2 * limit * unit / (2**32 * W); with equal weights of unit / 16 that is n * l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -24,7 +25,7 @@ WEIGHT_STEPS: Final = 1 << 20
 MAX_METRIC: Final = float(1 << 15)
 HEADROOM: Final = 16
 """How much larger than the mean of a round's weights one of the next round may be, at the numbers' limit."""
-PIECE: Final = 1 << 15
+PIECE: Final = 1 << 16
 """Numbers that are worked on at a time, so that they stay in a processor's cache."""
 
 Vector: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
@@ -55,18 +56,22 @@ class FixedPoint:
         """Steps of a number times its weight to one."""
         return self.largest / (self.limit * (MAX_WEIGHT if self.unit is None else self.unit))
 
-    def write(self, target: Vector, values: Numbers, weight: float) -> None:
-        """Write `values` times `weight`, in place of what is in `target`. At most PIECE of them; they are used up.
+    def steps_of(self, values: Numbers, weight: float) -> Vector:
+        """Finite numbers times `weight`, as they are written; `values` are used up.
 
         Raises MaskingRefused for a number beyond its limit: cut off, it would make the sum another one.
         """
         factor = weight * self.steps
-        most = min(self.limit, self.largest / factor)
-        if values.size and not -most <= float(values.min()) <= float(values.max()) <= most:
-            raise MaskingRefused(f"a number is beyond {most:.6g}, which is what one may be at a weight of {weight:g}")
         np.multiply(values, values.dtype.type(factor), out=values)
         np.rint(values, out=values)
-        np.copyto(target.view(np.int32 if self.unit is not None else np.int64), values, casting="unsafe")
+        with np.errstate(invalid="ignore"):  # what does not fit becomes the least or the largest whole number
+            whole = values.astype(np.int32 if self.unit is not None else np.int64)
+        most = min(self.largest, round(self.limit * factor))
+        if whole.size and not -most <= int(whole.min()) <= int(whole.max()) <= most:
+            raise MaskingRefused(
+                f"a number is beyond {most / factor:.6g}, which is what one may be at a weight of {weight:g}"
+            )
+        return whole.view(self.dtype)
 
     def read(self, total: Vector, weight: float, dtype: type[np.floating[Any]] = np.float64) -> Numbers:
         """A sum as numbers: divided by the sum of weights."""
@@ -88,15 +93,15 @@ def check_unit(unit: float | None) -> None:
         raise MaskingRefused(f"{unit} is no unit of weights")
 
 
-def write_tail(target: Vector, metrics: list[float], weight: float) -> float:
-    """Write metrics times the weight, then the weight; the weight as it was written. Raises MaskingRefused."""
+def tail_of(metrics: Sequence[float], weight: float) -> tuple[Vector, float]:
+    """Metrics times the weight, then the weight; and the weight as it was written. Raises MaskingRefused."""
     steps = round(weight * WEIGHT_STEPS)
     if not 1 <= steps <= MAX_WEIGHT * WEIGHT_STEPS:
         raise MaskingRefused(f"its weight is not between 1/{WEIGHT_STEPS} and {MAX_WEIGHT}")
     if not all(abs(metric) <= MAX_METRIC for metric in metrics):
         raise MaskingRefused(f"a metric is beyond {MAX_METRIC:g}")
-    target.view(np.int64)[:] = [*(round(metric * steps) for metric in metrics), steps]
-    return steps / WEIGHT_STEPS
+    whole = np.array([*(round(metric * steps) for metric in metrics), steps], dtype=np.int64)
+    return whole.view(np.uint64), steps / WEIGHT_STEPS
 
 
 def read_tail(total: Vector, sites: int) -> tuple[list[float], float]:

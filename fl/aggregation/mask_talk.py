@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Final, Literal, Protocol, TypeAlias
 
@@ -19,18 +20,21 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attestation.canonical import b64, unb64
-from fl.aggregation.fixed_point import PIECE, FixedPoint, Numbers, Vector, check_unit, read_tail, write_tail
+from fl.aggregation.fixed_point import PIECE, FixedPoint, Numbers, Vector, check_unit, read_tail, tail_of
 from fl.aggregation.masking import Masks, Participant, Round, majority
+from fl.aggregation.weighted_mean import as_dtype
 from fl.errors import MaskingRefused, OutputRefused
 from fl.jobs.settings import MASKED, MASKED_TAIL, JobSettings, SecureAggregation
-from fl.tensors import NUMPY_DTYPE, TensorFile, layout, narrow_bf16
-from fl.transport.memory import DraftMemory, SealedMemory
+from fl.tensors import TensorFile, layout
+from fl.transport.memory import DraftMemory, NamedDraft, SealedMemory
 
 MAX_PART: Final = 100_000
 """Characters of a message in one frame."""
 MAX_BODY: Final = 8 << 20
 """Characters of a whole message: introductions of a thousand sites, with some brokers' EARs each."""
 MAX_ANSWER: Final = MAX_PART
+MASKS_SECONDS: Final = 60.0
+"""How long a trained update may wait for its masks."""
 
 Text: TypeAlias = Annotated[str, Field(max_length=64_000)]
 Bodies: TypeAlias = Annotated[dict[Annotated[str, Field(max_length=64)], Text], Field(max_length=1000)]
@@ -177,7 +181,10 @@ def fixed_point(round_: Round, secure: SecureAggregation) -> FixedPoint:
 
 
 class MaskingSite:
-    """A site's part in a job's secure aggregation, round after round. For one thread."""
+    """A site's part in a job's secure aggregation, round after round.
+
+    For two threads: one hears, the other has updates masked, and waits for the round's masks.
+    """
 
     def __init__(
         self,
@@ -198,9 +205,23 @@ class MaskingSite:
         self._round: Round | None = None
         self._survivors: tuple[str, ...] = ()
         self._answered: dict[Step, tuple[str, str]] = {}  # in this round: what was asked, and the answer
+        self._changed = threading.Condition()
+        self._closed = False
 
     def hear(self, round_: int, step: Step, body: str) -> str:
         """Take one step; what is answered. Raises MaskingRefused, and what the notary raises."""
+        with self._changed:
+            answer = self._step(round_, step, body)
+            self._changed.notify_all()
+            return answer
+
+    def close(self) -> None:
+        """There will be no further masks."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _step(self, round_: int, step: Step, body: str) -> str:
         if step == "keys":
             return self._introduced(round_)
         if step == "shares" and self._following is not None and self._following[0] == round_:
@@ -219,34 +240,47 @@ class MaskingSite:
         self._answered[step] = body, answer
         return answer
 
-    def masked(self, differences: Iterable[Numbers], metrics: Mapping[str, float], weight: float) -> SealedMemory:
+    def masked(
+        self, round_: int, differences: Iterable[Numbers], metrics: Mapping[str, float], weight: float
+    ) -> SealedMemory:
         """What is disclosed, under masks: the model's differences in the order of its tensors, each array once.
 
         Raises MaskingRefused, OutputRefused.
         """
-        if self._participant is None or self._round is None:
-            raise MaskingRefused("there are no masks for this round")
         names = self._settings.outputs.metrics or ()
         if set(metrics) != set(names):
             raise OutputRefused(self._site, "it does not have exactly the declared metrics", tuple(metrics))
-        masks, fixed = self._participant.masks(), fixed_point(self._round, self._secure)
-        schema = self._settings.schema_of_masked(64 if self._round.unit is None else 32)
+        masks, fixed = self._masks_of(round_)
+        schema = self._settings.schema_of_masked(64 if fixed.unit is None else 32)
         header, offsets, size = layout(schema)
         with DraftMemory(size) as draft:
-            draft.view[: len(header)] = header
-            arrays = [
-                np.frombuffer(draft.view, NUMPY_DTYPE[schema[name].dtype], schema[name].elements, offsets[name])
-                for name in (MASKED, MASKED_TAIL)
-            ]
+            draft.write(0, header)
             try:
-                _write(arrays[0], arrays[1], differences, [metrics[name] for name in names], weight, fixed, masks)
+                tail, written = tail_of([metrics[name] for name in names], weight)
+                at = offsets[MASKED]
+                for values in differences:
+                    for start in range(0, values.size, PIECE):
+                        piece = fixed.steps_of(values[start : start + PIECE], written)
+                        masks.add_to(piece)  # while a processor's cache has it
+                        draft.write(at, piece.data)
+                        at += piece.nbytes
             except MaskingRefused as error:
                 what = "a number is beyond the limit of secure aggregation"
-                # A traceback would keep arrays over the memory, which could not be given back.
-                raise OutputRefused(self._site, what, (error.what,)) from error.with_traceback(None)
-            finally:
-                arrays.clear()
+                raise OutputRefused(self._site, what, (error.what,)) from error
+            masks.add_to(tail)
+            draft.write(offsets[MASKED_TAIL], tail.data)
             return SealedMemory(*draft.seal())
+
+    def _masks_of(self, round_: int) -> tuple[Masks, FixedPoint]:
+        """The round's masks, as soon as the neighbours' shares are here."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._has_masks(round_), MASKS_SECONDS)
+            if self._participant is None or self._round is None or not self._has_masks(round_):
+                raise MaskingRefused(f"there are no masks for round {round_}")
+            return self._participant.masks(), fixed_point(self._round, self._secure)
+
+    def _has_masks(self, round_: int) -> bool:
+        return self._number == round_ and "dealt" in self._answered
 
     def _introduced(self, round_: int) -> str:
         """Keys for a round that has not begun, made once, signed as often as they are asked for."""
@@ -285,28 +319,6 @@ class MaskingSite:
         return Revealed(texts=revealed, following=self._introduced(round_ + 1) if more else "").model_dump_json()
 
 
-def _write(
-    numbers: Vector,
-    tail: Vector,
-    differences: Iterable[Numbers],
-    metrics: list[float],
-    weight: float,
-    fixed: FixedPoint,
-    masks: Masks,
-) -> None:
-    """Write a masked vector, piece by piece, each of which is masked while a processor's cache has it."""
-    written = write_tail(tail, metrics, weight)
-    at = 0
-    for values in differences:
-        for start in range(0, values.size, PIECE):
-            piece = values[start : start + PIECE]
-            target = numbers[at : at + piece.size]
-            fixed.write(target, piece, written)
-            masks.add_to(target)
-            at += piece.size
-    masks.add_to(tail)
-
-
 def confirmation(round_: Round, survivors: Collection[str]) -> dict[str, Any]:
     """What survivors sign: the round with its keys and graph, and who is in the sum."""
     return {"round": round_.digest, "survivors": sorted(survivors)}
@@ -342,19 +354,19 @@ def decode_sum(
     schema = settings.schema_of_model
     header, offsets, size = layout(schema)
     at = 0
-    with DraftMemory(size) as draft:
-        draft.view[: len(header)] = header
+    with NamedDraft(size) as draft:
+        draft.append(header)
+        places = {}
         for name, spec in schema.items():
-            target = np.frombuffer(draft.view, NUMPY_DTYPE[spec.dtype], spec.elements, offsets[name])
+            places[name] = at
+            at += spec.elements
+        for name in sorted(schema, key=offsets.__getitem__):
+            spec = schema[name]
+            dtype = np.float64 if spec.dtype == "F64" else np.float32
             for start, block in model.blocks(name):
-                following = fixed.read(
-                    total[at : at + block.size], weight, np.float64 if spec.dtype == "F64" else np.float32
-                )
+                begin = places[name] + start
+                following = fixed.read(total[begin : begin + block.size], weight, dtype)
                 following += block
-                at += block.size
-                part = target[start : start + block.size]
-                part[:] = narrow_bf16(following.astype(np.float32)) if spec.dtype == "BF16" else following
-                del part
-            del target
-        memory = SealedMemory(*draft.seal())
+                draft.append(as_dtype(following, spec.dtype).view(np.uint8).data)
+        memory = draft.seal()
     return memory, dict(zip(settings.outputs.metrics or (), metrics, strict=True)), weight

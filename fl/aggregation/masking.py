@@ -131,6 +131,7 @@ class Participant:
         self._round: Round | None = None
         self._around: tuple[str, ...] = ()
         self._shares: dict[str, bytes] = {}
+        self._common: dict[str, bytes] = {}  # what this site's cipher key and each neighbour's give
         self._masked = False
         self._signed: tuple[str, ...] | None = None
         self._revealed = False
@@ -239,8 +240,10 @@ class Participant:
     def _pair_key(self, other: str, *, received: bool = False) -> bytes:
         """A key for one direction of one pair in one round, so that its one message may have the nonce 0."""
         round_ = self._begun()
+        if other not in self._common:
+            self._common[other] = _exchanged(self._cipher, round_.keys[other][0])
         sender, receiver = (other, self._site) if received else (self._site, other)
-        return _derived(self._cipher, round_.keys[other][0], b"share" + _label(round_, sender, receiver))
+        return _derived(self._common[other], b"share" + _label(round_, sender, receiver))
 
 
 class MaskedSum:
@@ -337,17 +340,19 @@ class Masks:
 
 def pair_seed(own: X25519PrivateKey, theirs: bytes, round_: Round) -> bytes:
     """The key of the mask that two sites have in common in a round."""
-    return _derived(own, theirs, b"mask" + round_.context)
+    return _derived(_exchanged(own, theirs), b"mask" + round_.context)
 
 
-def _derived(own: X25519PrivateKey, theirs: bytes, purpose: bytes) -> bytes:
+def _exchanged(own: X25519PrivateKey, theirs: bytes) -> bytes:
     try:
-        common = own.exchange(X25519PublicKey.from_public_bytes(theirs))
+        return own.exchange(X25519PublicKey.from_public_bytes(theirs))
     except ValueError as error:
         raise MaskingRefused("a key is none") from error
-    return HKDF(algorithm=SHA256(), length=KEY_SIZE, salt=None, info=b"sealwright-masking-v1\0" + purpose).derive(
-        common
-    )
+
+
+def _derived(common: bytes, purpose: bytes) -> bytes:
+    info = b"sealwright-masking-v1\0" + purpose
+    return HKDF(algorithm=SHA256(), length=KEY_SIZE, salt=None, info=info).derive(common)
 
 
 def _label(round_: Round, sender: str, receiver: str) -> bytes:

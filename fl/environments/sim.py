@@ -11,15 +11,17 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Literal
 
 from fl.aggregation.custom import ScriptAggregation
 from fl.aggregation.mask_talk import MaskingSite, Step
+from fl.aggregation.mask_turns import MaskingTurns
 from fl.aggregation.notary import SimulatedNotary
 from fl.aggregation.robust import robust_aggregation
 from fl.environments.checkpoint import FolderKeeper
@@ -292,15 +294,6 @@ class _Simulation:
         return self.history.status
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A step of secure aggregation that the server asks of a client."""
-
-    round: int
-    step: Step
-    body: str
-
-
 class _Client:
     """A simulated client: a thread that carries tasks to its script and updates back."""
 
@@ -311,8 +304,11 @@ class _Client:
         self._settings = settings
         self._logged = LoggedNumbers(settings.outputs, name)
         secure = settings.secure_aggregation
-        self._masking = None if secure is None else MaskingSite(name, settings, secure, federation.notary)
-        self._tasks: SimpleQueue[Task | Asked | None] = SimpleQueue()
+        self._masking: MaskingTurns | None = None
+        if secure is not None:
+            site = MaskingSite(name, settings, secure, federation.notary)
+            self._masking = MaskingTurns(site, self._answer, lambda error: federation.lose(name, error.what))
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._carry, name=f"client {name}", daemon=True)
 
     def start(self) -> None:
@@ -323,7 +319,13 @@ class _Client:
         self._tasks.put(replace(task, model=task.model.share()))
 
     def say(self, round_: int, step: Step, body: str) -> None:
-        self._tasks.put(Asked(round_, step, body))
+        if self._masking is not None:
+            self._masking.hear(round_, step, body)
+
+    def _answer(self, round_: int, step: Step, body: str) -> None:
+        # Of a client that has been lost in the meantime nothing is expected.
+        with suppress(MalformedMessage):
+            self._federation.hear(self.name, round_, step, body)
 
     def end(self, why: str) -> None:  # a script learns that the job is over, not why
         self._tasks.put(None)
@@ -336,11 +338,6 @@ class _Client:
         held = ExitStack()
         try:
             while (task := self._tasks.get()) is not None:
-                if isinstance(task, Asked):
-                    if self._masking is not None:
-                        body = self._masking.hear(task.round, task.step, task.body)
-                        federation.hear(self.name, task.round, task.step, body)
-                    continue
                 held.callback(task.model.close)
                 self._logged.begin_round()
                 answer, memory = self._session.train(
@@ -361,7 +358,7 @@ class _Client:
                         settings=self._settings,
                         site=self.name,
                         task=task.kind,
-                        masked=None if self._masking is None else self._masking.masked,
+                        masked=None if self._masking is None else partial(self._masking.site.masked, task.round),
                     )
                 federation.submit(
                     self.name,
@@ -381,8 +378,10 @@ class _Client:
         finally:
             held.close()
             while not self._tasks.empty():
-                if isinstance(task := self._tasks.get(), Task):
+                if (task := self._tasks.get()) is not None:
                     task.model.close()
+            if self._masking is not None:
+                self._masking.close()
             self._session.end()
             self._session.close()
 

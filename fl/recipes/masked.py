@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -67,15 +68,10 @@ class _Leader:
         sites.schema = self._settings.schema_of_masked(64 if unit is None else 32)
         kinds = [sites.schema[name] for name in (MASKED, MASKED_TAIL)]
         total = MaskedSum(round_, [np.zeros(kind.elements, dtype=NUMPY_DTYPE[kind.dtype]) for kind in kinds])
-        message = introduced(introductions, unit)
-        dealt = {
-            site: _decoded(site, read_bag(body))
-            for site, body in sites.ask(number, "shares", dict.fromkeys(introductions, message)).items()
-        }
-        shares = total.shares_for(dealt)
-        bodies = {site: bag({other: b64(share) for other, share in own.items()}) for site, own in shares.items()}
-        present = sites.ask(number, "dealt", bodies)
-        for update in sites.train(Task(number, self._settings.num_rounds, model), among=present):
+        task = Task(number, self._settings.num_rounds, model)
+        # Keys and shares are exchanged while the sites train.
+        exchange = partial(self._exchange, number, introduced(introductions, unit), introductions, total)
+        for update in sites.train(task, among=introductions, meanwhile=exchange):
             total.fold(update.site, [update.tensors.array(name) for name in (MASKED, MASKED_TAIL)])
             update.close()
         survivors = total.survivors
@@ -96,6 +92,13 @@ class _Leader:
         if self._secure.bits == 32:
             self._unit = next_unit(weights, len(survivors))
         return following, metrics
+
+    def _exchange(self, number: int, message: str, names: Collection[str], total: MaskedSum) -> None:
+        """Pass the shares on. Who deals none is out of the job."""
+        answers = self._sites.ask(number, "shares", dict.fromkeys(names, message))
+        shares = total.shares_for({site: _decoded(site, read_bag(body)) for site, body in answers.items()})
+        bodies = {site: bag({other: b64(share) for other, share in own.items()}) for site, own in shares.items()}
+        self._sites.ask(number, "dealt", bodies)
 
     def _introduced(self, number: int) -> dict[str, str]:
         """The sites that introduce themselves well; others are out of the job."""

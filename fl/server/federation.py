@@ -390,10 +390,18 @@ class Federation:
         with self._lock:
             return tuple(sorted(self._sites))
 
-    def train(self, task: Task, only: str | None = None, *, among: Collection[str] | None = None) -> Iterator[Update]:
+    def train(
+        self,
+        task: Task,
+        only: str | None = None,
+        *,
+        among: Collection[str] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Iterator[Update]:
         """Give every site the task; yield the admitted updates as they come, each to be closed by the caller.
 
-        `among`: the sites that can take part in this round; the others sit it out.
+        `among`: the sites that can take part in this round; the others sit it out. `meanwhile` is called when the task
+        is given; it may `ask`.
 
         With `only`, that site alone gets it, and the round may go on with another; an update of it is not demanded, and
         none is after the rounds of training, where only an evaluation can suffer.
@@ -417,6 +425,10 @@ class Federation:
             self._deadline += self.round_seconds
         counted = 0
         self._feed(waiting, task)
+        if meanwhile is not None:
+            meanwhile()
+            with self._lock:
+                self._deadline = time.monotonic() + self.round_seconds
         while True:
             with self._lock:
                 missing = {name for name in self._pending if name in self._away} - self._waited_for()[0]
@@ -470,6 +482,7 @@ class Federation:
         Raises JobFailed when fewer than `min_sites` are left, JobAborted when someone stops the job.
         """
         answers: dict[str, str] = {}
+        aside: list[Update] = []
         with self._lock:
             missing = self._away.keys() - self._waited_for()[0]
             sites = [self._sites[name] for name in bodies if name in self._sites and name not in missing]
@@ -478,18 +491,24 @@ class Federation:
             self._deadline += ASK_SECONDS
         for site in sites:
             site.say(round_, step, bodies[site.name])
-        while True:
-            with self._lock:
-                open_ = [site.name for site in sites if site.name in self._sites and site.name not in answers]
-                missing = self._away.keys() - self._waited_for()[0]
-            if missing.issuperset(open_):
-                break
-            event = self._next()
-            if event is None:
-                for name in open_:
-                    self.lose(name, f"did not answer about {step} within {ASK_SECONDS:.0f} s")
-            elif isinstance(event, Heard):
-                answers[event.site] = event.body
+        try:
+            while True:
+                with self._lock:
+                    open_ = [site.name for site in sites if site.name in self._sites and site.name not in answers]
+                    missing = self._away.keys() - self._waited_for()[0]
+                if missing.issuperset(open_):
+                    break
+                event = self._next()
+                if event is None:
+                    for name in open_:
+                        self.lose(name, f"did not answer about {step} within {ASK_SECONDS:.0f} s")
+                elif isinstance(event, Heard):
+                    answers[event.site] = event.body
+                elif isinstance(event, Update):
+                    aside.append(event)
+        finally:
+            for update in aside:
+                self._inbox.put(update)
         with self._lock:
             self._asked = (round_, step, {})
             left = len(self._sites)

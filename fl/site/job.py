@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
 
-from fl.aggregation.mask_talk import MaskingSite, Parts
+from fl.aggregation.mask_talk import MaskingSite, Step
+from fl.aggregation.mask_turns import MaskingTurns
 from fl.aggregation.notary import AttestedNotary
 from fl.errors import ApprovalRefused, MalformedMessage, RoundOver, ScriptFailed, UpdateRefused
 from fl.guard.approval import SignedRecord, approve, read_record
@@ -81,9 +83,8 @@ class SiteJob:
         self._data = data
         self._limits = limits
         self._prepare = prepare
-        self._tasks: SimpleQueue[Train | Masking | None] = SimpleQueue()
-        self._masking: MaskingSite | None = None
-        self._asked = Parts()
+        self._tasks: SimpleQueue[Train | None] = SimpleQueue()
+        self._masking: MaskingTurns | None = None
         self._stopped = threading.Event()
         self._process: SandboxedProcess | None = None
         self._exports: SiteExports | None = None
@@ -103,7 +104,11 @@ class SiteJob:
         A server that was killed since has lost the update that it took: it gets the same one once more.
         """
         if isinstance(task, Masking):
-            self._tasks.put(task)
+            if self._masking is not None:
+                self._masking.hear(task.round, task.step, task.body, more=task.more)
+            else:
+                what = "the server asks for secure aggregation, which the job does not have"
+                self._withdraw(MalformedMessage(what, where="task"))
             return
         resumed, self._resumed = self._resumed, False
         if resumed and task.round == self._given and (self._delivered is None or self._delivered[0] != task):
@@ -145,7 +150,8 @@ class SiteJob:
             secure = bundle.settings.secure_aggregation
             if secure is not None:
                 notary = AttestedNotary(self._party, signed.record.roster, record_digest(signed.token))
-                self._masking = MaskingSite(self._site, bundle.settings, secure, notary)
+                site = MaskingSite(self._site, bundle.settings, secure, notary)
+                self._masking = MaskingTurns(site, self._answer, self._withdraw)
             self._run_script(bundle, exports, lambda: self._approve(signed, bundle, received))
         except SealwrightError as failure:
             error = self._withdrawn or failure
@@ -156,6 +162,9 @@ class SiteJob:
             self._link.send(Left(job=self.id, reasons=reasons))
         else:
             self._party.tell(f"job {self.id} is over here")
+        finally:
+            if self._masking is not None:
+                self._masking.close()
 
     def _taken(self) -> tuple[SignedRecord, Bundle]:
         """The record and the bundle, approved here; it is in the ledger then, or that it was refused."""
@@ -212,7 +221,7 @@ class SiteJob:
         with theirs:
             process = sandbox.start(theirs)
         self._process = process
-        with process, self._watched(check, process):
+        with process, self._watched(check):
             session = ScriptSession(ours, site=self._site, how_it_ended=lambda: _how_it_ended(process, bundle.files))
             try:
                 limit = max_update_size(settings.schema_of_model)
@@ -221,15 +230,14 @@ class SiteJob:
                 self._link.send(Ready(job=self.id))
                 while (task := self._tasks.get()) is not None:
                     check()
-                    if isinstance(task, Masking):
-                        self._answer(task)
-                        continue
                     self._training = True
                     try:
                         self._train(session, settings, task, limit, exports)
                     except RoundOver:
                         self._party.tell(f"job {self.id}: round {task.round} went on without this site")
                     self._training = False
+                if self._withdrawn is not None:
+                    raise self._withdrawn
                 if self._stopped.is_set():
                     raise ScriptFailed(self._site, "was stopped")
                 session.end()
@@ -242,7 +250,7 @@ class SiteJob:
                     self._delivered = None
 
     @contextmanager
-    def _watched(self, check: Callable[[], None], process: SandboxedProcess) -> Iterator[None]:
+    def _watched(self, check: Callable[[], None]) -> Iterator[None]:
         """Look again and again whether the job may run still; when it may not, end the script in the middle."""
         over = threading.Event()
 
@@ -251,8 +259,7 @@ class SiteJob:
                 try:
                     check()
                 except SealwrightError as error:
-                    self._withdrawn = error
-                    process.kill()
+                    self._withdraw(error)
                     return
 
         watcher = threading.Thread(target=watch, name=f"approval of {self.id}", daemon=True)
@@ -290,7 +297,7 @@ class SiteJob:
                 task.round, task.total_rounds, model, seconds=seconds, value=exports.value, task=task.task
             )
             with memory:
-                masked = None if self._masking is None else self._masking.masked
+                masked = None if self._masking is None else partial(self._masking.site.masked, task.round)
                 shown = exports.update(answer, memory, model, task.task, masked)
         head = self._head(task, settings, shown)
         try:
@@ -308,14 +315,18 @@ class SiteJob:
         if not verdict.accepted:
             raise UpdateRefused(self._site, verdict.reasons or ("the server gave no reason",))
 
-    def _answer(self, asked: Masking) -> None:
-        """Take a step of secure aggregation."""
-        if self._masking is None:
-            raise MalformedMessage("the server asks for secure aggregation, which the job does not have", where="task")
-        body = self._asked.add(asked.body, more=asked.more)
-        if body is not None:
-            answer = self._masking.hear(asked.round, asked.step, body)
-            self._link.send(Masking(job=self.id, round=asked.round, step=asked.step, body=answer))
+    def _answer(self, round_: int, step: Step, body: str) -> None:
+        """Answer a step of secure aggregation."""
+        if self._withdrawn is None:
+            self._link.send(Masking(job=self.id, round=round_, step=step, body=body))
+
+    def _withdraw(self, error: SealwrightError) -> None:
+        """End the job here because of `error`, whatever the script is at."""
+        self._withdrawn = error
+        self._tasks.put(None)
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def _log(self, key: str, value: float, step: int) -> None:
         self._link.send(Logged(job=self.id, key=key, value=value, step=step))

@@ -1,0 +1,49 @@
+"""A site's steps of secure aggregation, on a thread of their own: keys are exchanged while its script trains."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from fl.aggregation.mask_talk import MaskingSite, Parts, Step
+from policies.errors import SealwrightError
+
+
+class MaskingTurns:
+    """Hears what the server says and answers. After a failure, which is told once, it hears nothing any more."""
+
+    def __init__(
+        self,
+        site: MaskingSite,
+        answer: Callable[[int, Step, str], None],
+        failed: Callable[[SealwrightError], None],
+    ) -> None:
+        self.site = site
+        self._answer = answer
+        self._failed = failed
+        self._heard: SimpleQueue[tuple[int, Step, str, bool] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._take, name="masking", daemon=True)
+        self._thread.start()
+
+    def hear(self, round_: int, step: Step, body: str, *, more: bool = False) -> None:
+        """The server has said this, or the first part of it. Returns at once."""
+        self._heard.put((round_, step, body, more))
+
+    def close(self) -> None:
+        """The job is over; whoever waits for masks waits no more."""
+        self._heard.put(None)
+        self.site.close()
+
+    def _take(self) -> None:
+        parts = Parts()
+        while (said := self._heard.get()) is not None:
+            round_, step, piece, more = said
+            try:
+                body = parts.add(piece, more=more)
+                if body is not None:
+                    self._answer(round_, step, self.site.hear(round_, step, body))
+            except SealwrightError as error:
+                self.site.close()
+                self._failed(error)
+                return
