@@ -115,6 +115,8 @@ class GatewayService:
         self.news()
         if self._server is not None:
             transports = [one.transport for one in self._server.connections if one.transport is not None]
+            self._server.pre_shutdown()  # connections on which nothing is asked end at once
+            await asyncio.sleep(0)
             await self._server.shutdown(1.0)
             for transport in transports:
                 transport.abort()  # whoever does not end TLS in turn is not waited for
