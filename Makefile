@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 APT := bubblewrap libseccomp2 erofs-utils cryptsetup-bin
-APT_TESTS := postgresql softhsm2
+APT_TESTS := docker-registry postgresql skopeo softhsm2
 JOBS ?= 2
 
 TORCH := 2.13.0

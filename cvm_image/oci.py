@@ -38,7 +38,7 @@ MAX_FILE = 32 << 30
 _Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
-class _Descriptor(BaseModel):
+class Descriptor(BaseModel):
     """A content descriptor (image-spec 1.1, descriptor.md). Fields that nobody here reads are let pass, as it asks."""
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -48,19 +48,21 @@ class _Descriptor(BaseModel):
     annotations: dict[str, str] = {}
 
 
-class _Manifest(BaseModel):
+class Manifest(BaseModel):
+    """The artefact's manifest (image-spec 1.1, manifest.md)."""
+
     model_config = ConfigDict(strict=True, frozen=True)
     schemaVersion: Literal[2]
     mediaType: Literal["application/vnd.oci.image.manifest.v1+json"]
     artifactType: Literal["application/vnd.sealwright.image.v1"]
-    config: _Descriptor
-    layers: Annotated[list[_Descriptor], Field(min_length=1, max_length=64)]
+    config: Descriptor
+    layers: Annotated[list[Descriptor], Field(min_length=1, max_length=64)]
 
 
 class _Index(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
     schemaVersion: Literal[2]
-    manifests: Annotated[list[_Descriptor], Field(min_length=1, max_length=1)]
+    manifests: Annotated[list[Descriptor], Field(min_length=1, max_length=1)]
 
 
 def export_image(folder: Path, layout: Path) -> str:
@@ -92,8 +94,13 @@ def export_image(folder: Path, layout: Path) -> str:
         "config": _put(blobs, "application/vnd.oci.empty.v1+json", EMPTY),
         "layers": layers,
     }
-    described = _put(blobs, MANIFEST_TYPE, rfc8785.dumps(document))
-    entry = described | {"artifactType": ARTEFACT, "annotations": {REFERENCE: image.name}}
+    return write_layout(layout, rfc8785.dumps(document), image.name)
+
+
+def write_layout(layout: Path, manifest: bytes, name: str) -> str:
+    """Put the manifest beside the blobs of a layout and name it in the index; return its digest."""
+    described = _put(layout / "blobs" / "sha256", MANIFEST_TYPE, manifest)
+    entry = described | {"artifactType": ARTEFACT, "annotations": {REFERENCE: name}}
     index: dict[str, Any] = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [entry]}
     (layout / "index.json").write_bytes(rfc8785.dumps(index))
     (layout / "oci-layout").write_bytes(LAYOUT)
@@ -108,7 +115,7 @@ def import_image(layout: Path, folder: Path, builder: Ed25519PublicKey) -> Image
     """
     if folder.exists() and any(folder.iterdir()):
         raise UnusableImage("the folder holds something already", where=str(folder), do="Name a new folder.")
-    manifest = _read_layout(layout)
+    _, manifest = read_layout(layout)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
         scratch = Path(name) / "image"
@@ -125,7 +132,8 @@ def import_image(layout: Path, folder: Path, builder: Ed25519PublicKey) -> Image
     return image
 
 
-def _read_layout(layout: Path) -> _Manifest:
+def read_layout(layout: Path) -> tuple[Descriptor, Manifest]:
+    """The one artefact of a layout. Raises UnusableImage for a layout that holds none of ours, or more."""
     try:
         version = json.loads(read_file(layout / "oci-layout", MAX_DOCUMENT))
         if not isinstance(version, dict) or version.get("imageLayoutVersion") != "1.0.0":
@@ -134,7 +142,7 @@ def _read_layout(layout: Path) -> _Manifest:
         found = index.manifests[0]
         raw = read_file(_blob(layout, found), MAX_DOCUMENT)
         _check(found, len(raw), hashlib.sha256(raw).hexdigest())
-        return _Manifest.model_validate_json(raw)
+        return found, Manifest.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise _unusable(layout, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -142,7 +150,7 @@ def _read_layout(layout: Path) -> _Manifest:
         raise _unusable(layout, str(error)) from error
 
 
-def _copy_blob(layout: Path, layer: _Descriptor, target: Path) -> None:
+def _copy_blob(layout: Path, layer: Descriptor, target: Path) -> None:
     source = _blob(layout, layer)
     if source.is_symlink() or not source.is_file():
         raise _unusable(layout, f"the blob {layer.digest} is missing")
@@ -151,14 +159,14 @@ def _copy_blob(layout: Path, layer: _Descriptor, target: Path) -> None:
     target.chmod(0o644)
 
 
-def _check(descriptor: _Descriptor, size: int, digest: str) -> None:
+def _check(descriptor: Descriptor, size: int, digest: str) -> None:
     if (size, f"sha256:{digest}") != (descriptor.size, descriptor.digest):
         raise ImageRefused(
             "a blob is not what its descriptor says", where=descriptor.digest, do="Copy the artefact again."
         )
 
 
-def _blob(layout: Path, descriptor: _Descriptor) -> Path:
+def _blob(layout: Path, descriptor: Descriptor) -> Path:
     return layout / "blobs" / "sha256" / descriptor.digest.removeprefix("sha256:")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +18,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Build, measu
 
 ImageFolder = Annotated[Path, typer.Argument(metavar="DIR", help="An image folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Login = Annotated[
+    Path | None,
+    typer.Option("--login", metavar="FILE", help="`user:password` for the registry, in a file of mode 0600."),
+]
 BuilderKey = Annotated[
     Path,
     typer.Option("--builder", metavar="FILE", help="The builder's public key (Ed25519, PEM), from a source you trust."),
@@ -161,31 +168,72 @@ def diff(
     raise typer.Exit(1 if changes else 0)
 
 
-@app.command("export", epilog="Example: seal image export build/image layout/")
+@app.command(
+    "export",
+    epilog="Examples: seal image export build/image layout/; "
+    "seal image export build/image oci://registry.example/sealwright/fl:1 --login login",
+)
 def export_(
     folder: ImageFolder,
-    layout: Annotated[Path, typer.Argument(metavar="LAYOUT", help="A new folder for the OCI image layout.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A new folder for an OCI image layout, or oci://HOST/NAME:TAG.")
+    ],
+    login: Login = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an image as an OCI artefact (image layout), for any OCI tool to carry to a registry."""
+    """Write an image as an OCI artefact: into a layout, for any OCI tool to carry, or into a registry."""
     from cvm_image.oci import export_image
+    from cvm_image.registry import is_reference, parse_reference, push_layout
 
-    _tell({"layout": str(layout), "digest": export_image(folder, layout)}, as_json)
+    if not is_reference(target):
+        _tell({"layout": target, "digest": export_image(folder, Path(target))}, as_json)
+        return
+    reference, name = parse_reference(target), _login(login)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.absolute().parent) as scratch:
+        export_image(folder, Path(scratch) / "layout")
+        _tell({"reference": target, "digest": push_layout(Path(scratch) / "layout", reference, name)}, as_json)
 
 
-@app.command("import", epilog="Example: seal image import layout/ build/image --builder builder.pem")
+@app.command(
+    "import",
+    epilog="Examples: seal image import layout/ build/image --builder builder.pem; "
+    "seal image import oci://registry.example/sealwright/fl:1 build/image --builder builder.pem",
+)
 def import_(
-    layout: Annotated[Path, typer.Argument(metavar="LAYOUT", help="A folder with an OCI image layout.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder with an OCI image layout, or a reference.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the image.")],
     builder: BuilderKey,
+    login: Login = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take an image out of an OCI image layout, if its builder signed it and every byte of it verifies."""
+    """Take an image out of a layout or registry, if its builder signed it and every byte of it verifies."""
     from cvm_image.files import read_public_key
     from cvm_image.oci import import_image
+    from cvm_image.registry import is_reference, parse_reference, pull_layout
 
-    manifest = import_image(layout, folder, read_public_key(builder))
+    key = read_public_key(builder)
+    with contextlib.ExitStack() as ends:
+        layout = Path(source)
+        if is_reference(source):
+            reference, name = parse_reference(source), _login(login)
+            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(prefix=".import-", dir=folder.absolute().parent)
+            layout = Path(ends.enter_context(scratch)) / "layout"
+            pull_layout(reference, layout, name)
+        manifest = import_image(layout, folder, key)
     _tell(_facts(folder, manifest) | {"verified": True}, as_json)
+
+
+def _login(path: Path | None) -> str | None:
+    from policies.errors import Unusable
+    from policies.keys import read_secret
+
+    if path is None:
+        return None
+    text = read_secret(path).decode("utf-8", "replace").rstrip("\n")
+    if not re.fullmatch(r"[^:\x00-\x1f]+:[^\x00-\x1f]+", text):
+        raise Unusable("the login is not one line `user:password`", where=str(path), do="Write it so, mode 0600.")
+    return text
 
 
 def _facts(folder: Path, manifest: Any) -> dict[str, Any]:

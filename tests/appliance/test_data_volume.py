@@ -12,16 +12,18 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import typer
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from appliance import data_filling, node
+from appliance.commands import site, vm
 from appliance.data_filling import fill_volume, grow_volume, make_volume, volume_facts
 from appliance.data_volume import (
     BLOCK,
@@ -280,23 +282,29 @@ def test_what_no_script_could_read_is_told_before(volume: Path, folder: Path, tm
         fill_volume(tmp_path / "away", folder, KEY)
 
 
-def seal(*words: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "appliance.cli", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+def seal(noun: typer.Typer, *words: object) -> dict[str, Any]:
+    """The verb in this process; what it prints, or what it raises."""
+    done = CliRunner().invoke(noun, [*map(str, words), "--json"])
+    if done.exception is not None:
+        raise done.exception
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def test_the_verbs(tmp_path: Path, folder: Path) -> None:
     key, disk = tmp_path / "volume.key", tmp_path / "kit/local/disks/user-data"
-    assert seal("site", "key", key).returncode == 0
-    assert seal("vm", "data", "make", disk, "--size", 4, "--key", key).returncode == 0
-    filled = seal("vm", "data", "fill", disk, folder, "--key", key, "--json")
-    assert json.loads(filled.stdout)["generation"] == 2
-    assert json.loads(seal("vm", "data", "grow", disk, "--size", 8, "--json").stdout)["before_mib"] == 4
-    shown = json.loads(seal("vm", "data", "show", disk, "--key", key, "--json").stdout)
+    seal(site.app, "key", key)
+    assert seal(vm.app, "data", "make", disk, "--size", 4, "--key", key)["mib"] == 4
+    assert seal(vm.app, "data", "fill", disk, folder, "--key", key)["generation"] == 2
+    assert seal(vm.app, "data", "grow", disk, "--size", 8)["before_mib"] == 4
+    shown = seal(vm.app, "data", "show", disk, "--key", key)
     assert (shown["mib"], shown["fills"], shown["used_mib"]) == (8, 1, 1)
-    refused = seal("vm", "data", "make", disk, "--size", 4, "--key", key)
-    assert refused.returncode == 2
-    assert "there is something already" in refused.stderr
+    with pytest.raises(Unusable, match="there is something already"):
+        seal(vm.app, "data", "make", disk, "--size", 4, "--key", key)
+    key.chmod(0o600)
+    key.write_bytes(b"short")
+    with pytest.raises(Unusable, match="has 32 bytes, not 5"):
+        seal(vm.app, "data", "show", disk, "--key", key)
 
 
 def test_a_site_opens_what_its_init_data_name_keys_of(tmp_path: Path, volume: Path) -> None:
