@@ -280,7 +280,7 @@ class _Refusing(asyncio.Protocol):
     """Closes a connection for which there is no room."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.abort()
+        transport.close()
 
 
 def _sealed(body: bytes) -> web.Response:

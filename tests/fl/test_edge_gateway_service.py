@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import secrets
 import ssl
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -19,9 +22,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_world import JOB, SHAPES, AddingTrainer, EdgeWorld, found_edge, model_of, version_of
 from federation_world import now
 
+from fl.edge import reference
 from fl.edge.kits.python import DeviceSettings, GatewayConnection, Trust
 from fl.edge.kits.python.connection import GatewayUnavailable
 from fl.edge.messages import JobAnswer, JobRequest, read_words
+from fl.edge.protocol import MESSAGES
 from fl.edge.sealing import open_answer, seal_request
 from policies.charter import Changes
 from policies.charter.proposal import files_of
@@ -429,3 +434,97 @@ def test_bounds_of_the_service(world: EdgeWorld) -> None:
             found.append(client.getresponse().status)
             client.close()
     assert found == [413, 410, 400, 400, 400, 400, 404, 404, 404, 404]
+
+
+# --- the reference page and the OpenAPI document ----------------------------------------------------------------------
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    folder = Path(__file__).parents[2] / "docs/reference"
+    assert (folder / reference.PAGE).read_text() == reference.page(), "python -m fl.edge.reference docs/reference"
+    assert json.loads((folder / reference.DOCUMENT).read_text()) == reference.document()
+
+
+def resolved(schema: Any, schemas: dict[str, Any]) -> Any:
+    """A schema with its references in place."""
+    if isinstance(schema, dict) and "$ref" in schema:
+        return resolved(schemas[schema["$ref"].rpartition("/")[2]], schemas)
+    if isinstance(schema, dict):
+        return {name: resolved(one, schemas) for name, one in schema.items()}
+    return [resolved(one, schemas) for one in schema] if isinstance(schema, list) else schema
+
+
+def test_the_service_answers_as_its_openapi_document_says(world: EdgeWorld, connect: Any, tmp_path: Path) -> None:
+    """Each operation is asked well and badly; each status, media type and JSON body is one that the document has."""
+    document = reference.document()
+    branch = world.branch(shapes={"w": (500, 400)})
+    seen: set[tuple[str, str, int]] = set()
+    with world.serving(world.gateway(branch)) as (url, _):
+        device = world.device(connect(url), tmp_path)
+        steps(device, "reporting")
+        task, result = device.standing.task, device._memory.result()
+        assert task is not None
+        assert result is not None
+        sealed = {
+            message: seal_request(
+                message,
+                device._words(message).to_bytes(),
+                result if message == "result" else b"",
+                key=device._key,
+                group_key=world.keys().public,
+                charter=world.federation.charter().id,
+            )
+            for message in MESSAGES
+        }
+        whole = sealed["result"]
+        upload = f"/edge/v1/uploads/{sha256(whole).hexdigest()}"
+        first = {"Upload-Ticket": task.ticket, "Upload-Offset": "0", "Upload-Length": str(len(whole))}
+        rest = {**first, "Upload-Offset": "1000"}
+        version = world.federation.charter().version
+        asked: list[tuple[str, str, dict[str, str], bytes | None]] = [
+            ("GET", "/edge/v1/charter", {}, None),
+            ("GET", f"/edge/v1/charter?above={version}", {}, None),
+            ("POST", "/edge/v1/proof", {}, b'{"nonce":"' + b"0" * 32 + b'"}'),
+            ("POST", "/edge/v1/proof", {}, b"{}"),
+            ("GET", f"/edge/v1/blobs/{task.model.id}", {}, None),
+            ("GET", f"/edge/v1/blobs/{task.model.id}", {"Range": "bytes=5-10"}, None),
+            ("GET", f"/edge/v1/blobs/{task.model.id}", {"Range": "bytes=99999999-"}, None),
+            ("GET", f"/edge/v1/blobs/{'0' * 64}", {}, None),
+            ("GET", upload, first, None),
+            ("GET", upload, {"Upload-Ticket": "0" * 80}, None),
+            ("PUT", upload, first, whole[:1000]),
+            ("PUT", upload, first, whole[:1000]),
+            ("PUT", upload, {**first, "Upload-Offset": "x"}, b"x"),
+            ("PUT", upload, {**first, "Upload-Length": "999999999"}, b"x"),
+            ("PUT", upload, rest, whole[1000:]),
+            *(("POST", f"/edge/v1/{message}", {}, sealed[message]) for message in MESSAGES),
+            *(("POST", f"/edge/v1/{message}", {}, bytes(2000)) for message in MESSAGES),
+            *(("POST", f"/edge/v1/{message}", {}, bytes(5 << 20)) for message in MESSAGES),
+        ]
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        for method, path, headers, body in asked:
+            client = http.client.HTTPSConnection(url.removeprefix("https://"), context=context, timeout=10)
+            client.request(method, path, body=body, headers=headers)
+            answer = client.getresponse()
+            content = answer.read()
+            client.close()
+            template = re.sub("[0-9a-f]{64}", "{id}", path.partition("?")[0])
+            said = document["paths"][template][method.lower()]["responses"].get(str(answer.status))
+            assert said is not None, f"{method} {path}: {answer.status} {content[:100]!r}"
+            media = (answer.headers.get_content_type() if content else None,)
+            assert media == (tuple(said["content"]) if "content" in said else (None,)), (
+                f"{method} {path} {answer.status}"
+            )
+            if media == ("application/json",):
+                schema = resolved(said["content"]["application/json"]["schema"], document["components"]["schemas"])
+                jsonschema.validate(json.loads(content), schema)
+            seen.add((method, template, answer.status))
+    good = {
+        (method.upper(), path, int(status))
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        for status in operation["responses"]
+        if int(status) not in (400, 404, 413, 503, 410)
+    }
+    assert good <= seen, good - seen
