@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from sevsnpmeasure import id_block as reference
 from virtual_guests import KEYS, make_image
 
@@ -26,6 +28,9 @@ from attestation.evidence.id_block import (
     sign_id_block,
     verify_id_block,
 )
+from cvm_image.build.bill import bill_of_materials
+from cvm_image.build.lock import load_lock
+from cvm_image.build.workload import File
 from cvm_image.errors import ImageRefused, ToolFailed, UnusableImage
 from cvm_image.generate import FILES, LaunchGrid, generate_image
 from cvm_image.manifest import MANIFEST, read_manifest, sign_manifest, verify_manifest
@@ -34,6 +39,7 @@ from cvm_image.sbom import make_sbom, read_lock, runtime_closure
 from cvm_image.signing import create_signing_keys, load_signing_keys
 from cvm_image.tools import run_tool
 
+RECIPES = Path(__file__).resolve().parents[2] / "cvm_image/recipes"
 LOCK = b"# pinned\nnumpy==1.26.4\npydantic==2.14.3\n"
 
 
@@ -207,6 +213,21 @@ def test_the_bill_of_materials_names_the_locked_dependencies_and_the_sources(ima
     assert components["probe/entry.py"]["hashes"][0]["alg"] == "SHA-256"
     assert "pytest" not in components
     assert set(document["metadata"]) == {"component"}  # no timestamp, no tools
+
+
+def test_bills_of_materials_are_what_cyclonedx_s_schema_asks_for(image: Path) -> None:
+    """Of a generated image, and of each recipe that is locked here."""
+    validator = JsonStrictValidator(SchemaVersion.V1_6)
+    bills = {"generated": (image / "sbom.cdx.json").read_text()}
+    for recipe in sorted(RECIPES.glob("*.toml")):
+        lock = load_lock(recipe, recipe.stem, "trixie")
+        files = {"usr/lib/one": File(b"1"), "usr/bin/two": File(b"2", executable=True)}
+        bills[recipe.stem] = bill_of_materials(lock, files, version="1").decode()
+    assert {"generated", "fl", "fl-gpu", "minimal"} <= set(bills)
+    for name, bill in bills.items():
+        wrong = validator.validate_str(bill)
+        assert wrong is None, f"{name}: {str(wrong)[:300]}"
+    assert validator.validate_str(bills["generated"].replace('"components"', '"compnents"')) is not None
 
 
 def test_the_lock_is_read_strictly() -> None:
