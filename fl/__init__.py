@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from fl.edge.device_model import DeviceModel
+    from fl.edge.recipes import EdgeFedBuffRecipe, ETFedBuffRecipe, SimulationConfig
+    from fl.edge.settings import DeviceManagerConfig, DevicePrivacy, EvaluatorConfig, ModelManagerConfig
     from fl.environments.poc import PocEnv
     from fl.environments.prod import ProdEnv
     from fl.environments.sim import SimEnv
@@ -25,16 +28,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CyclicRecipe",
+    "DeviceManagerConfig",
+    "DeviceModel",
+    "DevicePrivacy",
+    "ETFedBuffRecipe",
+    "EdgeFedBuffRecipe",
+    "EvaluatorConfig",
     "FedAvgLrRecipe",
     "FedAvgRecipe",
     "FedEvalRecipe",
     "FedOptRecipe",
     "FedProxRecipe",
     "FedStatsRecipe",
+    "ModelManagerConfig",
     "PocEnv",
     "ProdEnv",
     "ScaffoldRecipe",
     "SimEnv",
+    "SimulationConfig",
     "add_cross_site_evaluation",
     "add_experiment_tracking",
     "declare_outputs",
@@ -43,16 +54,24 @@ __all__ = [
 
 _HOMES: Final = {
     "CyclicRecipe": "fl.recipes.cyclic",
+    "DeviceManagerConfig": "fl.edge.settings",
+    "DeviceModel": "fl.edge.device_model",
+    "DevicePrivacy": "fl.edge.settings",
+    "ETFedBuffRecipe": "fl.edge.recipes",
+    "EdgeFedBuffRecipe": "fl.edge.recipes",
+    "EvaluatorConfig": "fl.edge.settings",
     "FedAvgLrRecipe": "fl.recipes.newton",
     "FedAvgRecipe": "fl.recipes.fedavg",
     "FedEvalRecipe": "fl.recipes.evaluation",
     "FedOptRecipe": "fl.recipes.fedopt",
     "FedProxRecipe": "fl.recipes.fedprox",
     "FedStatsRecipe": "fl.recipes.statistics",
+    "ModelManagerConfig": "fl.edge.settings",
     "PocEnv": "fl.environments.poc",
     "ProdEnv": "fl.environments.prod",
     "ScaffoldRecipe": "fl.recipes.scaffold",
     "SimEnv": "fl.environments.sim",
+    "SimulationConfig": "fl.edge.recipes",
     "add_cross_site_evaluation": "fl.recipes.evaluation",
     "add_experiment_tracking": "fl.tracking",
     "declare_outputs": "fl.recipes.declaring",

@@ -6,6 +6,7 @@ from typing import Annotated, Final, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from fl.edge.settings import EdgeSettings
 from fl.jobs.outputs import Outputs
 from fl.jobs.privacy import DpSgd
 from fl.tensors import FLOATS, ITEM_SIZE, MAX_NAME, MAX_RANK, Schema, TensorSpec
@@ -118,6 +119,19 @@ class FedEvalOptions(_Options):
     recipe: Literal["fedeval"] = "fedeval"
 
 
+class FedBuffOptions(_Options):
+    """What an edge job needs to know: its settings, and the configuration of the device task.
+
+    The job's `train_script` is the training graph (`fl.edge.training_graph`).
+    """
+
+    recipe: Literal["fedbuff"] = "fedbuff"
+    edge: EdgeSettings
+    config: Annotated[
+        dict[Annotated[str, Field(min_length=1, max_length=128)], bool | int | float | str], Field(max_length=64)
+    ] = {}
+
+
 class Selection(_Options):
     """How rounds are judged: by the mean of one metric of the model that the sites received in them.
 
@@ -154,7 +168,14 @@ class Filters(_Options):
 
 
 Options: TypeAlias = (
-    FedProxOptions | FedOptOptions | CyclicOptions | ScaffoldOptions | NewtonOptions | FedStatsOptions | FedEvalOptions
+    FedProxOptions
+    | FedOptOptions
+    | CyclicOptions
+    | ScaffoldOptions
+    | NewtonOptions
+    | FedStatsOptions
+    | FedEvalOptions
+    | FedBuffOptions
 )
 
 
@@ -211,7 +232,7 @@ class JobSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Name
-    recipe: Literal["fedavg", "fedprox", "fedopt", "cyclic", "scaffold", "lr-newton", "fedstats", "fedeval"]
+    recipe: Literal["fedavg", "fedprox", "fedopt", "cyclic", "scaffold", "lr-newton", "fedstats", "fedeval", "fedbuff"]
     options: Annotated[Options, Field(discriminator="recipe")] | None = None
     """What this recipe has beyond the others; None for FedAvg, which has nothing."""
     num_rounds: int = Field(ge=1, le=100_000)
@@ -245,6 +266,13 @@ class JobSettings(BaseModel):
             None if self.recipe == "fedavg" else self.recipe
         ):
             raise ValueError(f"options are not those of {self.recipe}")
+        if isinstance(self.options, FedBuffOptions) and (
+            self.num_rounds != self.options.edge.models.max_model_version - 1
+            or self.min_clients != self.options.edge.devices.initial_min_client_num
+        ):
+            raise ValueError(
+                "an edge job's rounds are its versions after the first, its clients the nodes to begin with"
+            )
         if sum(spec.size for spec in self.schema_of_model.values()) > MAX_MODEL:
             raise ValueError(f"the model has more than {MAX_MODEL} bytes")
         if self.aggregator is not None and self.recipe not in {"fedavg", "fedprox"}:

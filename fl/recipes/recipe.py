@@ -248,7 +248,7 @@ class TrainingRecipe(Recipe):
             folder=folder,
             more_tensors=more_tensors,
             more={
-                "selection": _selection(arguments),
+                "selection": selection_of(arguments),
                 "sites": _site_settings(arguments.get("per_site_config") or {}),
                 "aggregator": arguments.get("aggregator"),
                 **_secure(arguments.get("secure_aggregation", False)),
@@ -289,7 +289,7 @@ def make_settings(
     `options` are the recipe's own settings; `more_tensors` says what travels beside the model's own tensors; `loaded`
     are the numbers of a checkpoint, which the model gets; `more` are settings that all recipes can have.
     """
-    model = _made(model, folder)
+    model = made_model(model, folder)
     params, framework = _params_of_model(model)
     tensors = tensors_of(params, where="initial_model")
     if loaded is not None:
@@ -329,7 +329,7 @@ def _checked_settings(document: Mapping[str, Any]) -> JobSettings:
         ) from error
 
 
-def _selection(arguments: TrainingArguments) -> dict[str, Any] | None:
+def selection_of(arguments: TrainingArguments) -> dict[str, Any] | None:
     """How rounds are judged, from FLARE's arguments."""
     metric, mode, stop_at = arguments.get("key_metric"), arguments.get("key_metric_mode"), None
     condition = arguments.get("stop_cond")
@@ -421,7 +421,8 @@ def _caller_folder() -> Path | None:
     return None
 
 
-def _made(model: InitialModel, folder: Path) -> InitialModel:
+def made_model(model: InitialModel, folder: Path) -> InitialModel:
+    """The model that `{"class_path", "args"}` describes; any other as it is. Raises RecipeUnusable."""
     if isinstance(model, Mapping) and "class_path" in model:
         made: InitialModel = _instantiate(model, folder)
         return made

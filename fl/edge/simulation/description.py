@@ -126,6 +126,11 @@ def simulate(
                 seed=seed,
             )
 
+        def reached(step: Step, measured: float | None) -> str | None:
+            made(step, measured)
+            stop_at = description.evaluation.stop_at
+            return "the accuracy is reached" if stop_at and measured is not None and measured >= stop_at else None
+
         try:
             return Simulation(
                 description.name,
@@ -137,9 +142,8 @@ def simulate(
                 moment=description.tree.moment_seconds,
                 evaluate=lambda model: accuracy(model, test),
                 eval_frequency=description.evaluation.frequency,
-                stop_at=description.evaluation.stop_at,
                 most_seconds=description.most_seconds,
-                made=made,
+                made=reached,
             ).run()
         finally:
             buff.close()

@@ -62,12 +62,11 @@ class Simulation:
         moment: float,
         evaluate: Evaluate | None = None,
         eval_frequency: int = 1,
-        stop_at: float | None = None,
         most_seconds: float = 1e9,
-        made: Callable[[Step, float | None], None] = lambda _step, _accuracy: None,
+        made: Callable[[Step, float | None], str | None] = lambda _step, _accuracy: None,
     ) -> None:
-        """`moment`: virtual seconds between exchanges. `tree` gets the virtual clock. `stop_at`: the accuracy at which
-        the run ends. `made` is told of each version and its accuracy."""
+        """`moment`: virtual seconds between exchanges. `tree` gets the virtual clock. `made` hears of each version
+        and its accuracy, and may say why the run ends with it."""
         self._job = job
         self._settings = settings
         self._population = population
@@ -78,7 +77,6 @@ class Simulation:
         self._moment = moment
         self._evaluate = evaluate
         self._eval_frequency = eval_frequency
-        self._stop_at = stop_at
         self._most_seconds = most_seconds
         self._made = made
         self._generator = np.random.default_rng([population.settings.seed, 6])
@@ -89,27 +87,30 @@ class Simulation:
         self.trace = Trace(registered=population.size)
 
     def run(self, job_timeout: float | None = None) -> Trace:
-        """Play until the last version is made, the accuracy is reached, no device asks for `device_wait_timeout`, the
-        virtual or (`job_timeout`) the real time is up."""
+        """Play until the last version is made, `made` ends it, no device asks for `device_wait_timeout`, the virtual or
+        (`job_timeout`) the real time is up."""
         deadline = None if job_timeout is None else time.monotonic() + job_timeout
         trace = self.trace
         if self._evaluate is not None:
             trace.first_accuracy = self._accuracy()
         while not trace.ended:
             self.step()
-            wait = self._settings.device_wait_timeout
-            if self._buff.over:
-                trace.ended = "the last version is made"
-            elif self._reached():
-                trace.ended = "the accuracy is reached"
-            elif wait is not None and self.now - self._last_asked >= wait:
-                trace.ended = f"no device asked for {wait:g} s"
-            elif self.now >= self._most_seconds:
-                trace.ended = "the virtual time is up"
-            elif deadline is not None and time.monotonic() >= deadline:
-                trace.ended = "the job's time is up"
+            trace.ended = self._why_ended(deadline)
         trace.contributed = int(np.count_nonzero(self._population.contributions))
         return trace
+
+    def _why_ended(self, deadline: float | None) -> str:
+        """Why the run is over; empty if it is not."""
+        wait = self._settings.device_wait_timeout
+        if self.trace.ended:  # `made` has said so
+            return self.trace.ended
+        if self._buff.over:
+            return "the last version is made"
+        if wait is not None and self.now - self._last_asked >= wait:
+            return f"no device asked for {wait:g} s"
+        if self.now >= self._most_seconds:
+            return "the virtual time is up"
+        return "the job's time is up" if deadline is not None and time.monotonic() >= deadline else ""
 
     def step(self) -> None:
         """One moment."""
@@ -191,13 +192,9 @@ class Simulation:
                     "accuracy": accuracy,
                 }
             )
-        self._made(step, accuracy)
+        self.trace.ended = self.trace.ended or self._made(step, accuracy) or ""
 
     def _accuracy(self) -> float:
         newest = self._buff.models[self._buff.version]
         file = parse(newest.view, max_size=newest.size)
         return self._evaluate({name: file.array(name) for name in file.schema}) if self._evaluate else 0.0
-
-    def _reached(self) -> bool:
-        last = self.trace.versions[-1]["accuracy"] if self.trace.versions else None
-        return self._stop_at is not None and last is not None and last >= self._stop_at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from fl.tensors import Schema, TensorSpec
 Floats = npt.NDArray[np.float32]
 
 
+@runtime_checkable
 class TaskProcessor(Protocol):
     """How devices train; FLARE's `DeviceTaskProcessor`, for many devices at once. Copied into each worker process."""
 

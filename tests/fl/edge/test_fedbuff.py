@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fl.edge.accounting import device_epsilon
 from fl.edge.branch import TreeBranch
 from fl.edge.contract import EdgeJob, ModelVersion, Update, contribution_id
 from fl.edge.fedbuff import FedBuff
@@ -331,3 +332,21 @@ def test_settings_that_are_wrong_say_so(make: Any, named: str) -> None:
     with pytest.raises(RecipeUnusable) as raised:
         make()
     assert named in str(raised.value)
+
+
+def test_what_privacy_costs_a_device() -> None:
+    """Against the closed form of one Gaussian mechanism (Balle and Wang 2018): Renyi's bound is above it, not far."""
+    once = EdgeSettings(
+        devices=DeviceManagerConfig(device_reuse=False),
+        privacy=DevicePrivacy(clip_norm=1.0, noise_multiplier=1.0, delta=1e-5),
+    )
+    single = device_epsilon(once)
+    assert 4.377 < single < 5.1
+    often = EdgeSettings(models=ModelManagerConfig(max_model_version=10), privacy=once.privacy)
+    assert device_epsilon(often) > 3 * single
+    one_alive = EdgeSettings(
+        models=ModelManagerConfig(max_model_version=10, max_num_active_model_versions=1), privacy=once.privacy
+    )
+    assert single < device_epsilon(one_alive) < device_epsilon(often)
+    with pytest.raises(RecipeUnusable, match="no privacy"):
+        device_epsilon(EdgeSettings())
