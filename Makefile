@@ -13,10 +13,10 @@ EXTRAS := demo,tracking,dev,fuzz
 SLICE ?= 0/1
 SECONDS ?= 20
 
-.PHONY: help setup demo image demo-vm test coverage test-long vectors fuzz gpu-sdk lint format bench docs lock clean
+.PHONY: help setup demo image demo-vm test coverage test-long vectors fuzz gpu-sdk lint format bench bench-peers docs lock clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## Make the virtual environment with pinned packages; system packages by apt where it may.
 
@@ -74,6 +74,14 @@ format: setup ## Rewrite the code in the house's format.
 
 bench: setup ## Measure speed, beside the machine's own limits.
 	$(PY) -m benchmarks
+
+bench-peers: ## Make the environments of NVIDIA FLARE and Flower, beside which `make bench` then measures, in build/peers.
+	$(PYTHON) -m venv build/peers/nvflare
+	build/peers/nvflare/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) nvflare==2.9.0
+	$(PYTHON) -m venv build/peers/flower
+	build/peers/flower/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) \
+		--requirement benchmarks/peers/flower-requirements.txt
+	build/peers/flower/bin/python -m pip install --quiet --disable-pip-version-check --no-deps flwr==1.42.0
 
 docs: setup ## Build the documentation into build/site, strictly.
 	$(VENV)/bin/mkdocs build --quiet --strict --site-dir build/site

@@ -6,7 +6,8 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 
-from benchmarks import broker, federation, masking, simulation, verifier
+from benchmarks import broker, federation, masking, production, simulation, verifier
+from benchmarks.peers import compare, environments
 
 MEASUREMENTS: dict[str, Callable[[], Mapping[str, object]]] = {
     "verifier": verifier.measure,
@@ -14,10 +15,12 @@ MEASUREMENTS: dict[str, Callable[[], Mapping[str, object]]] = {
     "federation": federation.measure,
     "masking": masking.measure,
     "simulation": simulation.measure,
+    "production": production.measure,
+    "peers": compare.measure,
 }
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or list(MEASUREMENTS)
+    chosen = sys.argv[1:] or [name for name in MEASUREMENTS if name != "peers" or environments.installed()]
     if unknown := [name for name in chosen if name not in MEASUREMENTS]:
         sys.exit(f"no such benchmark: {', '.join(unknown)} (there are: {', '.join(MEASUREMENTS)})")
     json.dump({name: MEASUREMENTS[name]() for name in chosen}, sys.stdout, indent=2)

@@ -90,14 +90,24 @@ def measure(*, hellos: int = 5, rounds: int = 6) -> dict[str, float]:
     times = []
     for number in range(hellos):
         tell(f"simulation: hello job {number + 1} of {hellos}")
-        times.append(_run({"network.py": HELLO_NETWORK, "client.py": HELLO_CLIENT, "job.py": HELLO_JOB})[0])
+        times.append(hello())
     tell("simulation: a hundred clients")
-    whole, gaps = _run({"client.py": MANY_CLIENT, "job.py": MANY_JOB.replace("ROUNDS", str(rounds))})
+    whole, gaps = many(rounds)
     return {
         "hello_job_seconds": statistics.median(times),
         "round_of_100_clients_seconds": statistics.median(gaps),
         "job_of_100_clients_seconds": whole,
     }
+
+
+def hello() -> float:
+    """Seconds of one hello job as a process."""
+    return _run({"network.py": HELLO_NETWORK, "client.py": HELLO_CLIENT, "job.py": HELLO_JOB})[0]
+
+
+def many(rounds: int) -> tuple[float, list[float]]:
+    """Seconds of a job of a hundred clients as a process, and of its rounds."""
+    return _run({"client.py": MANY_CLIENT, "job.py": MANY_JOB.replace("ROUNDS", str(rounds))})
 
 
 def _run(files: Mapping[str, str]) -> tuple[float, list[float]]:
