@@ -23,6 +23,7 @@ from appliance.kits.starting import CHIP, DISKS, VENDOR
 from appliance.kits.starting import IMAGE as IMAGE_FOLDER
 from appliance.processes import Processes
 from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
+from fl.jobs.outputs import capacity
 from policies.charter.layout import release_path
 from policies.errors import Unusable
 from policies.forms import format_time
@@ -37,6 +38,7 @@ PRODUCT: Final = "Genoa"
 TRUST_DOMAIN: Final = "virtual.poc.example"
 MODEL_KEY: Final = f"{MEMBER}/key/model"
 APPROVAL_DAYS: Final = 7
+APPROVED_RUNS: Final = 100
 MAX_SITES: Final = 64
 NO_DATA: Final = "no-data.txt"
 
@@ -130,6 +132,7 @@ class Poc:
         file.write_text(
             f'job = "{bundle.settings.name}"\nsites = {json.dumps(list(self.sites))}\nnote = "a proof of concept"\n'
             f"expires = {format_time(now() + timedelta(days=APPROVAL_DAYS))}\n"
+            f"budget = {{ bits = {capacity(bundle, len(self.sites)).job * APPROVED_RUNS} }}\n"
         )
         return "--put", f"code/{bundle.digest}.json={file}"
 

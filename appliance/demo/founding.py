@@ -84,10 +84,10 @@ def found_consortium(setting: Setting) -> None:
     shutil.copy(setting.charter_folder / "metadata/1.root.json", setting.folder / ROOT)
 
 
-def admit(setting: Setting, bundles: Mapping[str, tuple[str, int | None]]) -> None:
+def admit(setting: Setting, bundles: Mapping[str, tuple[str, int]]) -> None:
     """Two members sign for the image, the three guests' places, the scientist, and the jobs' bundles.
 
-    `bundles`: by digest the job's name, and how many bits its jobs may let out of each member's sites (None: any).
+    `bundles`: by digest the job's name, and how many bits its jobs may let out of each member's sites.
     """
     words: list[str] = []
     for digest, (job, bits) in bundles.items():
@@ -95,7 +95,7 @@ def admit(setting: Setting, bundles: Mapping[str, tuple[str, int | None]]) -> No
         approval.write_text(
             f'job = "{job}"\nsites = {json.dumps(list(SITES))}\nnote = "reviewed by two members"\n'
             f"expires = {format_time(now() + timedelta(days=APPROVAL_DAYS))}\n"
-            + ("" if bits is None else f"budget = {{ bits = {bits} }}\n")
+            f"budget = {{ bits = {bits} }}\n"
         )
         words += ["--put", f"code/{digest}.json={approval}"]
     proposal = setting.shared / "places.json"

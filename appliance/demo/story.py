@@ -140,7 +140,8 @@ def _tell(setting: Setting, processes: Processes, display: Display) -> Report:
         bundle = make_bundle(recipe.folder, recipe.settings)
         endless, endless_model = endless_job()
         bits = capacity(bundle).job
-        admit(setting, {bundle.digest: (recipe.name, bits), endless.digest: (endless.settings.name, None)})
+        endless_bits = capacity(endless).job
+        admit(setting, {bundle.digest: (recipe.name, bits), endless.digest: (endless.settings.name, endless_bits)})
         step.detail = f"{len(GUESTS)} guests, bundle {bundle.digest[:12]} with {bits} bits for each member"
     with display.step("Every host gets a signed kit") as step:
         kits = deliver(setting)

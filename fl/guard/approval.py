@@ -4,7 +4,7 @@ The rules, all of which are checked and every broken one told:
 - the job record is signed by a user whom the charter lets submit, about this charter, and not older than MAX_AGE;
 - it names this server; a site is on its roster; every site on the roster is enrolled, every recipient may download;
 - the bundle has the record's digest, the charter's `code` role approves that digest for this job's name and all the
-  roster's sites, and the approval has not expired;
+  roster's sites, bounds what its jobs may let out, and has not expired;
 - rounds and the least number of sites are those of the approved bundle;
 - the charter's further demands (`policies/admission.rego`, if it has any) are met.
 """
@@ -128,6 +128,8 @@ def _bundle_reasons(record: JobRecord, bundle: Bundle, charter: Charter, at: dat
         yield f"the bundle is approved for the job {approval.job}, not {settings.name}"
     if approval.expires <= at:
         yield f"the bundle's approval expired at {approval.expires:%Y-%m-%dT%H:%M:%SZ}"
+    if approval.budget is None or approval.budget.bits is None:
+        yield "the bundle's approval does not bound what its jobs may let out, in bits (seal charter approve --jobs)"
     outside = sorted(set(record.roster) - set(approval.sites))
     if outside:
         yield f"the bundle is not approved for {', '.join(outside)}"

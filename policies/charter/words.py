@@ -242,8 +242,8 @@ def _describe(document: Document) -> str:
                 f"the approval of a bundle for job {document.job} at {listed(document.sites)} "
                 f"until {format_time(document.expires)}"
                 + (
-                    ""
-                    if document.budget is None
+                    ", without an export budget in bits, so that no site runs it"
+                    if document.budget is None or document.budget.bits is None
                     else f", letting out {_allowed(document.budget)} of each member's sites"
                 )
                 + (f" ({document.note})" if document.note else "")

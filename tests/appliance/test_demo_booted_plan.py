@@ -29,7 +29,7 @@ def test_booted_guests_reach_brokers_and_server_by_their_host_s_own_address(tmp_
     (tmp_path / "demo").mkdir()
     setting = new_setting(tmp_path / "demo", tmp_path / "image")
     found_consortium(setting)
-    admit(setting, {"ab" * 32: ("trial", None)})
+    admit(setting, {"ab" * 32: ("trial", 1 << 40)})
     deliver(setting)
     for guest in GUESTS:
         kit = open_signed_kit(setting.guest_kit(guest), trust=setting.first_root)

@@ -41,6 +41,7 @@ from fl.transport.memory import SealedMemory
 from policies.charter import Changes, Charter, amend, found, load_charter
 from policies.charter.proposal import files_of
 from policies.documents import (
+    Allowance,
     BrokerAddress,
     BrokerEntry,
     BundleApproval,
@@ -148,9 +149,23 @@ class FederationWorld:
         self.store = amend(self.store, changes, self.member_keys.values(), [self.broker_key], now())
         self._charter = None
 
-    def approve(self, bundle: Bundle, sites: tuple[str, ...] = SITES, *, days: int = 1, job: str | None = None) -> None:
+    def approve(
+        self,
+        bundle: Bundle,
+        sites: tuple[str, ...] = SITES,
+        *,
+        days: int = 1,
+        job: str | None = None,
+        bits: int | None = 1 << 50,
+    ) -> None:
         expires = now() + timedelta(days=days)
-        approval = BundleApproval(bundle=bundle.digest, job=job or bundle.settings.name, sites=sites, expires=expires)
+        approval = BundleApproval(
+            bundle=bundle.digest,
+            job=job or bundle.settings.name,
+            sites=sites,
+            expires=expires,
+            budget=Allowance(bits=bits),
+        )
         self.change(Changes(put=files_of([approval])))
 
     def record(self, kind: str, document: Mapping[str, Any]) -> str:

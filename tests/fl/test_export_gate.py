@@ -40,6 +40,7 @@ from policies.documents import Allowance, BundleApproval, ExportBudget
 from policies.errors import Refused
 
 SITE = SITES[0]
+FREE = Allowance(bits=1 << 52)
 ELEMENTS = 8
 PRELUDE = """
 import array, ctypes, fcntl, json, os, socket, struct, sys, time
@@ -148,7 +149,7 @@ class Gate:
 
     def approve(self, bundle: Bundle, budget: Allowance | None = None) -> None:
         expires = now().replace(year=now().year + 1)
-        approval = BundleApproval(bundle=bundle.digest, job="leak", sites=SITES, expires=expires, budget=budget)
+        approval = BundleApproval(bundle=bundle.digest, job="leak", sites=SITES, expires=expires, budget=budget or FREE)
         self.world.change(Changes(put=files_of([approval])))
 
     def record(self, kind: str, document: Mapping[str, Any]) -> str:

@@ -490,6 +490,7 @@ def test_another_first_model_than_the_records_fails_the_job(
         ({"approved_for": ("cygnus-bio",)}, "not approved for borealis-hospital"),
         ({"approved_days": -1}, "approval expired"),
         ({"approved_job": "another"}, "approved for the job another"),
+        ({"approved_bits": None, "approved_for": SITES}, "does not bound what its jobs may let out"),
         ({"roster": ("cygnus-bio",), "approved_for": SITES}, None),
         ({"charter": "0" * 64, "approved_for": SITES}, "another charter"),
         ({"rounds": 9, "approved_for": SITES}, "not the bundle's"),
@@ -510,9 +511,9 @@ def test_a_site_approves_for_itself_whatever_the_server_says(
     bundle, model = make_job(tmp_path, script, num_rounds=1, min_clients=1)
     changes = dict(changes)
     sites, days = changes.pop("approved_for", None), changes.pop("approved_days", 1)
-    name = changes.pop("approved_job", bundle.settings.name)
+    name, bits = changes.pop("approved_job", bundle.settings.name), changes.pop("approved_bits", 1 << 50)
     if sites is not None or days != 1 or name != bundle.settings.name:
-        world.approve(bundle, sites or SITES, days=days, job=name)
+        world.approve(bundle, sites or SITES, days=days, job=name, bits=bits)
     record, token, sealed = craft(world, bundle, model, **changes)
     world.told.clear()
     with model, world.site(server, SITES[0]), world.client(server) as client:

@@ -87,7 +87,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory, job_folder: Path) -> Itera
     (scratch / "consortium").mkdir()
     made = new_setting(scratch / "consortium")
     found_consortium(made)
-    admit(made, {bundle.digest: ("plus", None)})
+    admit(made, {bundle.digest: ("plus", 1 << 40)})
     deliver(made)
     seal_site_data(made, dict(zip(SITES, (b"1.0", b"3.0"), strict=True)))
     processes = Processes(made.folder / "logs")

@@ -34,7 +34,7 @@ from fl.transport.channel import connect
 from fl.transport.frames import Lease, Train, pack
 from policies.charter.making import Changes
 from policies.charter.proposal import files_of
-from policies.documents import BrokerAddress, BundleApproval, ServerAddress
+from policies.documents import Allowance, BrokerAddress, BundleApproval, ServerAddress
 from policies.errors import Refused
 
 NAMES = ("one", "two", "three")
@@ -196,7 +196,13 @@ def run_job(
     """Run a job of one-second rounds; the model's values and the events."""
     bundle, model = make_job(folder, f"# {name}\n{SLOW}", name=name, num_rounds=rounds, round_seconds=60)
     expires = trial.world.charter().expires + timedelta(days=1)
-    approval = BundleApproval(bundle=bundle.digest, job=name, sites=SITES, expires=expires.replace(microsecond=0))
+    approval = BundleApproval(
+        bundle=bundle.digest,
+        job=name,
+        sites=SITES,
+        expires=expires.replace(microsecond=0),
+        budget=Allowance(bits=1 << 50),
+    )
     trial.world.change(Changes(put=files_of([approval])))
     version = trial.world.charter().version
     assert wait_until(lambda: all(guest.lease.charter().version >= version for guest in guests), 30)
