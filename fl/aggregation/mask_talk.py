@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attestation.canonical import b64, unb64
 from fl.aggregation.fixed_point import PIECE, FixedPoint, Numbers, Vector, check_unit, read_tail, tail_of
-from fl.aggregation.masking import Masks, Participant, Round, majority
+from fl.aggregation.masking import Keys, Masks, Participant, Round, majority
 from fl.aggregation.weighted_mean import as_dtype
 from fl.errors import MaskingRefused, OutputRefused
 from fl.jobs.settings import MASKED, MASKED_TAIL, JobSettings, SecureAggregation
@@ -142,14 +142,23 @@ def context_of(notary: Notary, round_: int) -> bytes:
     return hashlib.sha256(notary.job + round_.to_bytes(8, "big")).digest()
 
 
-def round_of(
-    notary: Notary,
-    introductions: Mapping[str, str],
-    round_: int,
-    secure: SecureAggregation,
-    unit: float | None = None,
-) -> Round:
-    """The round that follows from the sites' introductions. Raises MaskingRefused, and what the notary raises.
+def keys_in(notary: Notary, site: str, token: str, round_: int) -> tuple[bytes, bytes]:
+    """The keys that a site introduces itself with in a round. Raises MaskingRefused, and what the notary raises."""
+    if site not in notary.sites():
+        raise MaskingRefused(f"{site} is not on the job's roster")
+    payload = notary.introduced(site, token)
+    cipher, mask = payload.get("cipher"), payload.get("mask")
+    wanted = {"cipher": cipher, "context": context_of(notary, round_).hex(), "mask": mask, "site": site}
+    if payload != wanted or not isinstance(cipher, str) or not isinstance(mask, str):
+        raise MaskingRefused(f"the keys of {site} are not for this round")
+    pair = unb64(cipher, where=site), unb64(mask, where=site)
+    if any(len(one) != 32 for one in pair):
+        raise MaskingRefused(f"the keys of {site} have another size")
+    return pair
+
+
+def round_of(notary: Notary, keys: Keys, round_: int, secure: SecureAggregation, unit: float | None = None) -> Round:
+    """The round that follows from the sites' keys. Raises MaskingRefused.
 
     The threshold counts the members of the whole roster, so that a server gains nothing by leaving some out.
     """
@@ -157,22 +166,8 @@ def round_of(
     if secure.bits == 64 and unit is not None:
         raise MaskingRefused("the job asks for numbers of 64 bits in every round")
     roster = notary.sites()
-    context = context_of(notary, round_)
-    keys: dict[str, tuple[bytes, bytes]] = {}
-    for site, token in introductions.items():
-        if site not in roster:
-            raise MaskingRefused(f"{site} is not on the job's roster")
-        payload = notary.introduced(site, token)
-        cipher, mask = payload.get("cipher"), payload.get("mask")
-        wanted = {"cipher": cipher, "context": context.hex(), "mask": mask, "site": site}
-        if payload != wanted or not isinstance(cipher, str) or not isinstance(mask, str):
-            raise MaskingRefused(f"the keys of {site} are not for this round")
-        pair = unb64(cipher, where=site), unb64(mask, where=site)
-        if any(len(one) != 32 for one in pair):
-            raise MaskingRefused(f"the keys of {site} have another size")
-        keys[site] = pair
     threshold = secure.min_members or majority(len(set(roster.values())))
-    return Round(context, keys, {site: roster[site] for site in keys}, threshold, unit)
+    return Round(context_of(notary, round_), keys, {site: roster[site] for site in keys}, threshold, unit)
 
 
 def fixed_point(round_: Round, secure: SecureAggregation) -> FixedPoint:
@@ -297,7 +292,8 @@ class MaskingSite:
     def _answer(self, participant: Participant, round_: int, step: Step, body: str) -> str:
         if step == "shares":
             said: Introduced = _read(Introduced, body)
-            self._round = round_of(self._notary, said.texts, round_, self._secure, said.unit)
+            keys = {site: keys_in(self._notary, site, token, round_) for site, token in said.texts.items()}
+            self._round = round_of(self._notary, keys, round_, self._secure, said.unit)
             shares = participant.share(self._round)
             return bag({other: b64(share) for other, share in shares.items()})
         if step == "dealt":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -16,12 +16,13 @@ from fl.aggregation.mask_talk import (
     decode_sum,
     fixed_point,
     introduced,
+    keys_in,
     named,
     read_bag,
     read_revealed,
     round_of,
 )
-from fl.aggregation.masking import MaskedSum
+from fl.aggregation.masking import MaskedSum, Round
 from fl.errors import MaskingRefused
 from fl.jobs.settings import MASKED, MASKED_TAIL, JobSettings, SecureAggregation
 from fl.recipes.rounds import Rounds
@@ -64,16 +65,15 @@ class _Leader:
         """One round: the next model, and the mean metrics."""
         sites, unit = self._sites, self._unit
         introductions = self._introduced(number)
-        round_ = round_of(self._notary, introductions, number, self._secure, unit)
         sites.schema = self._settings.schema_of_masked(64 if unit is None else 32)
-        kinds = [sites.schema[name] for name in (MASKED, MASKED_TAIL)]
-        total = MaskedSum(round_, [np.zeros(kind.elements, dtype=NUMPY_DTYPE[kind.dtype]) for kind in kinds])
+        begun: list[tuple[Round, MaskedSum]] = []
         task = Task(number, self._settings.num_rounds, model)
         # Keys and shares are exchanged while the sites train.
-        exchange = partial(self._exchange, number, introduced(introductions, unit), introductions, total)
+        exchange = partial(self._exchange, number, introductions, begun.append)
         for update in sites.train(task, among=introductions, meanwhile=exchange):
-            total.fold(update.site, [update.tensors.array(name) for name in (MASKED, MASKED_TAIL)])
+            begun[0][1].fold(update.site, [update.tensors.array(name) for name in (MASKED, MASKED_TAIL)])
             update.close()
+        round_, total = begun[0]
         survivors = total.survivors
         confirmed = sites.ask(number, "survivors", dict.fromkeys(survivors, named(survivors)))
         wanted = confirmation(round_, survivors)
@@ -93,35 +93,42 @@ class _Leader:
             self._unit = next_unit(weights, len(survivors))
         return following, metrics
 
-    def _exchange(self, number: int, message: str, names: Collection[str], total: MaskedSum) -> None:
-        """Pass the shares on. Who deals none is out of the job."""
-        answers = self._sites.ask(number, "shares", dict.fromkeys(names, message))
+    def _introduced(self, number: int) -> dict[str, str]:
+        """The sites that can take part, with their introductions, which nobody has looked at yet."""
+        ahead, self._introductions = self._introductions, {}
+        present = self._sites.sites
+        found = {site: token for site, token in ahead.items() if site in present}
+        asked = {site: "" for site in present if site not in found}
+        return {**found, **(self._sites.ask(number, "keys", asked) if asked else {})}
+
+    def _exchange(
+        self, number: int, introductions: dict[str, str], begin: Callable[[tuple[Round, MaskedSum]], None]
+    ) -> None:
+        """Check the introductions, pass them on, then the shares. Who answers amiss is out of the job."""
+        keys: dict[str, tuple[bytes, bytes]] = {}
+        for site in list(introductions):
+            try:
+                keys[site] = self._keys_of(site, introductions, number)
+            except SealwrightError as error:
+                del introductions[site]
+                self._sites.lose(site, error.what, kind="refused")
+        round_ = round_of(self._notary, keys, number, self._secure, self._unit)
+        kinds = [self._sites.schema[name] for name in (MASKED, MASKED_TAIL)]
+        total = MaskedSum(round_, [np.zeros(kind.elements, dtype=NUMPY_DTYPE[kind.dtype]) for kind in kinds])
+        begin((round_, total))
+        message = introduced(introductions, self._unit)
+        answers = self._sites.ask(number, "shares", dict.fromkeys(introductions, message))
         shares = total.shares_for({site: _decoded(site, read_bag(body)) for site, body in answers.items()})
         bodies = {site: bag({other: b64(share) for other, share in own.items()}) for site, own in shares.items()}
         self._sites.ask(number, "dealt", bodies)
 
-    def _introduced(self, number: int) -> dict[str, str]:
-        """The sites that introduce themselves well; others are out of the job."""
-        ahead, self._introductions = self._introductions, {}
-        present = self._sites.sites
-        found = {  # of those whose leases have not ended since
-            site: token for site, token in ahead.items() if site in present and self._why_not(site, token) is None
-        }
-        asked = {site: "" for site in present if site not in found}
-        for site, token in (self._sites.ask(number, "keys", asked) if asked else {}).items():
-            why = self._why_not(site, token)
-            if why is None:
-                found[site] = token
-            else:
-                self._sites.lose(site, why, kind="refused")
-        return found
-
-    def _why_not(self, site: str, token: str) -> str | None:
+    def _keys_of(self, site: str, introductions: dict[str, str], number: int) -> tuple[bytes, bytes]:
+        """A site's keys. Of an introduction that came ahead the lease may have ended since: then it sends another."""
         try:
-            self._notary.introduced(site, token)
-        except SealwrightError as error:
-            return error.what
-        return None
+            return keys_in(self._notary, site, introductions[site], number)
+        except SealwrightError:
+            introductions.update(self._sites.ask(number, "keys", {site: ""}))
+            return keys_in(self._notary, site, introductions[site], number)
 
 
 def _decoded(site: str, texts: Mapping[str, str]) -> dict[str, bytes]:
