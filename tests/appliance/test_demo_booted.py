@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from appliance.demo.job import split_patients
 from appliance.demo.setting import BOOTED_BROKER_PORT, BOOTED_SERVER_PORT, BROKERS, GUESTS
 from cvm_image.build.errors import BuildFailed, MissingInput, UnusableHost
 from cvm_image.build.image import build_image
@@ -102,3 +103,17 @@ def test_consoles_show_boots_from_verified_roots_and_no_patient(told: tuple[Path
         assert "is open" in console
         assert '"event": "released"' in console
         assert "mean radius" not in console
+
+
+def test_when_all_are_off_the_model_and_the_patients_lie_nowhere_in_clear(told: tuple[Path, dict[str, Any]]) -> None:
+    """Nor in what the hosts gave QEMU: every file is searched for a stretch of the result and of each site's data."""
+    folder, _ = told
+    wanted = {"model": next((folder / "result").rglob("model.safetensors")).read_bytes()[-400:-300]}
+    wanted |= {site: content[-2000:-1900] for site, content in split_patients().items()}
+    holders: dict[str, set[str]] = {name: set() for name in wanted}
+    for path in folder.rglob("*"):
+        raw = path.read_bytes() if path.is_file() else b""
+        for name, stretch in wanted.items():
+            if stretch in raw:
+                holders[name].add(path.relative_to(folder).parts[0])
+    assert holders == {name: {"result"} if name == "model" else set() for name in wanted}

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.long
 PROBE = Path(__file__).resolve().parent / "probe"
 KEY = hashlib.sha256(b"the key of a test").digest()
 MARK = b"Jane Roe, born 1970-01-01"
+WEIGHTS = struct.pack("<20f", *(1 / (3 + number) for number in range(20)))
+"""How the weights begin that the guest keeps in its vault."""
 LATE = b"".join(hashlib.sha256(b"%d" % number).digest() for number in range(512))
 """What the file that is read last holds: it does not compress, so that its bytes stand in the root as they are."""
 OTHER_INIT_DATA = """
@@ -199,7 +202,7 @@ def test_init_data_that_host_data_do_not_bind_get_no_key(
 # --- the vault --------------------------------------------------------------------------------------------------------
 
 
-def test_no_file_of_the_host_s_holds_a_record_or_a_key_in_clear(consortium: Consortium, lived: Path) -> None:
+def test_no_file_of_the_host_s_holds_a_record_a_weight_or_a_key_in_clear(consortium: Consortium, lived: Path) -> None:
     """Disks, run folders, consoles: all that a host keeps when the guest is off."""
     digest = hashlib.sha256(KEY).hexdigest().encode()
     own = [consortium.folder / name for name in ("model.key", "kits")]
@@ -209,6 +212,7 @@ def test_no_file_of_the_host_s_holds_a_record_or_a_key_in_clear(consortium: Cons
             continue
         raw = path.read_bytes()
         assert MARK not in raw, path
+        assert WEIGHTS not in raw, path
         assert KEY not in raw, path
         seen += digest in raw
     assert seen >= 1, "the consoles, in which the key's digest stands, were not among what was searched"
