@@ -150,31 +150,32 @@ def _answers() -> list[tuple[Message, dict[str, Any]]]:
     task = {**PLAIN, "task": TASK}
     found: list[tuple[Message, dict[str, Any]]] = [("job", job), ("task", task)]
     found += [("job", {**PLAIN, **change}) for change in ({}, {"status": "NO_JOB", "retry_seconds": 60.5})]
-    found += [("selection", {**PLAIN, "versions": versions}) for versions in ([], [1, 2], [2**31], ["1"], [1.5], None)]
-    bad_plain: tuple[dict[str, Any], ...] = (
-        *({"status": other} for other in ("", "ok", 1, None, "GONE")),
-        *({"message": other} for other in ("x" * 500, "x" * 501, 3, None)),
-        *({"retry_seconds": other} for other in (86400, 86401, -1, "1", True)),
-        {"more": 1},
-    )
-    found += [("result", {**PLAIN, **change}) for change in bad_plain]
-    bad_job: tuple[dict[str, Any], ...] = (
-        *({"job": other} for other in ("", "a/b", "-a", None, 1, "x" * 129)),
-        *({"name": other} for other in ("", "x" * 129, None)),
-        *({"config": other} for other in ([], "x", None, {"a": None})),
-    )
-    found += [("job", {**job, **change}) for change in bad_job]
-    bad_task: tuple[dict[str, Any], ...] = (
-        *({"version": other} for other in (0, -1, 2**31, 1.5, "1", True)),
-        *({"digest": other} for other in ("4D" * 32, "4d" * 31, 1)),
-        *({"format": other} for other in ("torch", "")),
-        *({"cookie": other} for other in ("", "a" * 257, "g")),
-        *({"graph": {**BLOB, "size": other}} for other in (0, 1 << 40, 1.5, "1")),
-        {"graph": {**BLOB, "more": 1}},
-        {"graph": {"id": "1a" * 32}},
-        {"more": 1},
-    )
-    found += [("task", {**PLAIN, "task": {**TASK, **change}}) for change in bad_task]
+    versions: tuple[Any, ...] = ([], [1, 2], [2**31], ["1"], [1.5], None)
+    found += [("selection", {**PLAIN, "versions": one}) for one in versions]
+    plain: dict[str, tuple[Any, ...]] = {
+        "status": ("", "ok", 1, None, "GONE"),
+        "message": ("x" * 500, "x" * 501, 3, None),
+        "retry_seconds": (86400, 86401, -1, "1", True),
+        "more": (1,),
+    }
+    found += [("result", {**PLAIN, name: value}) for name, values in plain.items() for value in values]
+    of_job: dict[str, tuple[Any, ...]] = {
+        "job": ("", "a/b", "-a", None, 1, "x" * 129),
+        "name": ("", "x" * 129, None),
+        "config": ([], "x", None, {"a": None}),
+    }
+    found += [("job", {**job, name: value}) for name, values in of_job.items() for value in values]
+    of_task: dict[str, tuple[Any, ...]] = {
+        "version": (0, -1, 2**31, 1.5, "1", True),
+        "digest": ("4D" * 32, "4d" * 31, 1),
+        "format": ("torch", ""),
+        "cookie": ("", "a" * 257, "g"),
+        "graph": (*({**BLOB, "size": size} for size in (0, 1 << 40, 1.5, "1")), {**BLOB, "more": 1}, {"id": "1a" * 32}),
+        "more": (1,),
+    }
+    found += [
+        ("task", {**PLAIN, "task": {**TASK, name: value}}) for name, values in of_task.items() for value in values
+    ]
     found += [("task", {**PLAIN, "task": None}), ("task", {"message": "", "retry_seconds": 0}), ("task", {})]
     return found
 
