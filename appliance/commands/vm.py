@@ -7,13 +7,16 @@ import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from appliance.commands import vm_boot, vm_data, vm_vault
 from appliance.output import print_json
 from attestation.evidence.report import Product
+
+if TYPE_CHECKING:
+    from cvm_image.hardware import HardwarePlan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Start a measured virtual machine.")
 
@@ -62,7 +65,7 @@ def launch(
         bool, typer.Option("--print-libvirt", help="Print libvirt's domain XML for SEV-SNP hardware; start nothing.")
     ] = False,
 ) -> None:
-    """Start a guest on a virtual chip, show what it prints, and end with its exit status."""
+    """Start a guest on SEV-SNP hardware or a virtual chip, show what it prints, and end with its exit status."""
     from attestation.virtual.__main__ import parse_disks
     from attestation.virtual.launch import read_init_data
     from policies.kits import is_kit
@@ -74,13 +77,12 @@ def launch(
     raw, disks = read_init_data(init_data), parse_disks(disk or [])
     if role is not None:
         _check_role(raw, role, init_data)
-    if print_qemu or print_libvirt:
+    if print_qemu or print_libvirt or (chip is None and _is_for_hardware(image)):
         from cvm_image.hardware import Shape, plan_hardware
 
         shape = Shape(vcpu_model, vcpus, memory, tuple(_forward(word) for word in forward or ()), tuple(gpu or ()))
         plan = plan_hardware(image, raw, run or image.with_name(f"{image.name}.run"), shape, disks)
-        typer.echo(plan.domain() if print_libvirt else shlex.join(plan.command()), nl=print_qemu)
-        return
+        raise typer.Exit(_launch_hardware(plan, print_qemu=print_qemu, print_libvirt=print_libvirt))
     if vendor is None or chip is None:
         raise typer.BadParameter("a guest on the virtual platform needs --vendor and --chip")
     settings = {"vcpu_model": vcpu_model, "vcpus": vcpus, "policy": _number(policy, "--policy"), "id_block": id_block}
@@ -94,9 +96,17 @@ def _launch_kit(folder: Path, role: str | None, gpus: tuple[str, ...], *, print_
     start = guest_start(folder)
     if role is not None:
         _check_role(start.init_data, role, folder)
-    if not (print_qemu or print_libvirt):
+    if start.kit.manifest.platform == "virtual" and not (print_qemu or print_libvirt):
         return launch_virtual_guest(start)
-    plan = hardware_plan(start, gpus)
+    return _launch_hardware(hardware_plan(start, gpus), print_qemu=print_qemu, print_libvirt=print_libvirt)
+
+
+def _launch_hardware(plan: HardwarePlan, *, print_qemu: bool, print_libvirt: bool) -> int:
+    """Print how the guest is started, or start it."""
+    from appliance.hardware_guest import run_hardware_guest
+
+    if not (print_qemu or print_libvirt):
+        return run_hardware_guest(plan)
     typer.echo(plan.domain() if print_libvirt else shlex.join(plan.command()), nl=print_qemu)
     return 0
 
@@ -192,13 +202,19 @@ def _check_role(raw: bytes, role: str, path: Path) -> None:
         )
 
 
-def _refuse_hardware_image(image: Path) -> None:
-    """A hardware image would start here and then find no processor: say so at once, where there is a manifest."""
-    from attestation.errors import PlatformUnusable
+def _is_for_hardware(image: Path) -> bool:
+    """Whether the image's manifest says so; one without a manifest is no hardware image."""
     from cvm_image.manifest import MANIFEST
     from cvm_image.verify import load_image
 
-    if (image / MANIFEST).is_file() and load_image(image).platform != "virtual":
+    return (image / MANIFEST).is_file() and load_image(image).platform == "hardware"
+
+
+def _refuse_hardware_image(image: Path) -> None:
+    """A hardware image would start here and then find no processor: say so at once, where there is a manifest."""
+    from attestation.errors import PlatformUnusable
+
+    if _is_for_hardware(image):
         raise PlatformUnusable(
             "this image was built for hardware and holds no code for the virtual platform",
             where=str(image),

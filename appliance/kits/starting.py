@@ -94,7 +94,7 @@ def guest_start(folder: Path, *, trust: bytes | None = None) -> GuestStart:
         raise Unusable(
             f"the disk is missing: {', '.join(missing)}",
             where=str(folder),
-            do="Make it with `seal site seal`, or, for a vault, `seal vm vault`.",
+            do="Make it with `seal site seal`, `seal vm vault` or `seal vm data`.",
         )
     return start
 
@@ -136,7 +136,7 @@ def launch_virtual_guest(start: GuestStart) -> int:
         raise Unusable(
             "this kit is for SEV-SNP hardware",
             where=str(start.folder),
-            do="Give --print-qemu or --print-libvirt, and start what is printed.",
+            do="Start it by `seal vm launch` on such a host.",
         )
     chip = load_chip(start.chip)
     settings, files = start.settings, read_measured(start.image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from virtual_guests import ATTEST, KEYS, World, flip, make_image
 
+from appliance import hardware_guest
 from appliance.cli import main
 from policies.keys import public_pem
 
@@ -161,9 +163,6 @@ def test_a_hardware_launch_is_printed_for_qemu_and_libvirt(capsys: pytest.Captur
         status, _, err = seal(capsys, *words[:-1], wrong, "--print-qemu")
         assert status == 2
         assert "names no two ports" in err
-    status, _, err = seal(capsys, *words)
-    assert status == 2
-    assert "needs --vendor and --chip" in err
 
 
 def test_a_hardware_image_and_a_wrong_role_are_refused_before_the_start(
@@ -184,3 +183,39 @@ def test_a_hardware_image_and_a_wrong_role_are_refused_before_the_start(
     status, _, err = seal(capsys, "vm", "launch", image, *common, "--role", "site", "--run", tmp_path / "run")
     assert status == 1, err
     assert "for the role 'server', not 'site'" in err
+
+
+QEMU = """
+import sys
+line = sys.argv[1:]
+assert line[line.index("-accel") + 1] == "kvm"
+assert any(word.startswith("sev-snp-guest") for word in line)
+serial = line[line.index("-serial") + 1].removeprefix("file:")
+with open(serial, "w") as console:
+    console.write("sealwright: first program of the verified root\\n")
+sys.exit(%s)
+"""
+
+
+def test_a_hardware_image_is_started_where_there_is_such_hardware(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program stands in QEMU's place, as there is no such machine here: it is given the plan, and its end is told."""
+    make_image(tmp_path / "image", platform="hardware")
+    (tmp_path / "init.toml").write_text("version = 1\n")
+    words = ("vm", "launch", tmp_path / "image", "--init-data", tmp_path / "init.toml", "--run", tmp_path / "run")
+    monkeypatch.setattr(hardware_guest, "SEV", tmp_path / "sev")
+    status, _, err = seal(capsys, *words)
+    assert status == 2
+    assert "no secure processor" in err
+    (tmp_path / "sev").touch()
+    qemu = tmp_path / "bin/qemu-system-x86_64"
+    qemu.parent.mkdir()
+    monkeypatch.setenv("PATH", str(qemu.parent), prepend=os.pathsep)
+    for end, expected, told in (("0", 0, ""), ("'sev-snp-guest: SNP_LAUNCH_FINISH'", 1, "SNP_LAUNCH_FINISH")):
+        qemu.write_text(f"#!{sys.executable}\n{QEMU % end}")
+        qemu.chmod(0o755)
+        status, out, err = seal(capsys, *words)
+        assert status == expected
+        assert "first program of the verified root" in out
+        assert told in err
