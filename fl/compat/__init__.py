@@ -26,10 +26,16 @@ class NotSupported(ImportError):
 
 
 def missing(module: str, name: str) -> NoReturn:
-    """What a stand-in's `__getattr__` does with a name that it does not have."""
-    if name.startswith("__"):
+    """What a stand-in's `__getattr__` does with a name that it does not have; a module's is imported instead."""
+    if name.startswith("__") or _is_module(module, name):
         raise AttributeError(name)
     raise NotSupported(f"{module.removeprefix(__name__ + '.')}.{name}")
+
+
+def _is_module(package: str, name: str) -> bool:
+    if "." in name or not hasattr(sys.modules.get(package), "__path__"):
+        return False
+    return importlib.util.find_spec(f"{package}.{name}") is not None
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from federation_world import SITES, FederationWorld, found_federation
 from safetensors.numpy import load_file
@@ -220,6 +221,91 @@ def test_its_bundle_runs_in_real_sandboxes(world: FederationWorld, server: str, 
     assert load_file(result / "model.safetensors")["numpy_key"].tolist() == [[4, 5, 6], [7, 8, 9], [10, 11, 12]]
 
 
+LR_CLIENT = """
+import argparse
+
+import numpy as np
+
+from nvflare import client as flare
+from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.np.constants import NPConstants
+from nvflare.client.tracking import SummaryWriter
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--data_root")
+root = parser.parse_args().data_root
+flare.init()
+table = np.load(f"{root}/{flare.get_site_name()}.npy")
+design, labels = np.column_stack([np.ones(len(table)), table[:, :-1]]), table[:, -1:]
+writer = SummaryWriter()
+while flare.is_running():
+    received = flare.receive()
+    theta = received.params[NPConstants.NUMPY_KEY]
+    p = 1 / (1 + np.exp(-design @ theta))
+    writer.add_scalar("accuracy", float(((p > 0.5) == labels).mean()), received.current_round)
+    hessian = (design.T * (p * (1 - p))[:, 0]) @ design
+    answer = FLModel(params={"gradient": design.T @ (labels - p), "hessian": hessian}, params_type=ParamsType.FULL)
+    answer.meta[FLMetaKey.NUM_STEPS_CURRENT_ROUND] = len(table)
+    flare.send(answer)
+"""
+LR_JOB = """
+import sys
+
+from nvflare.app_common.np.recipes.lr.fedavg import FedAvgLrRecipe
+from nvflare.client.config import ExchangeFormat, TransferType
+from nvflare.recipe import SimEnv
+
+assert TransferType.DIFF == "DIFF" and ExchangeFormat.NUMPY == "numpy"
+recipe = FedAvgLrRecipe(
+    num_rounds=8,
+    damping_factor=1.0,
+    num_features=3,
+    train_script="client.py",
+    train_args=f"--data_root {sys.argv[1]}",
+)
+print(recipe.execute(SimEnv(num_clients=2, num_threads=2, workspace_root="runs")).get_result())
+"""
+
+
+def test_a_job_of_newton_s_method_runs_without_a_change(tmp_path: Path) -> None:
+    """Two sites of unequal size: the weights are those of the pooled records, to the last digits of a solver."""
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels = load_breast_cancer(return_X_y=True)
+    features = features[:, [1, 4, 8]]
+    features = (features - features.mean(0)) / features.std(0)
+    table = np.column_stack([features, labels])
+    np.save(tmp_path / "site-1.npy", table[:120])
+    np.save(tmp_path / "site-2.npy", table[120:])
+    (tmp_path / "client.py").write_text(LR_CLIENT)
+    (tmp_path / "job.py").write_text(LR_JOB)
+    done = seal(tmp_path, "run", "--compat", "nvflare", "job.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    pooled = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000).fit(features, labels)
+    found = load_file(only_run(tmp_path) / "model.safetensors")["weights"]
+    assert np.allclose(found, [*pooled.coef_[0], pooled.intercept_[0]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("module", ["hf", "lightning"])
+def test_a_trainer_s_client_api_is_the_same_with_patch(module: str) -> None:
+    import importlib
+
+    from fl.compat.nvflare import client
+    from fl.errors import RecipeUnusable
+
+    found = importlib.import_module(f"fl.compat.nvflare.client.{module}")
+    for name in client.__all__:
+        assert getattr(found, name) is getattr(client, name)
+    with pytest.raises(NotSupported, match=rf"nvflare\.client\.{module}\.patch\(params_scope="):
+        found.patch(object(), params_scope="adapter")
+    with pytest.raises(RecipeUnusable, match=r"no .* Trainer"):
+        found.patch(object(), local_epochs=None)
+    with pytest.raises(NotSupported, match=r"nvflare\.client\.get_config"):
+        _ = found.get_config
+
+
 @pytest.mark.parametrize(
     ("line", "name"),
     [
@@ -227,6 +313,15 @@ def test_its_bundle_runs_in_real_sandboxes(world: FederationWorld, server: str, 
         ("from nvflare.recipe import add_final_global_evaluation", "nvflare.recipe.add_final_global_evaluation"),
         ("import nvflare.client as flare; flare.get_config()", "nvflare.client.get_config"),
         ("from nvflare import FedJob", "nvflare.FedJob"),
+        ("from nvflare.apis.fl_constant import FLMetaKey; FLMetaKey.SITE_NAME", "FLMetaKey.SITE_NAME"),
+        ("from nvflare.apis.fl_constant import ReturnCode", "nvflare.apis.fl_constant.ReturnCode"),
+        ("from nvflare.app_common.logging.job_log_receiver import JobLogReceiver", "nvflare.app_common.logging"),
+        ("from nvflare.recipe.fedstats import FedStatsRecipe", "nvflare.recipe.fedstats"),
+        ("from nvflare.app_opt.flower.recipe import FlowerRecipe", "nvflare.app_opt.flower"),
+        (
+            "from nvflare.app_common.np.recipes.lr import FedAvgLrRecipe as R; R(num_features=1, initial_ckpt='x.npy')",
+            "nvflare FedAvgLrRecipe(initial_ckpt=...)",
+        ),
         (
             "from nvflare.recipe import SimEnv; SimEnv(num_clients=2, extra={'x': 1})",
             "nvflare SimEnv(extra=...)",

@@ -9,9 +9,9 @@ from typing import Any, Final
 import numpy as np
 
 from fl.compat import NotSupported, bundled
+from fl.compat.nvflare.names import NUMPY_KEY
 from fl.recipes.recipe import Recipe
 
-NUMPY_KEY: Final = "numpy_key"
 TAKEN: Final = frozenset(
     {
         "initial_ckpt", "min_clients", "num_rounds", "train_script", "train_args", "per_site_config", "key_metric",
@@ -40,7 +40,7 @@ def ours(recipe: str, given: Mapping[str, Any], *, default: str) -> dict[str, An
         elif name == "params_transfer_type":
             found["params_type"] = "DIFF" if str(getattr(value, "value", value)).upper() == "DIFF" else "FULL"
         elif name in TAKEN:
-            found[name] = value
+            found[name] = None if name == "key_metric" and value == "" else value
         elif name not in WITHOUT_EFFECT | {"name"} and value is not None:
             raise NotSupported(f"nvflare {recipe}({name}=...)")
     return found

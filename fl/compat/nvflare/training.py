@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fl.compat import NotSupported
 from fl.compat.nvflare.arguments import adapt, ours
-from fl.recipes import cyclic, evaluation, fedavg, fedopt, fedprox, scaffold
+from fl.recipes import cyclic, evaluation, fedavg, fedopt, fedprox, newton, scaffold
 
 OPTIMIZERS: Final = {"torch.optim.SGD": "sgd", "torch.optim.Adam": "adam"}
 
@@ -57,6 +57,23 @@ class CyclicRecipe(cyclic.CyclicRecipe):
     def __init__(self, *, min_clients: int = 2, **given: Any) -> None:
         """Raises NotSupported, RecipeUnusable."""
         super().__init__(min_clients=min_clients, **ours("CyclicRecipe", given, default="cyclic"))
+        adapt(self)
+
+
+class FedAvgLrRecipe(newton.FedAvgLrRecipe):
+    """Logistic regression by Newton's method; the result's `weights` have the intercept last."""
+
+    def __init__(
+        self, *, num_features: int, damping_factor: float = 0.8, min_clients: int = 2, num_rounds: int = 5, **given: Any
+    ) -> None:
+        """Raises NotSupported, RecipeUnusable."""
+        if given.get("initial_ckpt") is not None:
+            raise NotSupported("nvflare FedAvgLrRecipe(initial_ckpt=...)")
+        given = {**given, "min_clients": min_clients, "num_rounds": num_rounds}
+        arguments = ours(
+            "FedAvgLrRecipe", {name: value for name, value in given.items() if value is not None}, default="lr"
+        )
+        super().__init__(num_features=num_features, damping_factor=damping_factor, **arguments)
         adapt(self)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from fl import client
 from fl.client import get_job_id, get_site_name, is_evaluate, is_running, is_submit_model, is_train
 from fl.compat import missing
+from fl.compat.nvflare import newton_scripts
+from fl.compat.nvflare.names import NUMPY_KEY
 from fl.model import FLModel, ParamsType, Scalar
 
 __all__ = [
@@ -20,14 +22,24 @@ def init(rank: object = None, config_file: object = None) -> None:
     client.init()
 
 
+_weights: Any = None
+"""What a script of Newton's method received."""
+
+
 def receive(timeout: float | None = None, ctx: object = None) -> FLModel | None:
     """The task's model; the job's own bounds end the wait."""
-    return client.receive()
+    global _weights
+    model = client.receive()
+    if model is None:
+        return None
+    shown = newton_scripts.received(model)
+    _weights = None if shown is model else shown.params[NUMPY_KEY]
+    return shown
 
 
 def send(model: FLModel, clear_cache: bool = True, ctx: object = None) -> None:
     """Hand over the answer."""
-    client.send(model)
+    client.send(newton_scripts.answered(model, _weights))
 
 
 def system_info(ctx: object = None) -> dict[str, Scalar]:

@@ -1,33 +1,21 @@
-"""The client API with `patch` for a trainer: `import nvflare.client.hf as flare`."""
+"""The client API with `patch` for Hugging Face's trainer: `import nvflare.client.hf as flare`."""
 
 from __future__ import annotations
 
-from fl.compat import missing
-from fl.compat.nvflare.client import (
-    FLModel,
-    ParamsType,
-    clear,
-    get_job_id,
-    get_site_name,
-    get_task_name,
-    init,
-    is_evaluate,
-    is_running,
-    is_submit_model,
-    is_train,
-    log,
-    receive,
-    send,
-    shutdown,
-    system_info,
-)
-from fl.local.huggingface import patch
+from typing import Any
 
-__all__ = [
-    "FLModel", "ParamsType", "clear", "get_job_id", "get_site_name", "get_task_name", "init", "is_evaluate",
-    "is_running", "is_submit_model", "is_train", "log", "patch", "receive", "send", "shutdown", "system_info",
-]  # fmt: skip
+from fl.compat import NotSupported
+from fl.compat.nvflare import client
+from fl.local.huggingface import patch as _patch
 
 
-def __getattr__(name: str) -> object:
-    missing(__name__, name)
+def patch(trainer: Any, **more: Any) -> None:
+    """Have `trainer` take its models from the job and give its updates to it. Raises NotSupported, RecipeUnusable."""
+    for name, value in more.items():
+        if value is not None:
+            raise NotSupported(f"nvflare.client.hf.patch({name}=...)")
+    _patch(trainer)
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(client, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fl.compat import missing
-from fl.compat.nvflare.arguments import NUMPY_KEY as _KEY
+from fl.compat.nvflare.names import NUMPY_KEY as _KEY
 
 
 class NPConstants:
