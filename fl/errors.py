@@ -204,6 +204,13 @@ class SealedDataRefused(Refused):
         )
 
 
+class SpoolFailed(Refused):
+    """The spool's disk is full, cannot be used, or gives back something else than was written."""
+
+    def __init__(self, what: str, *, where: str) -> None:
+        super().__init__(what, where=where, do="Look at the disk of the server's vault; what was spooled is lost.")
+
+
 class StatementRefused(Refused):
     """A result whose statement does not hold: it may not be the job's."""
 

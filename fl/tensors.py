@@ -12,7 +12,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -69,32 +69,64 @@ Schema: TypeAlias = Mapping[str, TensorSpec]
 """What a model's tensors are called, and what each is."""
 
 
+class Source(Protocol):
+    """Bytes that lie elsewhere and are read when they are needed."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop`."""
+
+
 class TensorFile:
     """A parsed safetensors file over bytes that someone else keeps (often a mapping of a sealed memory file)."""
 
-    def __init__(self, raw: memoryview, schema: Schema, starts: Mapping[str, int], metadata: Mapping[str, str]) -> None:
-        self.raw = raw
+    def __init__(
+        self, source: memoryview | Source, schema: Schema, starts: Mapping[str, int], metadata: Mapping[str, str]
+    ) -> None:
+        self._source = source
         self.schema = schema
         self.metadata = metadata
         self._starts = starts
 
+    @property
+    def raw(self) -> memoryview:
+        """The whole file's bytes."""
+        return self._source if isinstance(self._source, memoryview) else self._source.read(0, self._source.size)
+
+    def release(self) -> None:
+        """Let go of the bytes, so that who keeps them may give them back; nothing can be read any more."""
+        if isinstance(self._source, memoryview):
+            self._source.release()
+
+    def _read(self, start: int, stop: int) -> memoryview:
+        return self._source[start:stop] if isinstance(self._source, memoryview) else self._source.read(start, stop)
+
     def bytes_of(self, name: str) -> memoryview:
         """The tensor's bytes, uncopied."""
         start = self._starts[name]
-        return self.raw[start : start + self.schema[name].size]
+        return self._read(start, start + self.schema[name].size)
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """The tensor as a NumPy array over the same bytes; BF16 as `uint16` bits."""
         spec = self.schema[name]
         return np.frombuffer(self.bytes_of(name), dtype=NUMPY_DTYPE[spec.dtype]).reshape(spec.shape)
 
+    def block(self, name: str, first: int, last: int) -> npt.NDArray[Any]:
+        """Elements `first` to `last` of the tensor laid flat; BF16 widened to F32."""
+        spec, start = self.schema[name], self._starts[name]
+        width = ITEM_SIZE[spec.dtype]
+        raw = self._read(start + first * width, start + last * width)
+        found = np.frombuffer(raw, dtype=NUMPY_DTYPE[spec.dtype])
+        return widen_bf16(found) if spec.dtype == "BF16" else found
+
     def blocks(self, name: str) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """The tensor's elements in flat blocks, each with its first index; BF16 widened to F32."""
-        spec = self.schema[name]
-        flat = np.frombuffer(self.bytes_of(name), dtype=NUMPY_DTYPE[spec.dtype])
-        for start in range(0, flat.size, BLOCK):
-            block = flat[start : start + BLOCK]
-            yield start, widen_bf16(block) if spec.dtype == "BF16" else block
+        elements = self.schema[name].elements
+        for start in range(0, elements, BLOCK):
+            yield start, self.block(name, start, min(start + BLOCK, elements))
 
 
 def widen_bf16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
@@ -109,23 +141,27 @@ def narrow_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     return (rounded >> np.uint32(16)).astype(np.uint16)
 
 
-def parse(raw: Buffer, *, max_size: int, where: str = "safetensors") -> TensorFile:
+def parse(raw: Buffer | Source, *, max_size: int, where: str = "safetensors") -> TensorFile:
     """Parse one whole safetensors file of at most `max_size` bytes.
 
     Raises MalformedTensors for every deviation: header length, duplicate keys, unknown dtypes or fields, shapes that do
     not match their ranges, ranges that overlap, leave holes or do not end with the file.
     """
-    view = memoryview(raw).cast("B")
-    if len(view) > max_size:
-        raise MalformedTensors(
-            f"the file has {len(view)} bytes, more than the {max_size} that are allowed", where=where
-        )
-    if len(view) < 8:
+    source: memoryview | Source
+    source = memoryview(raw).cast("B") if isinstance(raw, bytes | bytearray | memoryview) else raw
+    whole = len(source) if isinstance(source, memoryview) else source.size
+
+    def read(start: int, stop: int) -> memoryview:
+        return source[start:stop] if isinstance(source, memoryview) else source.read(start, stop)
+
+    if whole > max_size:
+        raise MalformedTensors(f"the file has {whole} bytes, more than the {max_size} that are allowed", where=where)
+    if whole < 8:
         raise MalformedTensors("the file ends before its header length", where=where)
-    (length,) = struct.unpack_from("<Q", view)
-    if length > MAX_HEADER or length > len(view) - 8:
+    (length,) = struct.unpack("<Q", read(0, 8))
+    if length > MAX_HEADER or length > whole - 8:
         raise MalformedTensors(f"the header says {length} bytes, more than the file or the limit has", where=where)
-    header = _read_header(bytes(view[8 : 8 + length]), where)
+    header = _read_header(bytes(read(8, 8 + length)), where)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise MalformedTensors("__metadata__ is not a map of strings", where=where)
@@ -145,9 +181,9 @@ def parse(raw: Buffer, *, max_size: int, where: str = "safetensors") -> TensorFi
                 f"tensor {name!r} begins at {begin}, not at {at}: ranges overlap or leave a hole", where=where
             )
         at = end
-    if data + at != len(view):
-        raise MalformedTensors(f"{len(view) - data - at} bytes follow the last tensor", where=where)
-    return TensorFile(view, schema, {name: data + begin for begin, _, name in ranges}, metadata)
+    if data + at != whole:
+        raise MalformedTensors(f"{whole - data - at} bytes follow the last tensor", where=where)
+    return TensorFile(source, schema, {name: data + begin for begin, _, name in ranges}, metadata)
 
 
 def _read_header(text: bytes, where: str) -> dict[str, Any]:

@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fl.model import ParamsType
-from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, Schema, TensorFile, layout, narrow_bf16, widen_bf16
-from fl.transport.memory import NamedDraft, SealedMemory
+from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, Schema, TensorFile, TensorSpec, layout, narrow_bf16
+from fl.transport.drafts import ModelDraft
+from fl.transport.spool import Spool
+from fl.transport.stored import Stored
 
 Block: TypeAlias = npt.NDArray[Any]
 ServerStep: TypeAlias = Callable[[str, int, Block, Block], Block]
@@ -29,38 +31,40 @@ class WeightedMean:
     updates the result does not depend on their order; with more, only in the last bits of rounding.
     """
 
-    def __init__(self, schema: Schema, params_type: ParamsType) -> None:
+    def __init__(self, schema: Schema, params_type: ParamsType, spool: Spool | None = None) -> None:
+        """Where the sums are too large for memory they lie in the `spool`, if there is one."""
         self._schema = schema
         self._params_type = params_type
+        self._spool = spool
         self._total = 0.0
-        self._sums: dict[str, npt.NDArray[Any]] = {
-            name: np.empty(spec.elements, dtype=np.float32 if spec.dtype in {"F32", "F16", "BF16"} else np.float64)
-            for name, spec in schema.items()
-        }
+        size = sum(spec.elements * _sum_dtype(spec).itemsize for spec in schema.values())
+        self._sums: _Sums = _SpooledSums(schema, spool) if spool is not None and spool.takes(size) else _Sums(schema)
         self.count = 0
         """How many updates were folded."""
 
     def fold(self, update: TensorFile, weight: float, site: str = "") -> None:
         """Add an admitted update with `weight` > 0; a mean does not ask of which site."""
-        for name, total in self._sums.items():
-            factor = total.dtype.type(weight)
-            scratch = np.empty(min(BLOCK, total.size), dtype=total.dtype)
+        for name, spec in self._schema.items():
+            dtype = _sum_dtype(spec)
+            factor = dtype.type(weight)
+            scratch = np.empty(min(BLOCK, spec.elements), dtype=dtype)
             for start, block in update.blocks(name):
-                part = total[start : start + block.size]
+                part = self._sums.block(name, start, block.size, fresh=not self.count)
                 if not self.count:
-                    np.multiply(block, factor, out=part, dtype=total.dtype, casting="same_kind")
-                    continue
-                scaled = scratch[: block.size]
-                np.multiply(block, factor, out=scaled, dtype=total.dtype, casting="same_kind")
-                part += scaled
+                    np.multiply(block, factor, out=part, dtype=dtype, casting="same_kind")
+                else:
+                    scaled = scratch[: block.size]
+                    np.multiply(block, factor, out=scaled, dtype=dtype, casting="same_kind")
+                    part += scaled
+                self._sums.keep(name, start, part)
         self._total += weight
         self.count += 1
 
     def close(self) -> None:
         """Give the sums back."""
-        self._sums.clear()
+        self._sums.close()
 
-    def result(self, model: TensorFile, step: ServerStep | None = None) -> SealedMemory:
+    def result(self, model: TensorFile, step: ServerStep | None = None) -> Stored:
         """The next global model: the mean itself, or `model` plus the mean of differences; floats by `step` if given.
 
         Integers are rounded to the nearest; booleans are true where the mean is at least one half.
@@ -68,28 +72,69 @@ class WeightedMean:
         if not self.count:
             raise ValueError("no update was folded")
         header, offsets, size = layout(self._schema)
-        with NamedDraft(size) as draft:
+        with ModelDraft(size, self._spool) as draft:
             draft.append(header)
             for name in sorted(self._schema, key=lambda name: offsets[name]):
                 spec = self._schema[name]
-                total = self._sums[name]
+                dtype = _sum_dtype(spec)
                 for start in range(0, spec.elements, BLOCK):
                     end = min(start + BLOCK, spec.elements)
-                    mean = total[start:end] / total.dtype.type(self._total)
+                    mean = self._sums.block(name, start, end - start) / dtype.type(self._total)
                     if step is not None and spec.dtype in FLOATS:
-                        current = _block(model, name, start, end).astype(total.dtype, copy=False)
+                        current = model.block(name, start, end).astype(dtype, copy=False)
                         difference = mean if self._params_type is ParamsType.DIFF else mean - current
                         mean = step(name, start, current, difference)
                     elif self._params_type is ParamsType.DIFF:
-                        mean += _block(model, name, start, end).astype(total.dtype, copy=False)
+                        mean += model.block(name, start, end).astype(dtype, copy=False)
                     draft.append(as_dtype(mean, spec.dtype).view(np.uint8).data)
             self._total, self.count = 0.0, 0
             return draft.seal()
 
 
-def _block(model: TensorFile, name: str, start: int, end: int) -> npt.NDArray[Any]:
-    flat: npt.NDArray[Any] = model.array(name).reshape(-1)[start:end]
-    return widen_bf16(flat) if model.schema[name].dtype == "BF16" else flat
+def _sum_dtype(spec: TensorSpec) -> np.dtype[Any]:
+    return np.dtype(np.float32 if spec.dtype in {"F32", "F16", "BF16"} else np.float64)
+
+
+class _Sums:
+    """Each tensor's running sum, laid flat, a block of BLOCK elements at a time; in memory."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._arrays = {name: np.empty(spec.elements, dtype=_sum_dtype(spec)) for name, spec in schema.items()}
+
+    def block(self, name: str, start: int, size: int, *, fresh: bool = False) -> Block:
+        """`size` elements from `start` on; what a `fresh` one holds does not matter."""
+        return self._arrays[name][start : start + size]
+
+    def keep(self, name: str, start: int, block: Block) -> None:
+        """A block was changed."""
+
+    def close(self) -> None:
+        """Give the sums back."""
+        self._arrays.clear()
+
+
+class _SpooledSums(_Sums):
+    """The same in a spool: one block is one piece."""
+
+    def __init__(self, schema: Schema, spool: Spool) -> None:
+        self._file = spool.file(BLOCK * 8)
+        self._dtypes = {name: _sum_dtype(spec) for name, spec in schema.items()}
+        self._first: dict[str, int] = {}
+        count = 0
+        for name, spec in schema.items():
+            self._first[name] = count
+            count += -(-spec.elements // BLOCK)
+
+    def block(self, name: str, start: int, size: int, *, fresh: bool = False) -> Block:
+        if fresh:
+            return np.empty(size, dtype=self._dtypes[name])
+        return np.frombuffer(bytearray(self._file.read(self._first[name] + start // BLOCK)), dtype=self._dtypes[name])
+
+    def keep(self, name: str, start: int, block: Block) -> None:
+        self._file.write(self._first[name] + start // BLOCK, block.view(np.uint8).data)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def as_dtype(mean: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:

@@ -22,6 +22,7 @@ from fl.model import params_of, tensors_of
 from fl.server.federation import Saved
 from fl.tensors import encode, parse
 from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
 INDEX: Final = "checkpoint.json"
 MODEL: Final = "checkpoint.safetensors"
@@ -46,14 +47,14 @@ class FolderKeeper:
     """Keeps a simulation's state in its folder."""
 
     def __init__(
-        self, folder: Path, history: JobHistory, *, resume: bool, best: Callable[[], SealedMemory | None]
+        self, folder: Path, history: JobHistory, *, resume: bool, best: Callable[[], Stored | None]
     ) -> None:
         """`resume`: whether to go on from what is there; `best` gives the best model so far."""
         self._folder = folder
         self._history = history
         self._resume = resume
         self._best = best
-        self._written: SealedMemory | None = None
+        self._written: Stored | None = None
 
     def saved(self) -> Saved | None:
         """Where the simulation stood; the history is told. Raises RecipeUnusable if there is nothing to go on from."""

@@ -338,12 +338,14 @@ class _Client:
         held = ExitStack()
         try:
             while (task := self._tasks.get()) is not None:
-                held.callback(task.model.close)
+                model = task.model.in_memory()
+                held.callback(model.close)
+                task.model.close()
                 self._logged.begin_round()
                 answer, memory = self._session.train(
                     task.round,
                     task.total_rounds,
-                    task.model,
+                    model,
                     seconds=federation.round_seconds,
                     value=self._log,
                     task=task.kind,
@@ -354,7 +356,7 @@ class _Client:
                         params_type=answer.params_type,
                         weight=answer.weight,
                         metrics=answer.metrics,
-                        model=task.model,
+                        model=model,
                         settings=self._settings,
                         site=self.name,
                         task=task.kind,

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from fl.errors import MalformedTensors, UpdateRefused
-from fl.tensors import FLOATS, Buffer, Schema, TensorFile, layout, parse
+from fl.tensors import FLOATS, Buffer, Schema, Source, TensorFile, layout, parse
 
 MAX_MAGNITUDE: Final = 1e24
 """No float of an update is larger: with weights up to 2**31 and 10**4 sites a float32 sum stays below its limit."""
@@ -27,7 +27,7 @@ def max_update_size(schema: Schema) -> int:
     return size + len(header) + 4096
 
 
-def admit_update(raw: Buffer, schema: Schema, *, site: str) -> TensorFile:
+def admit_update(raw: Buffer | Source, schema: Schema, *, site: str) -> TensorFile:
     """Parse and check a whole update of `site`. Raises UpdateRefused with every reason (the first MAX_REASONS)."""
     try:
         update = parse(raw, max_size=max_update_size(schema), where=site)

@@ -20,12 +20,13 @@ key from a damaged file.
 from __future__ import annotations
 
 import hmac
+import itertools
 import json
 import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
@@ -60,7 +61,20 @@ _INDEX_SIZE: Final = struct.Struct(">I")
 _PURPOSE: Final = b"sealwright-sealed-data-v1"
 
 
-def seal(entries: Mapping[str, Buffer], key: bytes, *, salt: bytes, chunk_bits: int = CHUNK_BITS) -> Iterator[bytes]:
+class Long(Protocol):
+    """An entry that is read piece by piece."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+
+    def pieces(self, offset: int, size: int) -> Iterator[memoryview]:
+        """Its bytes from `offset` on, in pieces of `size`."""
+
+
+def seal(
+    entries: Mapping[str, Buffer | Long], key: bytes, *, salt: bytes, chunk_bits: int = CHUNK_BITS
+) -> Iterator[bytes]:
     """The sealed file of `entries` (name → plaintext) under a 32-byte `key`, piece by piece.
 
     `salt` is 32 fresh random bytes, used once: two different contents under one key and one salt break the seal.
@@ -74,13 +88,14 @@ def seal(entries: Mapping[str, Buffer], key: bytes, *, salt: bytes, chunk_bits: 
     header = HEADER.pack(MAGIC, chunk_bits, total, salt, commitment)
     cipher = AESGCM(cipher_key)
     yield header
-    pieces = [_INDEX_SIZE.pack(len(index)) + index, *(entries[name] for name in order)]
+    parts = (part for name in order for part in _parts(entries[name]))
+    pieces = itertools.chain([_INDEX_SIZE.pack(len(index)) + index], parts)
     chunks = _chunk_count(total, 1 << chunk_bits)
     for number, chunk in enumerate(_regroup(pieces, 1 << chunk_bits)):
         yield cipher.encrypt(_nonce(number, last=number == chunks - 1), chunk, header)
 
 
-def sealed_size(entries: Mapping[str, Buffer]) -> int:
+def sealed_size(entries: Mapping[str, Buffer | Long]) -> int:
     """How many bytes `seal` makes of `entries`, in chunks of the usual size. Raises SealedDataRefused as it does."""
     _, total = _begin(entries)
     return HEADER.size + total + _chunk_count(total, 1 << CHUNK_BITS) * TAG_SIZE
@@ -156,7 +171,7 @@ def opened(
 
 def seal_file(
     path: Path,
-    entries: Mapping[str, Buffer],
+    entries: Mapping[str, Buffer | Long],
     key: bytes,
     *,
     random: Callable[[int], bytes] = os.urandom,
@@ -221,7 +236,7 @@ def _chunk_count(total: int, size: int) -> int:
     return max(1, -(-total // size))
 
 
-def _regroup(pieces: Sequence[Buffer], size: int) -> Iterator[bytes]:
+def _regroup(pieces: Iterable[Buffer], size: int) -> Iterator[bytes]:
     """The bytes of `pieces`, one after the other, in chunks of `size`; the last may be shorter, none is empty."""
     chunk = bytearray()
     for piece in pieces:
@@ -237,22 +252,33 @@ def _regroup(pieces: Sequence[Buffer], size: int) -> Iterator[bytes]:
         yield bytes(chunk)
 
 
-def _begin(entries: Mapping[str, Buffer]) -> tuple[bytes, int]:
+def _size(entry: Buffer | Long) -> int:
+    return len(entry) if isinstance(entry, bytes | bytearray | memoryview) else entry.size
+
+
+def _parts(entry: Buffer | Long) -> Iterator[Buffer]:
+    if isinstance(entry, bytes | bytearray | memoryview):
+        yield entry
+    else:
+        yield from entry.pieces(0, 1 << CHUNK_BITS)
+
+
+def _begin(entries: Mapping[str, Buffer | Long]) -> tuple[bytes, int]:
     """The index of `entries`, and how many bytes the plaintext has with it."""
     index = _encode_index(entries)
-    total = _INDEX_SIZE.size + len(index) + sum(len(entry) for entry in entries.values())
+    total = _INDEX_SIZE.size + len(index) + sum(map(_size, entries.values()))
     if total > MAX_PLAINTEXT:
         raise SealedDataRefused(f"{total} bytes are more than one file's {MAX_PLAINTEXT}", where="entries")
     return index, total
 
 
-def _encode_index(entries: Mapping[str, Buffer]) -> bytes:
+def _encode_index(entries: Mapping[str, Buffer | Long]) -> bytes:
     if not 1 <= len(entries) <= MAX_ENTRIES:
         raise SealedDataRefused(f"a sealed file has 1 to {MAX_ENTRIES} entries, not {len(entries)}", where="entries")
     for name in entries:
         if not NAME.fullmatch(name):
             raise SealedDataRefused(f"{name!r} is no name for an entry (letters, digits, . _ -)", where="entries")
-    return rfc8785.dumps([{"name": name, "size": len(entries[name])} for name in sorted(entries)])
+    return rfc8785.dumps([{"name": name, "size": _size(entries[name])} for name in sorted(entries)])
 
 
 def read_index(plain: bytes | bytearray, total: int, *, where: str) -> list[tuple[str, int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +15,10 @@ from attestation.hybrid import seal as seal_to_key
 from fl.errors import SealedDataRefused
 from fl.guard.sealed_data import KEY_SIZE, SALT_SIZE, opened, read_index, seal, sealed_size, unseal
 from fl.tensors import Buffer
-from fl.transport.memory import NamedDraft, SealedMemory
+from fl.transport.drafts import ModelDraft
+from fl.transport.memory import SealedMemory
+from fl.transport.spool import PIECE, Spool, Spooled
+from fl.transport.stored import Stored
 
 FIRST_MODEL: Final = "model.safetensors"
 _FIRST_MODEL_PURPOSE: Final = b"sealwright-first-model-v1\0"
@@ -27,18 +30,23 @@ def seal_first_model(model: Buffer, model_key: bytes, job: str, *, random: Calla
     return b"".join(seal({FIRST_MODEL: model}, _key_of_job(model_key, job), salt=random(SALT_SIZE)))
 
 
-def open_first_model(sealed: Buffer, model_key: bytes, job: str, *, max_bytes: int) -> SealedMemory:
-    """Open what `seal_first_model` made for this job, chunk by chunk into memory. Raises SealedDataRefused."""
+def open_first_model(
+    sealed: Buffer | Stored, model_key: bytes, job: str, *, max_bytes: int, spool: Spool | None = None
+) -> SealedMemory | Spooled:
+    """Open what `seal_first_model` made for this job, chunk by chunk into memory, or into the spool if it is too large.
+
+    Raises SealedDataRefused, SpoolFailed.
+    """
     where, key = f"first model of {job}", _key_of_job(model_key, job)
-    total, chunks = opened(
-        _Stream(sealed), key, where=where, max_bytes=max_bytes + 4096, file_size=memoryview(sealed).nbytes
-    )
+    parts = sealed.pieces(0, PIECE) if isinstance(sealed, Stored) else iter([memoryview(sealed)])
+    file_size = sealed.size if isinstance(sealed, Stored) else len(sealed)
+    total, chunks = opened(_Stream(parts), key, where=where, max_bytes=max_bytes + 4096, file_size=file_size)
     first = next(chunks)
     entries = read_index(first, total, where=where)
     _, start, size = entries[0]
     if [name for name, _, _ in entries] != [FIRST_MODEL] or not size:
         raise SealedDataRefused("it holds something else than one model", where=where)
-    with NamedDraft(size) as draft:
+    with ModelDraft(size, spool) as draft:
         draft.append(memoryview(first)[start:])
         for chunk in chunks:
             draft.append(chunk)
@@ -46,31 +54,45 @@ def open_first_model(sealed: Buffer, model_key: bytes, job: str, *, max_bytes: i
 
 
 class _Stream:
-    """Bytes in memory, read one after the other."""
+    """Pieces, read one after the other."""
 
-    def __init__(self, data: Buffer) -> None:
-        self._rest = memoryview(data)
+    def __init__(self, pieces: Iterator[memoryview]) -> None:
+        self._pieces = pieces
+        self._rest = memoryview(b"")
 
     def read(self, size: int, /) -> bytes:
-        taken, self._rest = self._rest[:size], self._rest[size:]
-        return bytes(taken)
+        found = bytearray()
+        while len(found) < size:
+            if not self._rest:
+                self._rest = next(self._pieces, memoryview(b""))
+                if not self._rest:
+                    break
+            taken = self._rest[: size - len(found)]
+            self._rest = self._rest[len(taken) :]
+            found += taken
+        return bytes(found)
 
 
 @dataclass(frozen=True, slots=True)
 class SealedResult:
     """A result: its files sealed once under a key of their own, and that key sealed to each recipient."""
 
-    payload: SealedMemory
+    payload: Stored
     keys: Mapping[str, bytes]
 
 
 def seal_result(
-    files: Mapping[str, Buffer], recipients: Mapping[str, bytes], job: str, *, random: Callable[[int], bytes]
+    files: Mapping[str, Buffer | Stored],
+    recipients: Mapping[str, bytes],
+    job: str,
+    *,
+    random: Callable[[int], bytes],
+    spool: Spool | None = None,
 ) -> SealedResult:
-    """Seal `files` of `job` to each recipient's raw hybrid public key."""
+    """Seal `files` of `job` to each recipient's raw hybrid public key. Raises SpoolFailed."""
     key = random(KEY_SIZE)
     keys = {name: seal_to_key(key, public, info=_result_info(job, name)) for name, public in recipients.items()}
-    with NamedDraft(sealed_size(files)) as draft:
+    with ModelDraft(sealed_size(files), spool) as draft:
         for piece in seal(files, key, salt=random(SALT_SIZE)):
             draft.append(piece)
         return SealedResult(draft.seal(), keys)

@@ -18,8 +18,7 @@ from fl.recipes.fedavg import MeanOfMetrics
 from fl.recipes.recipe import TrainingArguments, TrainingRecipe
 from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
-from fl.tensors import parse
-from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
 
 class CyclicRecipe(TrainingRecipe):
@@ -37,7 +36,7 @@ class CyclicRecipe(TrainingRecipe):
         super().__init__("cyclic", {"order": order, "seed": seed}, training)
 
 
-def cyclic(sites: Federation, settings: JobSettings, model: SealedMemory) -> SealedMemory:
+def cyclic(sites: Federation, settings: JobSettings, model: Stored) -> Stored:
     """Run the rounds over `sites` from `model`, which is closed; the last site's model, the caller's to close.
 
     Raises JobFailed with fewer than `min_clients` updates in a round, JobAborted as `Federation.train` does.
@@ -60,7 +59,7 @@ def cyclic(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
                 mean.fold(update.tensors, 1.0)
                 metrics.add(update.metrics, update.weight)
                 update.close()
-                following = mean.result(parse(model.view, max_size=model.size))
+                following = mean.result(model.tensors())
                 model.close()
                 model = following
                 updates += 1

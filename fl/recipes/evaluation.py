@@ -17,7 +17,7 @@ from fl.jobs.settings import JobSettings
 from fl.recipes.fedavg import MeanOfMetrics
 from fl.recipes.recipe import Recipe, TrainingArguments, TrainingRecipe
 from fl.server.federation import Federation, Task
-from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
 GLOBAL: Final = "global"
 """The name of the job's own model among the evaluated ones; a site's own model has the site's name."""
@@ -57,7 +57,7 @@ def add_cross_site_evaluation(recipe: Recipe) -> None:
     recipe.change(cross_site_evaluation=True)
 
 
-def fedeval(sites: Federation, settings: JobSettings, model: SealedMemory) -> SealedMemory:
+def fedeval(sites: Federation, settings: JobSettings, model: Stored) -> Stored:
     """Have the sites evaluate `model`, which is closed; the same model, the caller's to close.
 
     Raises JobFailed and JobAborted as `Federation.train` does.
@@ -72,7 +72,7 @@ def fedeval(sites: Federation, settings: JobSettings, model: SealedMemory) -> Se
         return model.share()
 
 
-def evaluate_across_sites(sites: Federation, settings: JobSettings, model: SealedMemory) -> None:
+def evaluate_across_sites(sites: Federation, settings: JobSettings, model: Stored) -> None:
     """Collect the sites' own models; have every site evaluate those and `model`, and the best if there is another.
 
     A site that fails is out of what follows; the job's result does not suffer. Raises JobAborted.

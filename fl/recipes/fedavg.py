@@ -16,8 +16,7 @@ from fl.recipes.masked import masked_fedavg
 from fl.recipes.recipe import TrainingArguments, TrainingRecipe
 from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
-from fl.tensors import parse
-from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
 
 class FedAvgRecipe(TrainingRecipe):
@@ -42,6 +41,7 @@ class FedAvgRecipe(TrainingRecipe):
         - `secure_aggregation`: True, and the server sees sums alone (docs/explanation/secure-aggregation.md).
         - `robust`: `{"rule": "krum", "byzantine": 1}`, `{"rule": "trimmed-mean", "trim": 0.2}` or `{"rule":
           "norm-clipping"}`: a rule that some bad updates cannot move far (`fl.aggregation.robust`).
+        - `watermark`: True, or `{"strength": 0.01}`: each site's model names the site (docs/how-to/trace-a-leak.md).
         - `aggregator`: a script that folds updates in the mean's place (`fl.aggregation.custom`).
 
         Raises RecipeUnusable with the argument that is wrong.
@@ -49,7 +49,7 @@ class FedAvgRecipe(TrainingRecipe):
         super().__init__("fedavg", None, training)
 
 
-def fedavg(sites: Federation, settings: JobSettings, model: SealedMemory) -> SealedMemory:
+def fedavg(sites: Federation, settings: JobSettings, model: Stored) -> Stored:
     """Run the rounds over `sites` from `model`, which is closed; the last global model, the caller's to close.
 
     Raises JobFailed and JobAborted as `Federation.train` does.
@@ -65,7 +65,7 @@ def fedavg(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
                 mean.fold(update.tensors, update.weight, update.site)
                 metrics.add(update.metrics, update.weight)
                 update.close()
-            following = mean.result(parse(model.view, max_size=model.size))
+            following = mean.result(model.tensors())
             rounds.end(round_, metrics.result(), received=model, following=following)
             model.close()
             model = following

@@ -26,8 +26,8 @@ from fl.recipes.fedavg import MeanOfMetrics
 from fl.recipes.recipe import TrainingArguments, TrainingRecipe
 from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
-from fl.tensors import FLOATS, Schema, parse
-from fl.transport.memory import SealedMemory
+from fl.tensors import FLOATS, Schema
+from fl.transport.stored import Stored
 
 
 class FedOptRecipe(TrainingRecipe):
@@ -56,7 +56,7 @@ class FedOptRecipe(TrainingRecipe):
         super().__init__("fedopt", {"optimizer": optimizer, **constants}, training)
 
 
-def fedopt(sites: Federation, settings: JobSettings, model: SealedMemory) -> SealedMemory:
+def fedopt(sites: Federation, settings: JobSettings, model: Stored) -> Stored:
     """Run the rounds over `sites` from `model`, which is closed; the last global model, the caller's to close.
 
     Raises JobFailed and JobAborted as `Federation.train` does.
@@ -74,7 +74,7 @@ def fedopt(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
             mean.fold(update.tensors, update.weight)
             metrics.add(update.metrics, update.weight)
             update.close()
-        following = mean.result(parse(model.view, max_size=model.size), step=optimizer.step)
+        following = mean.result(model.tensors(), step=optimizer.step)
         rounds.end(round_, metrics.result(), received=model, following=following, state=optimizer.state)
         model.close()
         model = following

@@ -27,14 +27,14 @@ from fl.errors import MaskingRefused
 from fl.jobs.settings import MASKED, MASKED_TAIL, JobSettings, SecureAggregation
 from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
-from fl.tensors import NUMPY_DTYPE, parse
-from fl.transport.memory import SealedMemory
+from fl.tensors import NUMPY_DTYPE
+from fl.transport.stored import Stored
 from policies.errors import SealwrightError
 
 
 def masked_fedavg(
-    sites: Federation, settings: JobSettings, secure: SecureAggregation, notary: Notary, model: SealedMemory
-) -> SealedMemory:
+    sites: Federation, settings: JobSettings, secure: SecureAggregation, notary: Notary, model: Stored
+) -> Stored:
     """Run the rounds over `sites` from `model`, which is closed; the last global model, the caller's to close.
 
     Raises JobFailed and JobAborted as `Federation.train` does, MaskingRefused if a sum cannot be unmasked.
@@ -61,7 +61,7 @@ class _Leader:
         self._unit: float | None = None  # of weights, when a round has told what they sum up to
         self._introductions: dict[str, str] = {}  # of the next round, as far as sites have sent them ahead
 
-    def run(self, number: int, model: SealedMemory) -> tuple[SealedMemory, dict[str, float]]:
+    def run(self, number: int, model: Stored) -> tuple[Stored, dict[str, float]]:
         """One round: the next model, and the mean metrics."""
         sites, unit = self._sites, self._unit
         introductions = self._introduced(number)
@@ -87,7 +87,7 @@ class _Leader:
         self._introductions = {site: answer.following for site, answer in answers.items() if answer.following}
         sums = total.unmask({site: _decoded(site, answer.texts) for site, answer in answers.items()})
         following, metrics, weights = decode_sum(
-            sums, parse(model.view, max_size=model.size), self._settings, fixed_point(round_, self._secure)
+            sums, model.tensors(), self._settings, fixed_point(round_, self._secure)
         )
         if self._secure.bits == 32:
             self._unit = next_unit(weights, len(survivors))

@@ -24,8 +24,9 @@ from fl.recipes.fedavg import MeanOfMetrics
 from fl.recipes.recipe import TrainingRecipe
 from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
-from fl.tensors import encode, parse
+from fl.tensors import encode
 from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
 MAX_FEATURES = 4096
 
@@ -74,7 +75,7 @@ class FedAvgLrRecipe(TrainingRecipe):
         )  # fmt: skip
 
 
-def newton(sites: Federation, settings: JobSettings, model: SealedMemory) -> SealedMemory:
+def newton(sites: Federation, settings: JobSettings, model: Stored) -> Stored:
     """Run the rounds over `sites` from `model`, which is closed; a model of `weights` alone, the caller's to close.
 
     Raises JobFailed if a step leads nowhere finite; JobFailed and JobAborted as `Federation.train` does.
@@ -85,7 +86,7 @@ def newton(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
     mean = WeightedMean(sites.schema, sites.params_type)
     rounds = Rounds(sites, settings, model)
     model = rounds.model
-    weights = parse(model.view, max_size=model.size).array("weights").copy()
+    weights = model.tensors().array("weights").copy()
     penalty = np.full(weights.size, options.l2)
     penalty[-1] = 0.0
     for round_ in rounds:
@@ -94,8 +95,8 @@ def newton(sites: Federation, settings: JobSettings, model: SealedMemory) -> Sea
             mean.fold(update.tensors, update.weight)
             metrics.add(update.metrics, update.weight)
             update.close()
-        with mean.result(parse(model.view, max_size=model.size)) as means:
-            file = parse(means.view, max_size=means.size)
+        with mean.result(model.tensors()) as means:
+            file = means.tensors()
             gradient, hessian = file.array("gradient").copy(), file.array("hessian").copy()
             del file
         step = np.linalg.lstsq(hessian + np.diag(penalty), gradient - penalty * weights, rcond=None)[0]

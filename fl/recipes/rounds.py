@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fl.jobs.progress import JobEvent
 from fl.jobs.settings import JobSettings
 from fl.server.federation import Federation, Saved
-from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,7 +25,7 @@ class Rounds:
     Where the federation's keeper knows of an earlier run, the rounds go on after its last whole one, from its model.
     """
 
-    def __init__(self, sites: Federation, settings: JobSettings, model: SealedMemory) -> None:
+    def __init__(self, sites: Federation, settings: JobSettings, model: Stored) -> None:
         """`model` is the first one; it is closed if an earlier run's takes its place."""
         self._sites = sites
         self._settings = settings
@@ -60,8 +60,8 @@ class Rounds:
         round_: int,
         metrics: Mapping[str, float],
         *,
-        received: SealedMemory,
-        following: SealedMemory,
+        received: Stored,
+        following: Stored,
         state: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
         """The round is done: the sites received `received`, of which came `metrics`, and the next gets `following`.

@@ -25,8 +25,9 @@ from fl.recipes.fedavg import MeanOfMetrics
 from fl.recipes.recipe import InitialModel, TrainingArguments, TrainingRecipe
 from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
-from fl.tensors import FLOATS, Buffer, TensorSpec, parse
+from fl.tensors import FLOATS, Buffer, TensorSpec
 from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
 
 class ScaffoldRecipe(TrainingRecipe):
@@ -57,7 +58,7 @@ def control_variates(
     }
 
 
-def scaffold(sites: Federation, settings: JobSettings, model: SealedMemory) -> SealedMemory:
+def scaffold(sites: Federation, settings: JobSettings, model: Stored) -> Stored:
     """Run the rounds over `sites` from `model`, which is closed; the last x, the caller's to close.
 
     Raises JobFailed and JobAborted as `Federation.train` does.
@@ -84,7 +85,7 @@ def scaffold(sites: Federation, settings: JobSettings, model: SealedMemory) -> S
             following: npt.NDArray[Any] = current + current.dtype.type(factor) * delta
             return following
 
-        following = mean.result(parse(model.view, max_size=model.size), step=step)
+        following = mean.result(model.tensors(), step=step)
         rounds.end(round_, metrics.result(), received=model, following=following)
         model.close()
         model = following
@@ -92,10 +93,10 @@ def scaffold(sites: Federation, settings: JobSettings, model: SealedMemory) -> S
         return without_control_variates(model)
 
 
-def _with_fresh_control_variates(model: SealedMemory) -> SealedMemory:
+def _with_fresh_control_variates(model: Stored) -> Stored:
     """`model`, which is closed, with c = 0: the sites' scripts have started anew and know of no c_i."""
     with model:
-        file = parse(model.view, max_size=model.size)
+        file = model.tensors()
         fresh: dict[str, tuple[TensorSpec, Buffer]] = {
             name: (spec, bytes(spec.size) if name.startswith(CONTROL) else file.bytes_of(name))
             for name, spec in file.schema.items()
@@ -103,9 +104,9 @@ def _with_fresh_control_variates(model: SealedMemory) -> SealedMemory:
         return SealedMemory.of_tensors(fresh)
 
 
-def without_control_variates(model: SealedMemory) -> SealedMemory:
+def without_control_variates(model: Stored) -> Stored:
     """The model's own tensors alone, in new memory."""
-    file = parse(model.view, max_size=model.size)
+    file = model.tensors()
     own: dict[str, tuple[TensorSpec, Buffer]] = {
         name: (spec, file.bytes_of(name)) for name, spec in file.schema.items() if not name.startswith(CONTROL)
     }

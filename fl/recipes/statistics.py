@@ -23,8 +23,9 @@ from fl.local.statistics import below_floor
 from fl.model import tensors_of
 from fl.recipes.recipe import TrainingRecipe
 from fl.server.federation import Federation, Task
-from fl.tensors import encode, parse
+from fl.tensors import encode
 from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
 SUMS: Final = ("count", "sum", "squares", "histogram")
 
@@ -78,7 +79,7 @@ class FedStatsRecipe(TrainingRecipe):
         )
 
 
-def statistics(sites: Federation, settings: JobSettings, model: SealedMemory) -> SealedMemory:
+def statistics(sites: Federation, settings: JobSettings, model: Stored) -> Stored:
     """Run both rounds over `sites` from `model`, which is closed; the statistics, the caller's to close.
 
     They are tensors `FEATURE/count`, `FEATURE/mean`, `FEATURE/variance`, `FEATURE/histogram`, `FEATURE/edges`; without
@@ -87,7 +88,7 @@ def statistics(sites: Federation, settings: JobSettings, model: SealedMemory) ->
     options = settings.options
     if not isinstance(options, FedStatsOptions):
         raise ValueError("the settings are not those of federated statistics")
-    edges = parse(model.view, max_size=model.size).array("edges").copy()
+    edges = model.tensors().array("edges").copy()
     mean = np.zeros(len(edges))
     sums: dict[str, npt.NDArray[Any]] = {}
     for round_ in range(settings.num_rounds):

@@ -25,13 +25,14 @@ from typing import Any, Final, Protocol
 from attestation.pauses import PAUSE_SECONDS
 from fl.aggregation.mask_talk import Notary, Step
 from fl.aggregation.weighted_mean import WeightedMean
-from fl.errors import JobAborted, JobFailed, MalformedMessage, MalformedTensors, UpdateRefused
+from fl.errors import JobAborted, JobFailed, MalformedMessage, MalformedTensors, SpoolFailed, UpdateRefused
 from fl.guard.gate import admit_update
 from fl.jobs.progress import JobEvent
 from fl.jobs.settings import TaskKind
 from fl.model import MAX_WEIGHT, ParamsType, check_metrics
 from fl.tensors import Schema, TensorFile
-from fl.transport.memory import SealedMemory
+from fl.transport.spool import Spool
+from fl.transport.stored import Stored
 
 MISSED_SECONDS: Final = 90.0
 """How long a round waits for a site that a cut keeps away and without which enough are there."""
@@ -47,7 +48,7 @@ class Task:
 
     round: int
     total_rounds: int
-    model: SealedMemory
+    model: Stored
     kind: TaskKind = "train"
 
 
@@ -70,7 +71,7 @@ class Saved:
     """
 
     round: int
-    model: SealedMemory
+    model: Stored
     state: Mapping[str, Any]
     judged: Mapping[str, float]
 
@@ -81,14 +82,14 @@ class Update:
 
     site: str
     tensors: TensorFile
-    memory: SealedMemory
+    memory: Stored
     params_type: ParamsType
     weight: float
     metrics: Mapping[str, float]
 
     def close(self) -> None:
         """Give the update's memory back."""
-        self.tensors.raw.release()
+        self.tensors.release()
         self.memory.close()
 
 
@@ -123,7 +124,7 @@ class Aggregation(Protocol):
     def fold(self, update: TensorFile, weight: float, site: str = "") -> None:
         """Add an admitted update with `weight` > 0."""
 
-    def result(self, model: TensorFile) -> SealedMemory:
+    def result(self, model: TensorFile) -> Stored:
         """The next global model, after `model`."""
 
     def close(self) -> None:
@@ -149,13 +150,16 @@ class Federation:
         pause_seconds: float = PAUSE_SECONDS,
         keeper: Keeper | None = None,
         aggregation: Callable[[], Aggregation] | None = None,
+        spool: Spool | None = None,
     ) -> None:
         """`at_once` bounds how many sites train at the same time (None: all).
 
-        `keeper` keeps the job's state between rounds; `aggregation` makes what folds updates, instead of a mean.
+        `keeper` keeps the job's state between rounds; `aggregation` makes what folds updates, instead of a mean. Where
+        a model is too large for memory, what is made of it lies in the `spool`, if there is one.
         """
+        self.spool = spool
         self.keeper = keeper
-        self.best: SealedMemory | None = None
+        self.best: Stored | None = None
         """The best model so far, where rounds are judged; the environment's to close."""
         self._aggregation = aggregation
         self.job = job
@@ -181,7 +185,7 @@ class Federation:
         self._missed: set[tuple[str, int]] = set()  # sites, and the rounds that went on without them
         self._deadline = 0.0  # of the round that is on
         self._stopped_at = 0.0  # since when the round's clock stands still, while a site is away
-        self._inbox: SimpleQueue[Update | Heard | str | JobAborted] = SimpleQueue()
+        self._inbox: SimpleQueue[Update | Heard | str | JobAborted | JobFailed] = SimpleQueue()
         self._asked: tuple[int, Step, dict[str, str]] = (-1, "keys", {})  # what was said, to whom has not answered yet
         self._notary: Notary | None = None
 
@@ -280,7 +284,7 @@ class Federation:
         self,
         name: str,
         round_: int,
-        memory: SealedMemory,
+        memory: Stored,
         *,
         params_type: ParamsType,
         weight: float,
@@ -309,7 +313,11 @@ class Federation:
             if reasons:
                 raise UpdateRefused(name, reasons)
             checked = check_metrics(metrics)
-            tensors = admit_update(memory.view, {} if task.kind == "evaluate" else self.schema, site=name)
+            tensors = admit_update(memory.source, {} if task.kind == "evaluate" else self.schema, site=name)
+        except SpoolFailed as error:
+            memory.close()
+            self._inbox.put(JobFailed(self.job, (error.what,)))
+            raise
         except (UpdateRefused, MalformedTensors) as error:
             memory.close()
             refusal = error if isinstance(error, UpdateRefused) else UpdateRefused(name, (error.what,))
@@ -344,7 +352,7 @@ class Federation:
         """Stop the job."""
         self._inbox.put(JobAborted(self.job, by))
 
-    def _out_of_turn(self, name: str, memory: SealedMemory, reason: str) -> UpdateRefused:
+    def _out_of_turn(self, name: str, memory: Stored, reason: str) -> UpdateRefused:
         memory.close()
         self.observe(JobEvent(kind="refused", site=name, text=reason))
         return UpdateRefused(name, (reason,))
@@ -382,7 +390,9 @@ class Federation:
 
     def aggregation(self) -> Aggregation:
         """What folds this job's updates: a weighted mean, or the job's own aggregator. The caller's to close."""
-        return WeightedMean(self.schema, self.params_type) if self._aggregation is None else self._aggregation()
+        if self._aggregation is not None:
+            return self._aggregation()
+        return WeightedMean(self.schema, self.params_type, self.spool)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -589,7 +599,7 @@ class Federation:
                 if over:
                     return None
                 continue
-            if isinstance(event, JobAborted):
+            if isinstance(event, JobAborted | JobFailed):
                 raise event
             return event
 

@@ -37,7 +37,7 @@ from fl.server.workflows import run_workflow
 from fl.tensors import Buffer
 from fl.transport.chunks import Assembly
 from fl.transport.frames import Deliver, Finish, JobReport, Masking, Prepare, Told, Train
-from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 from policies.errors import Refused, SealwrightError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ServerJob:
         signed: SignedRecord,
         bundle: Bundle,
         *,
-        sealed_model: SealedMemory,
+        sealed_model: Stored,
         model_key: bytes,
         store: JobStore | None = None,
         received: datetime | None = None,
@@ -113,7 +113,8 @@ class ServerJob:
         self._history.status = Status.QUEUED
         self._events: list[JobEvent] = []
         self._changed = threading.Condition()
-        self._served: SealedMemory | None = None
+        self._served: Stored | None = None
+        self._spool = None if store is None else store.spool
         self._tracking: Callable[[JobEvent], None] | None = None
         self._stopped_by: str | None = None
         self.suspended = False
@@ -131,6 +132,7 @@ class ServerJob:
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
             observe=self._observe,
+            spool=self._spool,
             keeper=None if store is None else store.keeper(self.id, self._history, lambda: self._federation),
             aggregation=(
                 robust_aggregation(settings)
@@ -231,11 +233,11 @@ class ServerJob:
             raise MalformedMessage(f"the site has logged more than {most} values in a round", where=name)
         self._federation.value(name, key, value, step)
 
-    def serve_model(self, model: SealedMemory) -> None:
+    def serve_model(self, model: Stored) -> None:
         """From now on the sites fetch this model."""
         self._served = model
 
-    def model(self, sha256: str) -> SealedMemory | None:
+    def model(self, sha256: str) -> Stored | None:
         """The model that is served, if it is the one that is asked for."""
         served = self._served
         return served if served is not None and served.digest == sha256 else None
@@ -248,7 +250,7 @@ class ServerJob:
         if kept is not None and (kept[0] != head or not head.transfer):
             kept[1].close()
             kept = None
-        assembly = Assembly(head.size, where=name) if kept is None else kept[1]
+        assembly = Assembly(head.size, where=name, spool=self._spool) if kept is None else kept[1]
         try:
             yield assembly
         except (StoppedSending, PeerLost):
@@ -270,7 +272,7 @@ class ServerJob:
         for _, assembly in kept.values():
             assembly.close()
 
-    def deliver(self, name: str, head: Deliver, memory: SealedMemory) -> None:
+    def deliver(self, name: str, head: Deliver, memory: Stored) -> None:
         """A site's whole update. Raises UpdateRefused."""
         self._federation.submit(
             name,
@@ -430,17 +432,17 @@ class ServerJob:
             received=self._received,
         )
 
-    def _first_model(self) -> SealedMemory:
-        """The first model, opened in memory, if it is what the record says and what the bundle declares."""
+    def _first_model(self) -> Stored:
+        """The first model, opened, if it is what the record says and what the bundle declares."""
         record = self.signed.record
         with self._sealed_model as sealed:
-            memory = open_first_model(sealed.view, self._model_key, self.id, max_bytes=record.model_size)
+            memory = open_first_model(sealed, self._model_key, self.id, max_bytes=record.model_size, spool=self._spool)
         if memory.size != record.model_size or memory.digest != record.model_sha256:
             raise ApprovalRefused(self.id, ("the first model is not the one that the record names",))
-        admit_update(memory.view, self.bundle.settings.schema_of_model, site=record.submitter)
+        admit_update(memory.source, self.bundle.settings.schema_of_model, site=record.submitter)
         return memory
 
-    def _seal(self, model: SealedMemory, events: dict[str, bytes]) -> None:
+    def _seal(self, model: Stored, events: dict[str, bytes]) -> None:
         record = self.signed.record
         charter = self._party.charter()
         finished = rfc3339(self._party.clock())
@@ -453,10 +455,10 @@ class ServerJob:
             recipients[recipient] = unb64(user.results_key, where=recipient)
         text = json.dumps(document, indent=2, ensure_ascii=False).encode()
         best = self._federation.best
-        files: dict[str, Buffer] = {MODEL_FILE: model.view, JOB_FILE: text, **events}
+        files: dict[str, Buffer | Stored] = {MODEL_FILE: model, JOB_FILE: text, **events}
         if best is not None:
-            files[BEST_FILE] = best.view
-        sealed = seal_result(files, recipients, self.id, random=os.urandom)
+            files[BEST_FILE] = best
+        sealed = seal_result(files, recipients, self.id, random=os.urandom, spool=self._spool)
         gate = ExportGate(self._party, record, ("server", self._server))
         for recipient in recipients:
             gate.let_out("result", sealed.payload.size, ("user", recipient), sealed=True)

@@ -39,6 +39,8 @@ from fl.model import params_of, tensors_of
 from fl.server.federation import Federation, Saved
 from fl.tensors import Buffer, encode, parse
 from fl.transport.memory import SealedMemory
+from fl.transport.spool import PIECE, Spool
+from fl.transport.stored import Stored
 from policies.errors import SealwrightError
 
 _PURPOSE: Final = b"sealwright-job-store-v1"
@@ -50,7 +52,7 @@ class StoredJob:
 
     record: str
     bundle: bytes
-    sealed_model: SealedMemory
+    sealed_model: Stored
     received: datetime
 
 
@@ -101,6 +103,8 @@ class JobStore:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
         self._key = HKDF(algorithm=SHA256(), length=32, salt=None, info=_PURPOSE).derive(model_key)
+        self.spool = Spool(folder)
+        """For what is too large for memory, beside the jobs."""
         self._tell = tell
 
     def put(self, job: str, stored: StoredJob) -> None:
@@ -110,7 +114,7 @@ class JobStore:
             "bundle": stored.bundle,
             "received": stored.received.isoformat().encode(),
         }
-        self._write_raw(self._path(job, "model"), stored.sealed_model.view)
+        self._write_raw(self._path(job, "model"), stored.sealed_model)
         self._write(self._path(job, "job"), entries)
 
     def forget(self, job: str) -> None:
@@ -144,7 +148,7 @@ class JobStore:
         """Keep what became of a job; the same, its result where it is kept. Raises SealedDataRefused."""
         sealed, statement, receipt = ended.result or (None, None, "")
         if sealed is not None:
-            self._write_raw(self._path(job, "result"), sealed.payload.view)
+            self._write_raw(self._path(job, "result"), sealed.payload)
         index = _End(
             job=job,
             status=ended.status,
@@ -191,19 +195,19 @@ class JobStore:
         path = self._path(job, "round")
         return open_file(path, self._key) if path.exists() else None
 
-    def write_round(self, job: str, entries: Mapping[str, Buffer]) -> None:
+    def write_round(self, job: str, entries: Mapping[str, Buffer | Stored]) -> None:
         """Keep a job's last whole round. Raises SealedDataRefused if that cannot be."""
         self._write(self._path(job, "round"), entries)
 
     def _path(self, job: str, kind: str) -> Path:
         return self._folder / f"{sha256(job.encode()).hexdigest()[:32]}.{kind}"
 
-    def _write_raw(self, path: Path, data: Buffer) -> None:
+    def _write_raw(self, path: Path, data: Stored) -> None:
         """Write what is sealed already."""
         draft = path.with_name(f".{path.name}.draft")
         try:
             with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-                file.write(data)
+                file.writelines(data.pieces(0, PIECE))
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(path)
@@ -211,7 +215,7 @@ class JobStore:
             draft.unlink(missing_ok=True)
             raise SealedDataRefused(f"a job cannot be kept: {error.strerror}", where=str(self._folder)) from error
 
-    def _write(self, path: Path, entries: Mapping[str, Buffer]) -> None:
+    def _write(self, path: Path, entries: Mapping[str, Buffer | Stored]) -> None:
         try:
             seal_file(path, entries, self._key, random=os.urandom)
         except OSError as error:
@@ -271,11 +275,11 @@ class JobKeeper:
             rounds=self._history.rounds,
             best=self._history.best,
         )
-        entries: dict[str, Buffer] = {
+        entries: dict[str, Buffer | Stored] = {
             "index": index.model_dump_json().encode(),
-            "model": saved.model.view,
+            "model": saved.model,
             "state": encode(tensors_of(saved.state)),
         }
         if (best := self._federation().best) is not None:
-            entries["best"] = best.view
+            entries["best"] = best
         self._store.write_round(self._job, entries)

@@ -18,7 +18,9 @@ WAIT_SECONDS: Final = 30.0
 class Room:
     """Safe to use from many threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        """`most` bytes (None: ROOM); one alone may have more."""
+        self._most = ROOM if most is None else most
         self._changed = threading.Condition()
         self._taken = 0
 
@@ -32,7 +34,7 @@ class Room:
         """Take room for `size` bytes; wait for it, WAIT_SECONDS at most."""
         deadline = time.monotonic() + WAIT_SECONDS
         with self._changed:
-            while self._taken and self._taken + size > ROOM and (left := deadline - time.monotonic()) > 0:
+            while self._taken and self._taken + size > self._most and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
             self._taken += size
 

@@ -78,7 +78,9 @@ class FederationService:
         """`store`: keeps the jobs; those in it that are not over go on. `steer`: restarts or stops the server."""
         self._party = party
         self._lock = threading.Lock()
-        self._room = Room()
+        self._spool = None if store is None else store.spool
+        self._rooms = {False: Room(), True: Room(0 if self._spool is None else self._spool.free // 2)}
+        """For updates in memory, and for those in the spool."""
         self._pulls = threading.BoundedSemaphore(PULLS_AT_ONCE)
         self._calls: dict[bytes, int] = {}
         self.attendances = Attendances(self._site_joined, self._site_left)
@@ -218,7 +220,7 @@ class FederationService:
             raise RoundOver(f"job {head.job} serves another model now")
         if model is None:
             raise PeerLost(f"job {head.job} serves no {head.what} {head.sha256}", where="job")
-        return _while_attending(attendance, serve_chunks(model.view, head.offset))
+        return _while_attending(attendance, serve_chunks(model, head.offset))
 
     def _deliver(self, requests: Iterator[bytes], caller: Caller) -> Iterator[bytes]:
         yield from self._receive_update(unstalled(requests, caller), caller)
@@ -256,18 +258,18 @@ class FederationService:
     @contextmanager
     def _room_for(self, size: int) -> Iterator[Callable[[], Callable[[], None]]]:
         """Room for an update. What is yielded gives the duty to give it back to its caller."""
-        owed = [True]
+        room, owed = self._rooms[self._spool is not None and self._spool.takes(size)], [True]
 
         def hand_over() -> Callable[[], None]:
             owed.clear()
-            return lambda: self._room.give_back(size)
+            return lambda: room.give_back(size)
 
-        self._room.take(size)
+        room.take(size)
         try:
             yield hand_over
         finally:
             if owed:
-                self._room.give_back(size)
+                room.give_back(size)
 
     @contextmanager
     def _counted(self, certificate: bytes) -> Iterator[None]:

@@ -31,6 +31,7 @@ from fl.server.jobs import Jobs
 from fl.transport.chunks import assemble, serve_chunks
 from fl.transport.frames import Happened, Order, Origin, Pull, Reports, Result, Submit, Verdict, pack
 from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 from policies.errors import SealwrightError
 from policies.rights import command_reasons
 
@@ -124,7 +125,7 @@ class UserCalls:
 
     def _transferred(
         self, head: Submit, signed: SignedRecord, requests: Iterator[bytes]
-    ) -> Generator[bytes, None, tuple[Bundle, SealedMemory]]:
+    ) -> Generator[bytes, None, tuple[Bundle, Stored]]:
         """The bundle and the sealed first model, as they follow. Raises ApprovalRefused, MalformedMessage."""
         record = signed.record
         largest = record.model_size + SEALING_OVERHEAD + (record.model_size >> 8)
@@ -134,9 +135,10 @@ class UserCalls:
         with assemble(requests, size=head.bundle_size, sha256=None, where="bundle") as memory:
             bundle = parse_bundle(bytes(memory.view))
         approve(signed, bundle, self._party.charter(), self._party.clock(), server=self._server, site=None)
-        return bundle, assemble(requests, size=head.model_size, sha256=None, where="first model")
+        spool = None if self._store is None else self._store.spool
+        return bundle, assemble(requests, size=head.model_size, sha256=None, where="first model", spool=spool)
 
-    def _like(self, head: Submit, record: JobRecord) -> tuple[Bundle, SealedMemory]:
+    def _like(self, head: Submit, record: JobRecord) -> tuple[Bundle, Stored]:
         """The bundle and the first model of an earlier job of the same submitter. Raises ApprovalRefused, PeerLost.
 
         The model is the submitter's: whoever else ran it for one round would have it.
@@ -158,7 +160,7 @@ class UserCalls:
         return job.bundle, SealedMemory.of(sealed)
 
     def _job(
-        self, signed: SignedRecord, bundle: Bundle, sealed_model: SealedMemory, received: datetime | None = None
+        self, signed: SignedRecord, bundle: Bundle, sealed_model: Stored, received: datetime | None = None
     ) -> ServerJob:
         return ServerJob(
             self._party,
@@ -222,7 +224,7 @@ class UserCalls:
             receipt=receipt,
         )
         yield pack(head)
-        yield from serve_chunks(sealed.payload.view)
+        yield from serve_chunks(sealed.payload)
 
     def _abort(self, request: bytes, caller: Caller) -> Iterator[bytes]:
         job, signed = self._about_job(request, caller, "abort")

@@ -15,9 +15,9 @@ from fl.recipes.newton import newton
 from fl.recipes.scaffold import scaffold
 from fl.recipes.statistics import statistics
 from fl.server.federation import Federation
-from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
-Workflow: TypeAlias = Callable[[Federation, JobSettings, SealedMemory], SealedMemory]
+Workflow: TypeAlias = Callable[[Federation, JobSettings, Stored], Stored]
 
 WORKFLOWS: Final[Mapping[str, Workflow]] = {
     "cyclic": cyclic,
@@ -31,7 +31,7 @@ WORKFLOWS: Final[Mapping[str, Workflow]] = {
 }
 
 
-def run_workflow(sites: Federation, settings: JobSettings, model: SealedMemory) -> SealedMemory:
+def run_workflow(sites: Federation, settings: JobSettings, model: Stored) -> Stored:
     """Run a job's algorithm from its first model, and the evaluation across sites if it has one; the last global model.
 
     Raises JobFailed, JobAborted.

@@ -69,7 +69,8 @@ class LastingLink:
         """Pull a transfer. Raises PeerLost, Refused, MalformedMessage."""
         with Assembly(size, where=f"{what.what} of {what.job}") as assembly:
             self._lasting(lambda attending: attending.fetch(what, assembly, seconds=seconds))
-            return assembly.seal()
+            with assembly.seal() as whole:
+                return whole.in_memory()
 
     def deliver(self, head: Deliver, memory: SealedMemory, *, seconds: float) -> Verdict:
         """Deliver an update. Raises PeerLost, Refused, MalformedMessage."""

@@ -118,7 +118,7 @@ class Attending:
             yield pack(head)
             offset = pulled.get()
             if offset is not None:
-                yield from serve_chunks(memory.view, offset)
+                yield from serve_chunks(memory, offset)
 
         call = self._connection.call("Deliver", outgoing(), timeout=seconds)
         try:

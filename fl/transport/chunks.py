@@ -8,7 +8,6 @@ where it is made.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -18,18 +17,25 @@ import xxhash
 
 from fl.errors import MalformedMessage
 from fl.tensors import Buffer
+from fl.transport.drafts import draft_of, stored
 from fl.transport.frames import CHUNK, Chunk, adapter_of, pack, unpack
-from fl.transport.memory import DraftMemory, SealedMemory
+from fl.transport.memory import SealedMemory
+from fl.transport.spool import Spool, Spooled
+from fl.transport.stored import Stored
 
 _CHUNK: Final = adapter_of(Chunk)
 
 
-def serve_chunks(data: Buffer, offset: int = 0) -> Iterator[bytes]:
+def serve_chunks(data: Buffer | Stored, offset: int = 0) -> Iterator[bytes]:
     """The frames of `data` from `offset` on, made as they are taken."""
-    view = memoryview(data)
-    for start in range(offset, len(view), CHUNK):
-        piece = view[start : start + CHUNK]
-        yield pack(Chunk(offset=start, xxh3=xxhash.xxh3_64_intdigest(piece)), piece)
+    if isinstance(data, Stored):
+        pieces = data.pieces(offset, CHUNK)
+    else:
+        view = memoryview(data)
+        pieces = (view[start : start + CHUNK] for start in range(offset, len(view), CHUNK))
+    for piece in pieces:
+        yield pack(Chunk(offset=offset, xxh3=xxhash.xxh3_64_intdigest(piece)), piece)
+        offset += len(piece)
 
 
 def checked(frames: Iterable[bytes], *, start: int, size: int, where: str) -> Iterator[memoryview]:
@@ -57,14 +63,15 @@ def checked(frames: Iterable[bytes], *, start: int, size: int, where: str) -> It
 class Assembly:
     """A transfer that comes in, in one go or, after cuts, in several. `take` as often as it needs, then `seal`.
 
-    Memory is taken for the whole size, which the caller has bounded. For one thread at a time.
+    Room is taken for the whole size, which the caller has bounded: in memory, or where it is too large for it and there
+    is a spool, in the spool. For one thread at a time.
     """
 
-    def __init__(self, size: int, *, where: str) -> None:
-        """Raises MalformedMessage if it is empty."""
+    def __init__(self, size: int, *, where: str, spool: Spool | None = None) -> None:
+        """Raises MalformedMessage if it is empty, SpoolFailed."""
         if size < 1:
             raise MalformedMessage("the transfer is empty", where=where)
-        self._draft = DraftMemory(size)
+        self._draft = draft_of(size, spool)
         self._where = where
         self.size = size
         self.at = 0
@@ -79,15 +86,15 @@ class Assembly:
             self._draft.write(self.at, piece)
             self.at += len(piece)
 
-    def seal(self, *, sha256: str | None = None) -> SealedMemory:
+    def seal(self, *, sha256: str | None = None) -> SealedMemory | Spooled:
         """The whole, sealed. Raises MalformedMessage if something is missing, or if it has another digest."""
         if self.at != self.size:
             raise MalformedMessage(f"the transfer ended after {self.at} of {self.size} bytes", where=self._where)
-        if sha256 is not None:
-            found = hashlib.sha256(self._draft.view).hexdigest()
-            if not hmac.compare_digest(found, sha256):
-                raise MalformedMessage(f"the transfer's SHA-256 is {found}, not {sha256}", where=self._where)
-        return SealedMemory(*self._draft.seal())
+        whole = stored(self._draft)
+        if sha256 is not None and not hmac.compare_digest(whole.digest, sha256):
+            whole.close()
+            raise MalformedMessage(f"the transfer's SHA-256 is {whole.digest}, not {sha256}", where=self._where)
+        return whole
 
     def close(self) -> None:
         """Give the memory back, unless it was sealed."""
@@ -102,11 +109,13 @@ class Assembly:
         self.close()
 
 
-def assemble(frames: Iterable[bytes], *, size: int, sha256: str | None, where: str) -> SealedMemory:
+def assemble(
+    frames: Iterable[bytes], *, size: int, sha256: str | None, where: str, spool: Spool | None = None
+) -> SealedMemory | Spooled:
     """The transfer of exactly `size` bytes in `frames`, whole and sealed, with the digest `sha256` (None: not asked).
 
     Raises MalformedMessage as `Assembly` does.
     """
-    with Assembly(size, where=where) as assembly:
+    with Assembly(size, where=where, spool=spool) as assembly:
         assembly.take(frames)
         return assembly.seal(sha256=sha256)

@@ -15,12 +15,13 @@ import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Final, Self
 
 from fl.errors import MalformedMessage
 from fl.tensors import Buffer, TensorSpec, pieces
+from fl.transport.stored import Stored
 
 _HASHED_AT_ONCE: Final = 4 << 20
 """Bytes below which a thread for hashing costs more than it saves."""
@@ -29,7 +30,7 @@ _AHEAD: Final = 8
 SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
-class SealedMemory:
+class SealedMemory(Stored):
     """A memory file that nobody can change, mapped privately: `view` may be written to, the file stays as it is."""
 
     def __init__(self, descriptor: int, size: int, digest: str | None = None) -> None:
@@ -78,6 +79,16 @@ class SealedMemory:
                 draft.write(at, part)
             return cls(*draft.seal())
 
+    @classmethod
+    def of_pieces(cls, size: int, parts: Iterable[Buffer]) -> Self:
+        """A sealed memory file of `size` bytes, which `parts` are, one after the other."""
+        with DraftMemory(size) as draft:
+            at = 0
+            for part in parts:
+                draft.write(at, part)
+                at += memoryview(part).nbytes
+            return cls(*draft.seal())
+
     @property
     def view(self) -> memoryview:
         """The bytes; changes to them stay in this process."""
@@ -85,14 +96,24 @@ class SealedMemory:
 
     @property
     def digest(self) -> str:
-        """The content address: lower-case hex SHA-256, computed once."""
         if self._digest is None:
             self._digest = hashlib.sha256(self._mapping).hexdigest()
         return self._digest
 
+    def pieces(self, offset: int, size: int) -> Iterator[memoryview]:
+        view = self.view
+        for start in range(offset, self.size, size):
+            yield view[start : start + size]
+
+    @property
+    def source(self) -> memoryview:
+        return self.view
+
     def share(self) -> SealedMemory:
-        """The same memory once more, with a life of its own; nothing is copied."""
         return SealedMemory(os.dup(self.descriptor), self.size, self._digest)
+
+    def in_memory(self) -> SealedMemory:
+        return self.share()
 
     def close(self) -> None:
         """Give the descriptor back. The mapping goes when the last array over it goes."""
@@ -105,14 +126,6 @@ class SealedMemory:
             self._mapping.close()
         except BufferError:
             return  # arrays over it are still in use: they keep the pages until they are dropped
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         """What nobody has closed (a result that is kept no more) goes with its last user."""
@@ -186,15 +199,13 @@ class DraftMemory:
             self._descriptor = -1
 
 
-class NamedDraft:
-    """A memory file that is written from its first byte to its last and gets its content address on the way.
+class ContentAddress:
+    """The SHA-256 of a file of `size` bytes that is being written.
 
-    Hashing is the slowest thing that is done to a model; a large one is hashed on a thread of its own.
+    Hashing is the slowest thing that is done to a model: a large one is hashed on a thread of its own.
     """
 
     def __init__(self, size: int) -> None:
-        self._draft = DraftMemory(size)
-        self._at = 0
         self._sha256 = hashlib.sha256()
         self._pieces: queue.Queue[Buffer | None] = queue.Queue(_AHEAD)
         self._hasher: threading.Thread | None = None
@@ -202,31 +213,45 @@ class NamedDraft:
             self._hasher = threading.Thread(target=self._hash, name="content address", daemon=True)
             self._hasher.start()
 
-    def append(self, piece: Buffer) -> None:
-        """Write the bytes that follow. They may not change any more. Raises ValueError if they do not fit."""
-        self._draft.write(self._at, piece)
-        self._at += memoryview(piece).nbytes
+    def add(self, piece: Buffer) -> None:
+        """The bytes that follow, which may not change any more."""
         if self._hasher is None:
             self._sha256.update(piece)
         else:
             self._pieces.put(piece)
 
-    def seal(self) -> SealedMemory:
-        """The whole, sealed and named. Raises ValueError if something is missing."""
-        if self._at != self._draft.size:
-            raise ValueError(f"{self._at} of {self._draft.size} bytes were written")
-        self._stop()
-        return SealedMemory(*self._draft.seal(), self._sha256.hexdigest())
+    def end(self) -> str:
+        """The address of all that was added, in lower-case hex."""
+        if self._hasher is not None:
+            self._pieces.put(None)
+            self._hasher.join()
+            self._hasher = None
+        return self._sha256.hexdigest()
 
     def _hash(self) -> None:
         while (piece := self._pieces.get()) is not None:
             self._sha256.update(piece)
 
-    def _stop(self) -> None:
-        if self._hasher is not None:
-            self._pieces.put(None)
-            self._hasher.join()
-            self._hasher = None
+
+class NamedDraft:
+    """A memory file that is written from its first byte to its last and gets its content address on the way."""
+
+    def __init__(self, size: int) -> None:
+        self._draft = DraftMemory(size)
+        self._at = 0
+        self._address = ContentAddress(size)
+
+    def append(self, piece: Buffer) -> None:
+        """Write the bytes that follow. They may not change any more. Raises ValueError if they do not fit."""
+        self._draft.write(self._at, piece)
+        self._at += memoryview(piece).nbytes
+        self._address.add(piece)
+
+    def seal(self) -> SealedMemory:
+        """The whole, sealed and named. Raises ValueError if something is missing."""
+        if self._at != self._draft.size:
+            raise ValueError(f"{self._at} of {self._draft.size} bytes were written")
+        return SealedMemory(*self._draft.seal(), self._address.end())
 
     def __enter__(self) -> Self:
         return self
@@ -234,5 +259,5 @@ class NamedDraft:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self._address.end()
         self._draft.discard()

@@ -50,8 +50,8 @@ def test_updates_are_in_memory_one_at_a_time(tmp_path: Path, monkeypatch: pytest
     most: list[int] = []
 
     class Watched(Room):
-        def __init__(self) -> None:
-            super().__init__()
+        def __init__(self, limit: int | None = None) -> None:
+            super().__init__(limit)
             made.append(self)
 
         def take(self, size: int) -> None:
