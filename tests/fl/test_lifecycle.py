@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def run_with(
 ) -> tuple[list[JobEvent], np.ndarray[Any, Any], Proxy]:
     """Run a job of two sites, the second by way of a proxy; `act` is called with each event."""
     model = np.zeros(size, dtype=np.float32)
-    bundle, first = make_job(folder, SLOW, initial_model={"w": model}, round_seconds=60, **settings)
+    bundle, first = make_job(folder, SLOW, initial_model={"w": model}, **{"round_seconds": 150, **settings})
     world.approve(bundle)
     world.way = {"driver": driver}
     try:
@@ -71,7 +72,7 @@ def run_with(
         ):
             mine = client.submit(bundle, first, roster=None, recipients=[ADA])
             events = []
-            for event in client.watch(mine, timeout=120):
+            for event in client.watch(mine, timeout=180):
                 events.append(event)
                 act(event, proxy)
             result = client.download(mine, folder / "result", ledgers=None)
@@ -84,19 +85,28 @@ def kinds(events: list[JobEvent]) -> list[str]:
     return [event.kind for event in events]
 
 
+SECONDS = [1.0, pytest.param(60.0, marks=pytest.mark.long)]
+"""How long a network is away. What a second shows, a minute shows with every bound of its own length."""
+
+
 @pytest.mark.parametrize("driver", ["grpc", "https"])
-def test_a_cut_between_two_words_costs_its_time_and_nothing_else(
-    world: FederationWorld, server: str, tmp_path: Path, driver: str
+@pytest.mark.parametrize("how", ["cut", "hole"])
+@pytest.mark.parametrize("seconds", SECONDS)
+def test_a_network_that_is_away_costs_its_time_and_nothing_else(
+    world: FederationWorld, server: str, tmp_path: Path, driver: str, how: str, seconds: float
 ) -> None:
+    """A cut ends connections and refuses new ones; a black hole swallows what is said and ends nothing."""
+
     def act(event: JobEvent, proxy: Proxy) -> None:
-        if event.kind == "update" and event.round == 0:
-            proxy.cut()
-            threading.Timer(1.0, proxy.mend).start()
+        if event.kind == "update" and event.round == 0 and event.site == SITES[1]:
+            proxy.cut() if how == "cut" else proxy.flows.clear()
+            threading.Timer(seconds, proxy.mend if how == "cut" else proxy.flows.set).start()
 
     events, found, _ = run_with(world, server, tmp_path, driver, act, num_rounds=2)
     assert found.tolist() == [4.0] * 3
-    assert "paused" in kinds(events)
-    assert "resumed" in kinds(events)
+    if how == "cut":
+        assert "paused" in kinds(events)
+    assert kinds(events).count("paused") == kinds(events).count("resumed")
     assert "lost" not in kinds(events)
     counted = [(event.site, event.round) for event in events if event.kind == "update"]
     assert sorted(counted) == [(site, round_) for site in sorted(SITES) for round_ in (0, 1)]
@@ -170,6 +180,78 @@ def test_a_site_that_stops_says_so_and_is_not_waited_for(world: FederationWorld,
                 leaving.stop.set()
     assert ("lost", SITES[1], "the site stops") in [(event.kind, event.site, event.text) for event in events]
     assert events[-1].text == "finished"
+
+
+def test_a_straggler_is_left_at_the_deadline(world: FederationWorld, server: str, tmp_path: Path) -> None:
+    slow = SLOW.replace("time.sleep(0.5)", "time.sleep(60 if add > 2 else 0.1)")
+    bundle, first = make_job(tmp_path, slow, num_rounds=2, min_clients=1, round_seconds=3)
+    world.approve(bundle)
+    with (
+        first,
+        world.site(server, SITES[0], number=1.0),
+        world.site(server, SITES[1], number=3.0),
+        world.client(server) as client,
+    ):
+        mine = client.submit(bundle, first, roster=None, recipients=[ADA])
+        events = list(client.watch(mine, timeout=60))
+        result = client.download(mine, tmp_path / "result", ledgers=None)
+    assert ("lost", SITES[1], "did not answer within 3 s") in [(one.kind, one.site, one.text) for one in events]
+    assert load_file(result / "model.safetensors")["w"].tolist() == [2.0] * 3  # of the site that came in time
+
+
+def test_a_site_that_died_is_replaced_by_a_new_guest_of_its_name(
+    world: FederationWorld, server: str, tmp_path: Path
+) -> None:
+    """Its machine is gone in the middle of a round; the job waits, and goes on with the guest that its host starts."""
+    bundle, first = make_job(tmp_path, SLOW, num_rounds=3, round_seconds=60)
+    world.approve(bundle)
+    with (
+        contextlib.ExitStack() as replacement,
+        first,
+        passing_proxy(server) as proxy,
+        world.site(server, SITES[0], number=1.0),
+        world.site(proxy.address, SITES[1], number=3.0, patience=0.5),
+        world.client(server) as client,
+    ):
+        mine = client.submit(bundle, first, roster=None, recipients=[ADA])
+        events = []
+        for event in client.watch(mine, timeout=90):
+            events.append(event)
+            if event.kind == "round" and event.round == 1:
+                proxy.cut()
+            if event.kind == "paused":
+                replacement.enter_context(world.site(server, SITES[1], number=3.0))
+        result = client.download(mine, tmp_path / "result", ledgers=None)
+    assert events[-1].text == "finished", events
+    assert {event.site for event in events if event.kind == "paused"} == {SITES[1]}
+    assert load_file(result / "model.safetensors")["w"].tolist() == [6.0] * 3
+    counted = sorted((event.round, event.site) for event in events if event.kind == "update")
+    assert counted == [(round_, site) for round_ in range(3) for site in sorted(SITES)]
+
+
+def test_jobs_run_side_by_side_on_the_same_sites(world: FederationWorld, server: str, tmp_path: Path) -> None:
+    slow, first = make_job(tmp_path, SLOW.replace("0.5", "1.0"), name="slow", num_rounds=5, round_seconds=60)
+    (tmp_path / "quick").mkdir()
+    quick, second = make_job(tmp_path / "quick", SLOW.replace("0.5", "0"), name="quick", num_rounds=1)
+    world.approve(slow)
+    world.approve(quick)
+    with (
+        first,
+        second,
+        world.site(server, SITES[0], number=1.0),
+        world.site(server, SITES[1], number=3.0),
+        world.client(server) as client,
+    ):
+        long_one = client.submit(slow, first, roster=None, recipients=[ADA])
+        assert wait_until(lambda: client.report(long_one).round is not None)
+        short_ones = [client.submit(quick, second, roster=None, recipients=[ADA]) for _ in range(2)]
+        for job in short_ones:
+            assert list(client.watch(job, timeout=60))[-1].text == "finished"
+        assert client.report(long_one).status.value == "running"
+        assert list(client.watch(long_one, timeout=60))[-1].text == "finished"
+        for job, expected in ((long_one, 10.0), (short_ones[0], 2.0), (short_ones[1], 2.0)):
+            result = client.download(job, tmp_path / job, ledgers=None)
+            assert load_file(result / "model.safetensors")["w"].tolist() == [expected] * 3
 
 
 @pytest.mark.parametrize("driver", ["grpc", "https"])
