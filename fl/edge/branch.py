@@ -18,9 +18,10 @@ from typing import Final
 
 import numpy as np
 
-from fl.edge.contract import EdgeJob, ModelVersion, Tensors, Update, Verdict
+from fl.edge.contract import EdgeJob, ModelVersion, Tensors, Update, UpdateBounds, Verdict
 from fl.edge.partial_sum import MAX_IDS, PartialSum, VersionSum, float_schema
 from fl.edge.permits import Demand, Permits
+from fl.edge.settings import EdgeSettings
 from fl.edge.task import DeviceTask
 from fl.tensors import Schema
 
@@ -205,6 +206,12 @@ class TreeBranch:
         self.permits.expire(self._clock())
         waiting, self._waiting = self._waiting, 0
         return Demand(self.permits.returned, waiting)
+
+
+def bounds_of(settings: EdgeSettings) -> UpdateBounds:
+    """What one device may contribute: with privacy, its clip norm and the weight 1."""
+    private = settings.privacy
+    return UpdateBounds() if private is None else UpdateBounds(private.clip_norm, 1.0)
 
 
 def norm_of(tensors: Tensors) -> float:

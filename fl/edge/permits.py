@@ -83,6 +83,7 @@ class _Child:
     granted: int = 0
     returned: int = 0
     waiting: int = 0
+    gone: bool = False
 
 
 class Deal:
@@ -93,24 +94,24 @@ class Deal:
         self._strategy: Callable[[int], dict[str, int]] = self._drawn if strategy == "random" else self._even
         self._generator = generator
         self._children: dict[str, _Child] = {}
-        self._gone = 0
 
     def report(self, child: str, demand: Demand) -> None:
         """A child tells its demand."""
         one = self._children.setdefault(child, _Child())
         one.returned = min(max(one.returned, demand.returned), one.granted)
         one.waiting = demand.waiting
+        one.gone = False
 
     def drop(self, child: str) -> None:
-        """A child is gone: what it had comes back."""
-        gone = self._children.pop(child, None)
+        """A child is gone: what it had comes back. If it returns it goes on with its totals."""
+        gone = self._children.get(child)
         if gone is not None:
-            self._gone += gone.granted
+            gone.returned, gone.waiting, gone.gone = gone.granted, 0, True
 
     @property
     def children(self) -> int:
         """How many there are."""
-        return len(self._children)
+        return sum(1 for one in self._children.values() if not one.gone)
 
     @property
     def waiting(self) -> int:
@@ -125,12 +126,12 @@ class Deal:
     @property
     def returned(self) -> int:
         """Permits that came back so far, also from children that are gone."""
-        return self._gone + sum(one.returned for one in self._children.values())
+        return sum(one.returned for one in self._children.values())
 
     @property
     def granted(self) -> int:
         """Permits that were given to children so far."""
-        return self._gone + sum(one.granted for one in self._children.values())
+        return sum(one.granted for one in self._children.values())
 
     def give(self, permits: int) -> None:
         """Deal at most so many more to the children whose devices wait."""

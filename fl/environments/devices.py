@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from fl.edge.branch import bounds_of
 from fl.edge.contract import EdgeJob
 from fl.edge.embedded import EmbeddedTree
 from fl.edge.fedbuff import FIRST_VERSION, FedBuff, Step
 from fl.edge.settings import EvaluatorConfig
-from fl.edge.simulation.description import bounds_of
 from fl.edge.simulation.engine import Evaluate, Simulation, Trace
 from fl.edge.simulation.pool import TrainingPool
 from fl.edge.simulation.population import Population, PopulationSettings

@@ -68,27 +68,42 @@ def approve(
     *,
     server: str,
     site: str | None,
+    role: Role = "site",
     received: datetime | None = None,
 ) -> None:
-    """Check that the job may run at `server`, or at `site` under that server.
+    """Check that the job may run at `server`, or at `site` (a guest of the role `role`) under that server.
 
     `received` is when the record came here (None: `at`): its age counts until then. Raises ApprovalRefused with every
     reason.
     """
     record = signed.record
     reasons = (
-        *_record_reasons(signed, charter, received or at, server=server, site=site),
+        *_record_reasons(
+            signed, charter, received or at, server=server, site=site, role=role, roles=roster_roles(bundle)
+        ),
         *_bundle_reasons(record, bundle, charter, at),
     )
     if not reasons:
-        here: tuple[Role, str] = ("server", server) if site is None else ("site", site)
+        here: tuple[Role, str] = ("server", server) if site is None else (role, site)
         reasons = admission_reasons(charter, record.model_dump(mode="json"), *here, at)
     if reasons:
         raise ApprovalRefused(record.job, reasons)
 
 
+def roster_roles(bundle: Bundle) -> tuple[Role, ...]:
+    """The roles of the guests on the roster of a job of this bundle: sites, or for devices the nodes of the tree."""
+    return ("gateway", "inner") if bundle.settings.recipe == "fedbuff" else ("site",)
+
+
 def _record_reasons(
-    signed: SignedRecord, charter: Charter, received: datetime, *, server: str, site: str | None
+    signed: SignedRecord,
+    charter: Charter,
+    received: datetime,
+    *,
+    server: str,
+    site: str | None,
+    role: Role,
+    roles: tuple[Role, ...],
 ) -> Iterator[str]:
     record = signed.record
     if not signed.submitter.may("submit"):
@@ -99,11 +114,13 @@ def _record_reasons(
         yield f"the record was signed at {record.created}, not within the last {MAX_AGE // timedelta(hours=1)} hours"
     if record.server != server:
         yield f"the record is for the server {record.server}, not {server}"
+    if site is not None and role not in roles:
+        yield f"a {role} has no part in jobs of this kind"
     if site is not None and site not in record.roster:
         yield f"{site} is not on the job's roster"
     for name in record.roster:
-        if charter.enrolment("site", name) is None:
-            yield f"the roster names {name}, which is not enrolled as a site"
+        if all(charter.enrolment(role, name) is None for role in roles):
+            yield f"the roster names {name}, which is not enrolled as {' or '.join(f'a {role}' for role in roles)}"
     for recipient in record.recipients:
         member, _, name = recipient.partition("/")
         user = charter.user(member, name)

@@ -48,6 +48,24 @@ Call: TypeAlias = Callable[[Any, Caller], Iterator[bytes]]
 """A call's method: of the caller's frames (one, or an iterator of them) and the caller; the frames of the answer."""
 
 
+class Service(Protocol):
+    """What a driver serves: calls by name."""
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """The calls that take a stream of frames."""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The calls that take one frame."""
+
+    def appraise(self) -> bytes:
+        """The frame by which whoever connects appraises this guest. Raises Refusal."""
+
+    def answer(self, name: str, request: Iterator[bytes] | bytes, caller: Caller) -> Iterator[bytes]:
+        """Answer the call `name`: frames, made as they are taken. Raises Refusal."""
+
+
 class CallerGone(Exception):
     """The caller's frames end here because its connection does, or because it was cut off."""
 

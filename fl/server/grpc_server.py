@@ -11,9 +11,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fl.errors import PeerLost
-from fl.server.calls import CallerGone, Refusal, subject_of
+from fl.server.calls import CallerGone, Refusal, Service, subject_of
 from fl.server.certificates import ServerCertificates, TlsCredentials
-from fl.server.service import FederationService
 from fl.transport.frames import METHOD_PREFIX
 from fl.transport.grpc_channel import TRANSPORT_OPTIONS
 
@@ -29,7 +28,7 @@ _OPTIONS: Final = (
 class GrpcServer:
     """A running server. `close` ends it."""
 
-    def __init__(self, service: FederationService, certificates: ServerCertificates, path: str) -> None:
+    def __init__(self, service: Service, certificates: ServerCertificates, path: str) -> None:
         """Serve on the UNIX socket `path`. Raises PeerLost if it cannot be had."""
         self._server = grpc.server(
             ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="call"),
@@ -79,7 +78,7 @@ class _GrpcCaller:
             call()
 
 
-def _handlers(service: FederationService) -> grpc.GenericRpcHandler:
+def _handlers(service: Service) -> grpc.GenericRpcHandler:
     def appraise(_request: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             return service.appraise()
@@ -95,7 +94,7 @@ def _handlers(service: FederationService) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(METHOD_PREFIX.strip("/"), handlers)
 
 
-def _answer(service: FederationService, name: str) -> Callable[[Any, grpc.ServicerContext], Iterator[bytes]]:
+def _answer(service: Service, name: str) -> Callable[[Any, grpc.ServicerContext], Iterator[bytes]]:
     def answer(request: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
         try:
             yield from service.answer(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, Protocol
@@ -115,22 +115,30 @@ def connect(
     charter: Callable[[], Charter],
     clock: Callable[[], datetime],
     here: Place | None = None,
+    roles: Sequence[str] = ("server",),
 ) -> Iterator[ServerConnection]:
     """A connection to the attested server named `server`, by the way `to` (host:port, if it is a direct one).
+
+    `roles`: what it may be: a server, or an inner node of a tree.
 
     `here` is the guest that connects, whose consortium may demand more of its peers; None for a user.
 
     The server's current EARs are the first and only thing asked for before it is appraised. Raises PeerRefused if what
     is there is not that server, PeerLapsed or LeaseLapsed if its lease has ended, PeerLost if nothing is there.
     """
-    route, host = Route.of(to), dns_name("server", server)
+    route, hosts = Route.of(to), {dns_name(role, server): role for role in roles}
     protocol = "h2" if route.driver == "grpc" else "http/1.1"
     lost: list[PeerLost] = []
     for address in route.addresses:
         dial = route.dialler(address)
         try:
             certificate = fetch_certificate(
-                address, dial, protocol=protocol, host=host, tls_key=tls_key, certificate_pem=certificate_pem
+                address,
+                dial,
+                protocol=protocol,
+                host=next(iter(hosts)),
+                tls_key=tls_key,
+                certificate_pem=certificate_pem,
             )
         except PeerLost as error:
             lost.append(error)
@@ -138,7 +146,8 @@ def connect(
         break
     else:
         raise lost[0] if len(lost) == 1 else PeerLost("; ".join(one.what for one in lost), where=route.addresses[0])
-    if (names := _dns_names(certificate)) != [host]:
+    host = next(iter(names := dns_names(certificate)), "")
+    if len(names) != 1 or host not in hosts:
         raise PeerRefused((f"what answers there is not the server {server}: {names}",), who=address)
     with contextlib.ExitStack() as ends:
         identity = {"host": host, "tls_key": tls_key, "certificate_pem": certificate_pem}
@@ -157,11 +166,11 @@ def connect(
         except CallFailed as error:
             raise peer_error(error, where=address) from error
         lease, _ = unpack(_LEASE, shown, where=address)
-        peer = PeerLease(certificate, lease, role="server", here=here, charter=charter, clock=clock)
+        peer = PeerLease(certificate, lease, role=hosts[host], here=here, charter=charter, clock=clock)
         yield ServerConnection(channel, peer)
 
 
-def _dns_names(certificate: bytes) -> list[str]:
+def dns_names(certificate: bytes) -> list[str]:
     """The DNS names of a certificate that nobody has checked yet; none if it cannot be read."""
     try:
         found = x509.load_der_x509_certificate(certificate).extensions

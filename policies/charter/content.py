@@ -262,7 +262,7 @@ def loose_ends(
             ends.extend(
                 f"{path}: its site {site} is not enrolled"
                 for site in document.sites
-                if f"enrolments/site/{site}.json" not in documents
+                if not any(f"enrolments/{role}/{site}.json" in documents for role in ("site", "inner", "gateway"))
             )
         if isinstance(document, VaultRecovery):
             place = f"enrolments/{document.to_role}/{document.to_name}.json"

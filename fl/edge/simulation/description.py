@@ -11,7 +11,8 @@ from typing import Final, Literal
 import numpy as np
 from pydantic import Field
 
-from fl.edge.contract import EdgeJob, UpdateBounds
+from fl.edge.branch import bounds_of
+from fl.edge.contract import EdgeJob
 from fl.edge.embedded import EmbeddedTree
 from fl.edge.fedbuff import FedBuff, Step
 from fl.edge.settings import DeviceManagerConfig, DevicePrivacy, EdgeSettings, ModelManagerConfig, Settings
@@ -84,12 +85,6 @@ def read_description(path: Path) -> Description:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise Unusable(f"it is not TOML: {error}", where=str(path), do="Correct it; docs/reference/edge.md.") from error
     return Description.model_validate(table)
-
-
-def bounds_of(settings: EdgeSettings) -> UpdateBounds:
-    """What one device may contribute: with privacy, its clip norm and the weight 1."""
-    private = settings.privacy
-    return UpdateBounds() if private is None else UpdateBounds(private.clip_norm, 1.0)
 
 
 def simulate(
