@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from appliance.commands.job_review import review
+from appliance.commands.job_trace import trace
 from appliance.output import print_json
 from policies.errors import Refused, Unusable
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Bundle, submit, watch and download federated jobs.")
 
 app.command(epilog="Example: seal job review job.bundle --against approved.bundle --charter charter/")(review)
+app.command(epilog="Example: seal job trace leaked.safetensors result/ --key model.key")(trace)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 KitFolder = Annotated[Path, typer.Option("--kit", metavar="DIR", help="Your kit's folder.", envvar="SEAL_KIT")]

@@ -40,6 +40,7 @@ from fl.errors import (
 )
 from fl.guard.disclosure import LoggedNumbers, disclose
 from fl.guard.gate import max_update_size
+from fl.guard.watermark import Marker, watermark_key
 from fl.jobs.progress import JobEvent, Status, line_of
 from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, JobHistory, write_file, write_json
 from fl.jobs.settings import NAME_PATTERN, JobSettings
@@ -163,8 +164,9 @@ class _Simulation:
         )
         federation = Federation(
             self.history.job_id,
-            settings.schema_of_update,
+            settings.schema_of_sum,
             ParamsType(settings.params_type),
+            delta=settings.delta,
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
             observe=observe,
@@ -173,6 +175,9 @@ class _Simulation:
             aggregation=self._aggregation if settings.aggregator is not None else robust_aggregation(settings),
         )
         federation.notary = SimulatedNotary(self.history.job_id, self._env.clients)
+        self._marker = None
+        if settings.watermark is not None:  # no owner has a key to this one: it shows what watermarks cost in accuracy
+            self._marker = Marker(watermark_key(bytes(32), self.history.job_id), settings.watermark.strength)
         try:
             shown = not self._env.log_mode.lines
             with Display(settings.name, settings.num_rounds, sys.stderr, shown=shown) as display:
@@ -189,6 +194,8 @@ class _Simulation:
         finally:
             if federation.best is not None:
                 federation.best.close()
+            if self._marker is not None:
+                self._marker.close()
             if tracking is not None:
                 tracking.close()
             if self._env.log_mode.output:
@@ -248,7 +255,7 @@ class _Simulation:
             log_config=self._env.log_mode.clients,
         )
         data = self._env.data[name]
-        client = _Client(name, session, federation, self._recipe.settings)
+        client = _Client(name, session, federation, self._recipe.settings, self._marker)
         session.greet(
             self.history.job_id,
             self._recipe.settings,
@@ -297,17 +304,21 @@ class _Simulation:
 class _Client:
     """A simulated client: a thread that carries tasks to its script and updates back."""
 
-    def __init__(self, name: str, session: Session, federation: Federation, settings: JobSettings) -> None:
+    def __init__(
+        self, name: str, session: Session, federation: Federation, settings: JobSettings, marker: Marker | None
+    ) -> None:
         self.name = name
         self._session = session
         self._federation = federation
         self._settings = settings
         self._logged = LoggedNumbers(settings.outputs, name)
+        self._marker = marker
         secure = settings.secure_aggregation
         self._masking: MaskingTurns | None = None
         if secure is not None:
             site = MaskingSite(name, settings, secure, federation.notary)
             self._masking = MaskingTurns(site, self._answer, lambda error: federation.lose(name, error.what))
+        self._feedback = error_feedback(settings)
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._carry, name=f"client {name}", daemon=True)
 
@@ -316,7 +327,8 @@ class _Client:
 
     def give(self, task: Task) -> None:
         # The model may be closed with its job while this client still works on it: it has a share of its own.
-        self._tasks.put(replace(task, model=task.model.share()))
+        model = task.model if self._marker is None else self._marker.of(self.name, task.model)
+        self._tasks.put(replace(task, model=model.share()))
 
     def say(self, round_: int, step: Step, body: str) -> None:
         if self._masking is not None:
@@ -360,6 +372,7 @@ class _Client:
                         settings=self._settings,
                         site=self.name,
                         task=task.kind,
+                        feedback=self._feedback,
                         masked=None if self._masking is None else partial(self._masking.site.masked, task.round),
                     )
                 federation.submit(

@@ -201,11 +201,13 @@ class TrainingArguments(TypedDict, total=False):
     aggregator: str | None
     secure_aggregation: bool | Mapping[str, Any]
     robust: Mapping[str, Any] | None
+    watermark: bool | Mapping[str, Any]
     min_clients: Required[int]
     num_rounds: int
     train_script: Required[str]
     train_args: str | Sequence[str]
     params_type: Literal["FULL", "DIFF"]
+    delta: Literal["bf16", "int8"] | None
     round_seconds: int
 
 
@@ -231,6 +233,8 @@ class TrainingRecipe(Recipe):
         checkpoint = arguments.get("initial_ckpt")
         if len(given) > 1 or not (given or checkpoint):
             raise RecipeUnusable("give exactly one of initial_model and model", where="initial_model")
+        if arguments.get("delta") is not None:
+            arguments = {"params_type": "DIFF", **arguments}
         folder, script = find_script(arguments["train_script"])
         loaded = None if checkpoint is None else load_checkpoint(folder, checkpoint)
         settings, tensors = make_settings(
@@ -241,7 +245,7 @@ class TrainingRecipe(Recipe):
             min_clients=arguments["min_clients"],
             train_script=script,
             train_args=arguments.get("train_args", ""),
-            params_type=arguments.get("params_type", "FULL"),
+            params_type=arguments.get("params_type", "DIFF" if arguments.get("watermark") else "FULL"),
             round_seconds=arguments.get("round_seconds", 3600),
             model=given[0] if given else loaded or {},
             loaded=loaded,
@@ -249,9 +253,11 @@ class TrainingRecipe(Recipe):
             more_tensors=more_tensors,
             more={
                 "selection": selection_of(arguments),
+                "delta": arguments.get("delta"),
                 "sites": _site_settings(arguments.get("per_site_config") or {}),
                 "aggregator": arguments.get("aggregator"),
                 **_secure(arguments.get("secure_aggregation", False)),
+                **_marked(arguments.get("watermark", False)),
                 **({"robust": dict(robust)} if (robust := arguments.get("robust")) is not None else {}),
             },
         )
@@ -265,6 +271,10 @@ def _secure(wanted: bool | Mapping[str, Any]) -> dict[str, Any]:
         return {}
     secure = {} if wanted is True else dict(wanted)
     return {"secure_aggregation": secure, "outputs": {"metrics": (), "values": 0}}
+
+
+def _marked(wanted: bool | Mapping[str, Any]) -> dict[str, Any]:
+    return {} if wanted is False else {"watermark": {} if wanted is True else dict(wanted)}
 
 
 def make_settings(

@@ -21,6 +21,7 @@ from fl.guard.approval import SignedRecord, approve
 from fl.guard.command import SignedCommand
 from fl.guard.export import ExportGate
 from fl.guard.gate import admit_update
+from fl.guard.watermark import Marker, watermark_key
 from fl.jobs.bundle import Bundle
 from fl.jobs.progress import JobEvent, Status
 from fl.jobs.record import record_digest
@@ -63,15 +64,15 @@ class RemoteSite:
         return self.attendance.name
 
     def give(self, task: Task) -> None:
-        self._job.serve_model(task.model)
+        model = self._job.serve_model(task.model, self.name)
         self.attendance.send(
             Train(
                 job=self._job.id,
                 task=task.kind,
                 round=task.round,
                 total_rounds=task.total_rounds,
-                model_sha256=task.model.digest,
-                model_size=task.model.size,
+                model_sha256=model.digest,
+                model_size=model.size,
             )
         )
 
@@ -127,8 +128,9 @@ class ServerJob:
         settings = bundle.settings
         self._federation = Federation(
             self.id,
-            settings.schema_of_update,
+            settings.schema_of_sum,
             ParamsType(settings.params_type),
+            delta=settings.delta,
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
             observe=self._observe,
@@ -141,6 +143,10 @@ class ServerJob:
             ),
         )
 
+        watermark = settings.watermark
+        self._marker = None
+        if watermark is not None:
+            self._marker = Marker(watermark_key(model_key, self.id), watermark.strength)
         if settings.secure_aggregation is not None:
             record = signed.record
             self._federation.notary = AttestedNotary(party, record.roster, record_digest(signed.token))
@@ -233,13 +239,16 @@ class ServerJob:
             raise MalformedMessage(f"the site has logged more than {most} values in a round", where=name)
         self._federation.value(name, key, value, step)
 
-    def serve_model(self, model: Stored) -> None:
-        """From now on the sites fetch this model."""
+    def serve_model(self, model: Stored, site: str = "") -> Stored:
+        """From now on the sites fetch this model; as `site` gets it, which may be with a watermark."""
         self._served = model
+        return model if self._marker is None else self._marker.of(site, model)
 
     def model(self, sha256: str) -> Stored | None:
         """The model that is served, if it is the one that is asked for."""
         served = self._served
+        if self._marker is not None:
+            return self._marker.find(sha256)
         return served if served is not None and served.digest == sha256 else None
 
     @contextmanager
@@ -393,6 +402,8 @@ class ServerJob:
             if self._federation.best is not None:
                 self._federation.best.close()
             self._served = None
+            if self._marker is not None:
+                self._marker.close()
             self._sealed_model.close()
 
     def _run_rounds(self, attending: Callable[[], list[Attendance]], folder: Path) -> None:
