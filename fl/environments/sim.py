@@ -164,9 +164,8 @@ class _Simulation:
         )
         federation = Federation(
             self.history.job_id,
-            settings.schema_of_sum,
+            settings.schema_of_update,
             ParamsType(settings.params_type),
-            delta=settings.delta,
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
             observe=observe,
@@ -318,7 +317,6 @@ class _Client:
         if secure is not None:
             site = MaskingSite(name, settings, secure, federation.notary)
             self._masking = MaskingTurns(site, self._answer, lambda error: federation.lose(name, error.what))
-        self._feedback = error_feedback(settings)
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._carry, name=f"client {name}", daemon=True)
 
@@ -372,7 +370,6 @@ class _Client:
                         settings=self._settings,
                         site=self.name,
                         task=task.kind,
-                        feedback=self._feedback,
                         masked=None if self._masking is None else partial(self._masking.site.masked, task.round),
                     )
                 federation.submit(
