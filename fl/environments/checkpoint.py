@@ -46,9 +46,7 @@ class Checkpoint(BaseModel):
 class FolderKeeper:
     """Keeps a simulation's state in its folder."""
 
-    def __init__(
-        self, folder: Path, history: JobHistory, *, resume: bool, best: Callable[[], Stored | None]
-    ) -> None:
+    def __init__(self, folder: Path, history: JobHistory, *, resume: bool, best: Callable[[], Stored | None]) -> None:
         """`resume`: whether to go on from what is there; `best` gives the best model so far."""
         self._folder = folder
         self._history = history

@@ -38,7 +38,7 @@ from fl.errors import (
     ScriptFailed,
     UpdateRefused,
 )
-from fl.guard.disclosure import LoggedNumbers, disclose
+from fl.guard.disclosure import LoggedNumbers, disclose, error_feedback
 from fl.guard.gate import max_update_size
 from fl.guard.watermark import Marker, watermark_key
 from fl.jobs.progress import JobEvent, Status, line_of
@@ -164,8 +164,9 @@ class _Simulation:
         )
         federation = Federation(
             self.history.job_id,
-            settings.schema_of_update,
+            settings.schema_of_sum,
             ParamsType(settings.params_type),
+            delta=settings.delta,
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
             observe=observe,
@@ -317,6 +318,7 @@ class _Client:
         if secure is not None:
             site = MaskingSite(name, settings, secure, federation.notary)
             self._masking = MaskingTurns(site, self._answer, lambda error: federation.lose(name, error.what))
+        self._feedback = error_feedback(settings)
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._carry, name=f"client {name}", daemon=True)
 
@@ -370,6 +372,7 @@ class _Client:
                         settings=self._settings,
                         site=self.name,
                         task=task.kind,
+                        feedback=self._feedback,
                         masked=None if self._masking is None else partial(self._masking.site.masked, task.round),
                     )
                 federation.submit(

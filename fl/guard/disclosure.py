@@ -2,7 +2,8 @@
 
 The answer was received whole, in memory that its script cannot change any more. Then, in this order: it is parsed and
 checked against the declared outputs; dequantised (half-precision floats widened); its difference from the round's model
-is clipped; noised; quantised; and what leaves is written anew, in one layout. Nothing of the script's own bytes leaves:
+is clipped; noised; quantised; what leaves is written anew, in one layout, and encoded if the job's differences travel
+in fewer bytes. Nothing of the script's own bytes leaves:
 not the header, its order, padding or metadata
 (a file that is that layout already is sent as it is); NaNs and booleans other than 0 and 1 are refused with the rest
 (`fl.guard.gate`). What leaves has one size, whatever it says.
@@ -21,6 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fl.aggregation.deltas import ErrorFeedback
 from fl.errors import MalformedTensors, OutputRefused, UpdateRefused
 from fl.guard.gate import admit_update
 from fl.guard.keystream import KEY_SIZE, Keystream
@@ -56,9 +58,12 @@ def disclose(
     site: str,
     task: TaskKind = "train",
     masked: Masked | None = None,
+    feedback: ErrorFeedback | None = None,
     random: Callable[[int], bytes] = os.urandom,
 ) -> Disclosure:
     """What may leave of an answer to `model`, under masks if there are any. Raises OutputRefused, MaskingRefused.
+
+    `feedback` encodes what leaves of a training, where the job's differences travel in fewer bytes.
 
     Of an evaluation metrics leave and no tensor; a site's own model leaves as an update does, whole.
     """
@@ -88,7 +93,15 @@ def disclose(
             current.raw.release()
     finally:
         update.raw.release()
+    if feedback is not None and task == "train":
+        with memory as difference:
+            memory = feedback.encoded(difference)
     return Disclosure(memory, shown, numbers)
+
+
+def error_feedback(settings: JobSettings) -> ErrorFeedback | None:
+    """What encodes a site's differences in one job, where they travel in fewer bytes."""
+    return None if settings.delta is None else ErrorFeedback(settings.schema_of_model, settings.delta)
 
 
 def _evaluation(

@@ -1,7 +1,8 @@
 """The check that every update passes whole before anything is done with it: at its site, and again at the server.
 
-An update is admitted if its tensors are exactly those of the model, with the model's dtypes and shapes, and every
-number in them is finite and small enough that a weighted sum over any number of sites stays finite.
+What comes encoded is decoded first (`fl.aggregation.deltas`). An update is admitted if its tensors are exactly those of
+the model, with the model's dtypes and shapes, and every number in them is finite and small enough that a weighted sum
+over any number of sites stays finite.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from fl.aggregation.deltas import DecodedTensors, Delta, encoded_schema
 from fl.errors import MalformedTensors, UpdateRefused
 from fl.tensors import FLOATS, Buffer, Schema, Source, TensorFile, layout, parse
 
@@ -27,10 +29,16 @@ def max_update_size(schema: Schema) -> int:
     return size + len(header) + 4096
 
 
-def admit_update(raw: Buffer | Source, schema: Schema, *, site: str) -> TensorFile:
-    """Parse and check a whole update of `site`. Raises UpdateRefused with every reason (the first MAX_REASONS)."""
+def admit_update(raw: Buffer | Source, schema: Schema, *, site: str, delta: Delta | None = None) -> TensorFile:
+    """Parse and check a whole update of `site`, which is a difference encoded by `delta` if that is given.
+
+    Raises UpdateRefused with every reason (the first MAX_REASONS).
+    """
+    travelling = schema if delta is None else encoded_schema(schema, delta)
     try:
-        update = parse(raw, max_size=max_update_size(schema), where=site)
+        update = parse(raw, max_size=max_update_size(travelling), where=site)
+        if delta is not None:
+            update = DecodedTensors(update, schema, delta)
     except MalformedTensors as error:
         raise UpdateRefused(site, (error.what,)) from error
     reasons = list(_reasons(update, schema))

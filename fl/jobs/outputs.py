@@ -136,6 +136,9 @@ def tensor_bits(settings: JobSettings) -> int:
         width = 1 if spec.dtype == "BOOL" else 8 * spec.size // max(1, spec.elements)
         if settings.outputs.bits is not None and spec.dtype in FLOATS:
             width = min(width, settings.outputs.bits)
+        if settings.delta is not None:
+            width = min(width, 16 if settings.delta == "bf16" else 8)
+            total += 32 if settings.delta == "int8" else 0  # its scale
         total += spec.elements * width
     return total
 

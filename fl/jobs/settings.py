@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from fl.edge.settings import EdgeSettings
+from fl.aggregation.deltas import SCALE, Delta, encoded_schema
 from fl.jobs.outputs import Outputs
 from fl.jobs.privacy import DpSgd
 from fl.tensors import FLOATS, ITEM_SIZE, MAX_NAME, MAX_RANK, Schema, TensorSpec
@@ -248,6 +249,8 @@ class JobSettings(BaseModel):
     train_args: Words = ()
     framework: Literal["numpy", "pytorch"]
     params_type: Literal["FULL", "DIFF"] = "FULL"
+    delta: Delta | None = None
+    """How the numbers of an update's difference travel, if not as they are (`fl.aggregation.deltas`)."""
     model: dict[Annotated[str, Field(min_length=1, max_length=MAX_NAME)], TensorSettings] = Field(max_length=100_000)
     round_seconds: int = Field(default=3600, ge=1, le=7 * 86400)
     tracking: Tracking | None = None
@@ -292,6 +295,8 @@ class JobSettings(BaseModel):
             )
         if self.privacy is not None:
             self._check_private()
+        if self.delta is not None:
+            self._check_delta()
         if self.robust is not None:
             if self.recipe not in {"fedavg", "fedprox"} or self.aggregator is not None:
                 raise ValueError("a robust rule takes the place of the mean of FedAvg and FedProx")
@@ -308,6 +313,16 @@ class JobSettings(BaseModel):
             raise ValueError("watermarks are of FedAvg and FedProx, without an evaluation across sites")
         if self.params_type != "DIFF" and self.secure_aggregation is None:
             raise ValueError("with watermarks sites send differences (params_type DIFF), in which there are none")
+
+    def _check_delta(self) -> None:
+        if self.params_type != "DIFF" or self.recipe not in {"fedavg", "fedprox", "fedopt"}:
+            raise ValueError("delta is of the differences (params_type DIFF) of FedAvg, FedProx and FedOpt")
+        if self.aggregator is not None or self.robust is not None or self.secure_aggregation is not None:
+            raise ValueError("delta is of a plain mean: no aggregator, no robust rule, no secure aggregation")
+        if any(entry.dtype not in FLOATS for entry in self.model.values()):
+            raise ValueError("delta is of a model of floats")
+        if any(name.endswith(SCALE) for name in self.model):
+            raise ValueError(f"with delta no tensor's name ends with {SCALE}")
 
     def _check_masked(self) -> None:
         single = self.aggregator is not None or self.cross_site_evaluation or self.robust is not None
@@ -371,7 +386,14 @@ class JobSettings(BaseModel):
 
     @property
     def schema_of_update(self) -> Schema:
-        """What a site delivers: the model's tensors, or at most these masked vectors."""
+        """What a site delivers: the model's tensors, an encoded difference, or at most these masked vectors."""
+        if self.delta is not None:
+            return encoded_schema(self.schema_of_model, self.delta)
+        return self.schema_of_sum
+
+    @property
+    def schema_of_sum(self) -> Schema:
+        """What updates are sums of, once they are decoded: the model's tensors, or at most these masked vectors."""
         return self.schema_of_model if self.secure_aggregation is None else self.schema_of_masked(64)
 
     def schema_of_masked(self, bits: int) -> Schema:

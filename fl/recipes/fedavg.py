@@ -34,6 +34,8 @@ class FedAvgRecipe(TrainingRecipe):
         - `train_args`: its command line.
         - `per_site_config`: what a site does otherwise: `{"site-1": {"train_script": ..., "train_args": ...}}`.
         - `params_type`: whether updates travel as whole parameters or as differences from what was received.
+        - `delta`: "bf16" or "int8": differences travel in two bytes or one for a number, with error feedback
+          (`fl.aggregation.deltas`); `params_type` is "DIFF" then.
         - `round_seconds`: a site that takes longer for a round is out of the job.
         - `key_metric`, `key_metric_mode`: the metric by which the best model is kept, and its best: "max" or "min".
         - `stop_cond`: the job ends when the metric reaches this, as "accuracy >= 0.9".
@@ -41,7 +43,6 @@ class FedAvgRecipe(TrainingRecipe):
         - `secure_aggregation`: True, and the server sees sums alone (docs/explanation/secure-aggregation.md).
         - `robust`: `{"rule": "krum", "byzantine": 1}`, `{"rule": "trimmed-mean", "trim": 0.2}` or `{"rule":
           "norm-clipping"}`: a rule that some bad updates cannot move far (`fl.aggregation.robust`).
-        - `watermark`: True, or `{"strength": 0.01}`: each site's model names the site (docs/how-to/trace-a-leak.md).
         - `watermark`: True, or `{"strength": 0.01}`: each site's model names the site (docs/how-to/trace-a-leak.md).
         - `aggregator`: a script that folds updates in the mean's place (`fl.aggregation.custom`).
 

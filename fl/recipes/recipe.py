@@ -207,6 +207,7 @@ class TrainingArguments(TypedDict, total=False):
     train_script: Required[str]
     train_args: str | Sequence[str]
     params_type: Literal["FULL", "DIFF"]
+    delta: Literal["bf16", "int8"] | None
     round_seconds: int
 
 
@@ -232,6 +233,8 @@ class TrainingRecipe(Recipe):
         checkpoint = arguments.get("initial_ckpt")
         if len(given) > 1 or not (given or checkpoint):
             raise RecipeUnusable("give exactly one of initial_model and model", where="initial_model")
+        if arguments.get("delta") is not None:
+            arguments = {"params_type": "DIFF", **arguments}
         folder, script = find_script(arguments["train_script"])
         loaded = None if checkpoint is None else load_checkpoint(folder, checkpoint)
         settings, tensors = make_settings(
@@ -250,6 +253,7 @@ class TrainingRecipe(Recipe):
             more_tensors=more_tensors,
             more={
                 "selection": selection_of(arguments),
+                "delta": arguments.get("delta"),
                 "sites": _site_settings(arguments.get("per_site_config") or {}),
                 "aggregator": arguments.get("aggregator"),
                 **_secure(arguments.get("secure_aggregation", False)),

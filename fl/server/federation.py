@@ -23,6 +23,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 
 from attestation.pauses import PAUSE_SECONDS
+from fl.aggregation.deltas import Delta
 from fl.aggregation.mask_talk import Notary, Step
 from fl.aggregation.weighted_mean import WeightedMean
 from fl.errors import JobAborted, JobFailed, MalformedMessage, MalformedTensors, SpoolFailed, UpdateRefused
@@ -151,13 +152,16 @@ class Federation:
         keeper: Keeper | None = None,
         aggregation: Callable[[], Aggregation] | None = None,
         spool: Spool | None = None,
+        delta: Delta | None = None,
     ) -> None:
         """`at_once` bounds how many sites train at the same time (None: all).
 
         `keeper` keeps the job's state between rounds; `aggregation` makes what folds updates, instead of a mean. Where
-        a model is too large for memory, what is made of it lies in the `spool`, if there is one.
+        a model is too large for memory, what is made of it lies in the `spool`, if there is one. With `delta` updates
+        are differences that come encoded.
         """
         self.spool = spool
+        self._delta = delta
         self.keeper = keeper
         self.best: Stored | None = None
         """The best model so far, where rounds are judged; the environment's to close."""
@@ -313,7 +317,10 @@ class Federation:
             if reasons:
                 raise UpdateRefused(name, reasons)
             checked = check_metrics(metrics)
-            tensors = admit_update(memory.source, {} if task.kind == "evaluate" else self.schema, site=name)
+            schema = {} if task.kind == "evaluate" else self.schema
+            tensors = admit_update(
+                memory.source, schema, site=name, delta=self._delta if task.kind == "train" else None
+            )
         except SpoolFailed as error:
             memory.close()
             self._inbox.put(JobFailed(self.job, (error.what,)))

@@ -128,8 +128,9 @@ class ServerJob:
         settings = bundle.settings
         self._federation = Federation(
             self.id,
-            settings.schema_of_update,
+            settings.schema_of_sum,
             ParamsType(settings.params_type),
+            delta=settings.delta,
             min_sites=settings.min_clients,
             round_seconds=settings.round_seconds,
             observe=self._observe,

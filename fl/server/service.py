@@ -232,7 +232,10 @@ class FederationService:
         if job.is_settled(name, head.round):  # it came whole before a cut, its verdict did not; or it comes too late
             yield pack(Verdict(accepted=True))
             return
-        limit = max_update_size(job.bundle.settings.schema_of_update)
+        settings = job.bundle.settings
+        limit = max_update_size(settings.schema_of_update)
+        if settings.cross_site_evaluation:  # a site's own model is never encoded
+            limit = max(limit, max_update_size(settings.schema_of_model))
         if not 0 < head.size <= limit:
             error = UpdateRefused(name, (f"it has {head.size} bytes, more than the {limit} of an update",))
             job.left(name, error.reasons[0])

@@ -14,7 +14,7 @@ from typing import Final
 
 from fl.errors import BudgetSpent, OutputRefused, ScriptFailed
 from fl.guard.accounting import debited
-from fl.guard.disclosure import Disclosure, LoggedNumbers, Masked, disclose
+from fl.guard.disclosure import Disclosure, LoggedNumbers, Masked, disclose, error_feedback
 from fl.guard.export import ExportGate, size_of_numbers
 from fl.jobs.bundle import Bundle
 from fl.jobs.outputs import capacity
@@ -53,6 +53,7 @@ class SiteExports:
         self._gate = ExportGate(party, record, ("site", site))
         self._capacity = capacity(bundle)
         self._values = LoggedNumbers(self._outputs, site)
+        self._feedback = error_feedback(bundle.settings)
         self._held: list[tuple[str, float, int]] = []
         self._send_value = send_value
         self._clock = clock
@@ -104,6 +105,7 @@ class SiteExports:
             site=self._site,
             task=task,
             masked=masked,
+            feedback=self._feedback,
         )
         try:
             metrics = shown.metrics if masked is None else dict.fromkeys(self._outputs.metrics or (), 0.0)
