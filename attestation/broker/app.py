@@ -82,7 +82,7 @@ async def healthz(request: web.Request) -> web.Response:
     broker = request.app[BROKER]
     problems = []
     try:
-        await broker.charter(broker.clock())
+        await broker.following.charter(broker.clock())
     except SealwrightError as error:
         problems.append(error.what)
     try:
@@ -94,7 +94,7 @@ async def healthz(request: web.Request) -> web.Response:
         problems.append(kek)
     if broker.storage.cosigner.problem:
         problems.append(broker.storage.cosigner.problem)
-    warnings = [broker.charters.problem] if broker.charters.problem and not problems else []
+    warnings = [broker.following.charters.problem] if broker.following.charters.problem and not problems else []
     state = {"alive": True, "ready": not problems, "problems": problems, "warnings": warnings}
     return json_response(state, status=503 if problems else 200)
 

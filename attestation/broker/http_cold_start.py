@@ -33,7 +33,7 @@ async def asked(request: web.Request) -> web.Response:
     if not count_client(request):
         return call.refused(BrokerUnavailable("this client asks too fast", where="cold start"))
     try:
-        charter = (await call.broker.charter(call.broker.clock())).charter
+        charter = (await call.broker.following.charter(call.broker.clock())).charter
         wanted = await asyncio.to_thread(_kek(call.broker).request, charter)
     except Refused as error:
         return call.refused(error)
@@ -49,7 +49,7 @@ async def answered(request: web.Request) -> web.Response:
         return call.refused(BrokerUnavailable("this client answers too fast", where="cold start"))
     try:
         at = call.broker.clock()
-        charter, kek = (await call.broker.charter(at)).charter, _kek(call.broker)
+        charter, kek = (await call.broker.following.charter(at)).charter, _kek(call.broker)
         asked = await asyncio.to_thread(kek.request, charter)
         answer = read_answer(message.answer, asked, charter)
         note = cold_start(answer, message.answer, asked, charter, at)

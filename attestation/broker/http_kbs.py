@@ -190,5 +190,5 @@ async def _caller(request: web.Request) -> tuple[str, str | None]:
         raise Unusable("the Authorization header is no bearer token", where="request", do="Send Bearer TOKEN.")
     broker = request.app[BROKER]
     at = broker.clock()
-    ear = verify_ear(token.strip(), (await broker.charter(at)).charter, at)
+    ear = verify_ear(token.strip(), (await broker.following.charter(at)).charter, at)
     return ear.document.nonce, token.strip()

@@ -99,14 +99,14 @@ class Call:
     def done(self, result: dict[str, Any]) -> web.Response:
         """The signed answer."""
         answer = Answer(self.broker.name, self.digest, self.nonce, now(), "done", result)
-        return json_response({"answer": sign_answer(answer, self.broker.signing_key)})
+        return json_response({"answer": sign_answer(answer, self.broker.following.keys.signing)})
 
     def refused(self, error: Refused) -> web.Response:
         """The signed refusal, with every reason."""
         self.request.app[METRICS].decision("refused")
         log("refused", path=self.request.path, where=error.where, reasons=list(error.reasons))
         answer = Answer(self.broker.name, self.digest, self.nonce, now(), "refused", {}, tuple(error.reasons))
-        token = sign_answer(answer, self.broker.signing_key)
+        token = sign_answer(answer, self.broker.following.keys.signing)
         return json_response({"answer": token, "error": error_body(error)}, status=status_of(error))
 
 
@@ -213,7 +213,7 @@ async def credentials(request: web.Request) -> web.Response:
     except Refused as error:
         return call.refused(error)
     request.app[METRICS].decision("credential")
-    result = {"certificate": b64(issued.certificate), "issuer": call.broker.issuer.certificate_pem}
+    result = {"certificate": b64(issued.certificate), "issuer": call.broker.following.keys.issuer.certificate_pem}
     return call.done({**result, **logged(issued.receipt, issued.entry)})
 
 
@@ -285,7 +285,7 @@ async def signed_time(request: web.Request) -> web.Response:
         raise Unusable("a nonce has at least 16 bytes", where="nonce", do="Send base64 of random bytes.")
     call.nonce = nonce
     try:
-        charter = (await call.broker.charter(call.broker.clock())).charter
+        charter = (await call.broker.following.charter(call.broker.clock())).charter
     except Refused as error:
         return call.refused(error)
     head = await call.broker.storage.look(lambda step: step.published())
@@ -296,14 +296,14 @@ async def signed_time(request: web.Request) -> web.Response:
 async def charter_store(request: web.Request) -> web.Response:
     """The charter's files, which need no trust: their reader verifies them from the root."""
     broker: Broker = request.app[BROKER]
-    loaded = await broker.charter(broker.clock())
+    loaded = await broker.following.charter(broker.clock())
     return web.Response(body=loaded.message, content_type="application/json")
 
 
 @routes.get("/v1/charter/newest")
 async def newest_store(request: web.Request) -> web.Response:
     """The files of the newest charter here, followed yet or not: its timestamp may lack other brokers' signatures."""
-    message = await asyncio.to_thread(request.app[BROKER].charters.newest)
+    message = await asyncio.to_thread(request.app[BROKER].following.charters.newest)
     return web.Response(body=message, content_type="application/json")
 
 
@@ -316,7 +316,7 @@ async def timestamp(request: web.Request) -> web.Response:
         return call.refused(BrokerUnavailable("this client offers timestamps too fast", where="timestamp"))
     raw = unb64(message.timestamp, where="timestamp")
     try:
-        reply = await asyncio.to_thread(call.broker.charters.reply, raw, call.broker.clock())
+        reply = await asyncio.to_thread(call.broker.following.charters.reply, raw, call.broker.clock())
     except Refused as error:
         return call.refused(error)
     if reply.timestamp is None and WATCH in request.app:

@@ -90,8 +90,7 @@ def open_broker(folder: Path, config: BrokerConfig, keeper: KekKeeper | None = N
         config.name,
         storage=storage,
         charters=CharterFolder(folder / config.charter, root, files.signing, lifetime, known=known),
-        signing_key=own.signing,
-        issuer=own.issuer,
+        keys=own,
         find_keys=files.find,
         kek=keeper.ring,
         complete=kds.complete_evidence,
@@ -99,7 +98,7 @@ def open_broker(folder: Path, config: BrokerConfig, keeper: KekKeeper | None = N
         session_seconds=config.limits.session_seconds,
         max_sessions=config.limits.sessions,
     )
-    broker.rotated = files.promote
+    broker.following.rotated = files.promote
     try:
         files.promote(entry)
         broker.witness = _open_witness(folder, config, broker)
@@ -117,7 +116,7 @@ def _open_witness(folder: Path, config: BrokerConfig, broker: Broker) -> Witness
     key, state = load_private_key(path), open_store(folder / config.witness_state)
 
     def consortium() -> Consortium | None:
-        return None if broker.followed is None else broker.followed.consortium
+        return None if broker.following.newest is None else broker.following.newest.consortium
 
     return Witness(key, state, consortium, now)
 
@@ -125,20 +124,21 @@ def _open_witness(folder: Path, config: BrokerConfig, broker: Broker) -> Witness
 @asynccontextmanager
 async def serving(broker: Broker, config: BrokerConfig, keeper: KekKeeper | None = None) -> AsyncIterator[str]:
     """Serve `broker` until the block ends; gives `host:port` as it is bound."""
-    tls = ServerTls(broker.issuer, broker.name, ["broker"] if broker.witness is None else ["broker", "witness"])
+    following = broker.following
+    tls = ServerTls(following.keys.issuer, broker.name, ["broker"] if broker.witness is None else ["broker", "witness"])
     tls.renew(now())
-    promote = broker.rotated
+    promote = following.rotated
 
     def rotated(entry: BrokerEntry) -> None:
         promote(entry)
-        tls.follow(broker.issuer, now())
+        tls.follow(following.keys.issuer, now())
         log("rotated", broker=broker.name, what="signing and issuer keys, as the charter names them")
 
-    broker.rotated = rotated
+    following.rotated = rotated
     try:
-        await broker.charter(broker.clock())
+        await following.charter(broker.clock())
     except BrokerUnavailable as error:
-        if not broker.charters.lacking:
+        if not following.charters.lacking:
             raise
         log("waiting", what="other brokers have to sign the charter's timestamp", problem=error.what)
     app = make_app(broker, client_rate=config.limits.client_rate, client_burst=config.limits.client_burst)
@@ -180,9 +180,9 @@ async def _rest(broker: Broker, asked: int) -> int:
     while passed < rest:
         await asyncio.sleep(min(SOON_SECONDS, rest - passed))
         passed += SOON_SECONDS
-        if broker.charters.lacking and passed >= SOON_SECONDS * 2 ** min(asked, 8):
+        if broker.following.charters.lacking and passed >= SOON_SECONDS * 2 ** min(asked, 8):
             return asked + 1
-    return asked + 1 if broker.charters.lacking else 0
+    return asked + 1 if broker.following.charters.lacking else 0
 
 
 async def look_at_keks(broker: Broker, keeper: KekKeeper | None) -> None:
@@ -190,7 +190,7 @@ async def look_at_keks(broker: Broker, keeper: KekKeeper | None) -> None:
     try:
         if keeper is not None and await asyncio.to_thread(keeper.look):
             log("key-encryption", in_use=broker.keks.key_id)
-        if keeper is not None and await asyncio.to_thread(keeper.tend, broker.followed):
+        if keeper is not None and await asyncio.to_thread(keeper.tend, broker.following.newest):
             log("key-encryption", in_use=broker.keks.key_id)
         found = await rewrap_all(broker.storage, broker.keks)
     except SealwrightError as error:
@@ -206,7 +206,7 @@ async def look_at_charter(broker: Broker) -> None:
     """Follow the newest charter: of the folder, another process or another broker; say what stands in the way."""
     problem = await _follow_charter(broker)
     try:
-        problems = await asyncio.to_thread(stamping_round, broker.name, broker.charters, broker.clock())
+        problems = await asyncio.to_thread(stamping_round, broker.name, broker.following.charters, broker.clock())
     except SealwrightError as error:
         problems = {broker.name: error.what}
     for name, words in sorted(problems.items()):
@@ -219,18 +219,18 @@ async def look_at_charter(broker: Broker) -> None:
 async def _follow_charter(broker: Broker) -> str | None:
     """Follow the newest charter that holds; return what stands in the way."""
     try:
-        await broker.look_around()
-        await broker.charter(broker.clock())
+        await broker.following.look_around()
+        await broker.following.charter(broker.clock())
     except SealwrightError as error:
         return error.what
-    return broker.charters.problem
+    return broker.following.charters.problem
 
 
 async def _first_charter(broker: Broker, ended: asyncio.Event) -> Charter | None:
     """The charter that is followed first; None if the broker is to end before others have signed its timestamp."""
     while not ended.is_set():
-        if broker.followed is not None and broker.followed.expires > broker.clock():
-            return broker.followed
+        if broker.following.newest is not None and broker.following.newest.expires > broker.clock():
+            return broker.following.newest
         await look_at_charter(broker)
         with suppress(TimeoutError):
             await asyncio.wait_for(ended.wait(), WAIT_SECONDS)

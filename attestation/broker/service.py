@@ -15,18 +15,16 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Generic, TypeVar
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from attestation.broker import journal
 from attestation.broker.appraisal import Additional, Bound, appraise_guest, brief_ear, build_ear
 from attestation.broker.appraisal import Question as AppraisalQuestion
-from attestation.broker.charters import CharterFolder, LoadedCharter, charter_files
+from attestation.broker.charters import CharterFolder, LoadedCharter
 from attestation.broker.checks import check_csr, check_deposit, check_ears
 from attestation.broker.clock import CheckedClock
 from attestation.broker.exports import balance, decide_export, export_reasons
+from attestation.broker.following import Following, charter_mark
 from attestation.broker.journal import Note
 from attestation.broker.keks import KeyEncryption, KeyRing, seal_resource
-from attestation.broker.keys import Issuer
 from attestation.broker.own_keys import OwnKeys
 from attestation.broker.releases import Authorise, Released, Releases, Request, Seal
 from attestation.broker.sessions import (
@@ -38,7 +36,7 @@ from attestation.broker.sessions import (
     open_session,
     take_nonce,
 )
-from attestation.broker.storage import Storage, Transaction, key_name
+from attestation.broker.storage import Storage, Transaction
 from attestation.ear import Ear, sign_ear, verify_ear
 from attestation.errors import (
     AppraisalRefused,
@@ -57,7 +55,7 @@ from attestation.witness.service import Witness
 from policies.budgets import EXPORT_KIND, Export, keeper, parse_export
 from policies.charter import Charter
 from policies.documents import BrokerEntry
-from policies.errors import Refused, SealwrightError, Unusable
+from policies.errors import Refused, SealwrightError
 
 T = TypeVar("T")
 TRIES: Final = 8
@@ -123,29 +121,23 @@ class Broker:
         *,
         storage: Storage,
         charters: CharterFolder,
-        signing_key: Ed25519PrivateKey,
-        issuer: Issuer,
+        keys: OwnKeys,
+        find_keys: Callable[[BrokerEntry], OwnKeys],
         kek: KeyEncryption,
         complete: Complete | None = None,
         gpu_endorsements: GpuEndorsing | None = None,
         session_seconds: int = 300,
         max_sessions: int = 100_000,
-        find_keys: Callable[[BrokerEntry], OwnKeys] | None = None,
         clock: Callable[[], datetime] | None = None,
         randomness: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.name = name
         self.storage = storage
-        self.charters = charters
-        self.signing_key = signing_key
-        self.issuer = issuer
+        self.following = Following(name, storage=storage, charters=charters, keys=keys, find_keys=find_keys)
         self.clock = clock or CheckedClock(_last_time(storage))
         """The time, whole seconds. Raises BrokerUnavailable if the clock cannot be relied on."""
         self.witness: Witness | None = None
         """The witness of other members' ledgers that runs in this broker, if one does."""
-        self.rotated: Callable[[BrokerEntry], object] = lambda _: None
-        """Told when the charter has given the broker other keys, which it has taken."""
-        self._find_keys = find_keys
         self.keks = kek if isinstance(kek, KeyRing) else KeyRing(kek)
         """Under which resources are put."""
         self._complete = complete
@@ -154,90 +146,7 @@ class Broker:
         self._max_sessions = max_sessions
         self._randomness = randomness
         self._sessions = max_sessions  # unknown until the first pruning: forces one
-        self._releases = Releases(storage, self.keks, self._still_followed)
-        self._charter_lock = asyncio.Lock()
-        self._followed: LoadedCharter | None = None
-        self._behind = False
-
-    # --- charter ----------------------------------------------------------------------------------------------------
-
-    async def charter(self, at: datetime) -> LoadedCharter:
-        """The charter to follow at `at`; a new one is in the ledger before anything is decided by it."""
-        if self._behind or self.charters.stale(at):
-            async with self._charter_lock:
-                if self._behind:
-                    await self._catch_up()
-                if self.charters.stale(at):
-                    await self.reload(at)
-        if self._followed is None or at >= self._followed.charter.expires:
-            why = self.charters.problem or "it has lapsed"
-            raise BrokerUnavailable(f"the broker has no charter that holds: {why}", where="charter")
-        return self._followed
-
-    @property
-    def followed(self) -> Charter | None:
-        """The charter that is followed now, lapsed or not."""
-        return None if self._followed is None else self._followed.charter
-
-    async def reload(self, at: datetime) -> bool:
-        """Look at the charter's folder again; return whether another charter is followed from now on."""
-        found = await asyncio.to_thread(self.charters.load, at)
-        if found is None:
-            return False
-        try:
-            entry = found.charter.broker(self.name)
-            if entry is None:
-                do = "Put the broker into the charter again, or end it."
-                raise Unusable(f"the charter has no broker {self.name} any more", where="charter", do=do)
-            keys = await asyncio.to_thread(self._own_keys, entry)
-            name = key_name(keys.signing.public_key())
-            self.storage.add_key(keys.signing)
-            self.storage.cosigner.follow(found.charter.consortium, entry)
-            ahead, _ = await self.storage.transact(lambda step: _follow(step, found, name, at), cosigned=False)
-            if ahead:
-                self._behind = True
-                what = f"another process of this broker follows version {ahead} of the charter"
-                raise BrokerUnavailable(what, where="charter")
-        except BaseException:
-            self.charters.forget()  # nothing is decided by a charter that the ledger does not name: load it again
-            raise
-        self._followed = found
-        if (keys.signing, keys.issuer) != (self.signing_key, self.issuer):
-            self.signing_key, self.issuer = keys.signing, keys.issuer
-            self.rotated(entry)
-        return True
-
-    def _own_keys(self, entry: BrokerEntry) -> OwnKeys:
-        """The keys that the charter's entry names. Raises Unusable if this broker has not got them."""
-        present = OwnKeys(self.signing_key, self.issuer)
-        if present.are(entry) or self._find_keys is None:
-            return present
-        return self._find_keys(entry)
-
-    async def look_around(self) -> None:
-        """Notice that another process on the same database follows a newer charter. Raises BrokerUnavailable."""
-        followed = await self.storage.look(lambda step: step.followed())
-        if self._followed is not None and _version(followed) > self._followed.charter.version:
-            self._behind = True
-
-    async def _catch_up(self) -> None:
-        """Put the newest charter that the ledger names into the folder, from which it is judged like any other."""
-        store = await self.storage.look(charter_files)
-        if store is not None:
-            await asyncio.to_thread(self.charters.put, store)
-        self._behind = False
-
-    def _still_followed(self, step: Transaction, charter: Charter) -> bool:
-        """In the writer: whether the ledger named this charter last."""
-        followed = step.followed()
-        if followed == _mark(charter):
-            return True
-        self._behind = self._behind or _version(followed) > charter.version
-        return False
-
-    def _demand_followed(self, step: Transaction, charter: Charter) -> None:
-        if not self._still_followed(step, charter):
-            raise BrokerUnavailable("the charter moved on while this was decided", where="charter")
+        self._releases = Releases(storage, self.keks, self.following.holds)
 
     # --- sessions ---------------------------------------------------------------------------------------------------
 
@@ -245,7 +154,7 @@ class Broker:
         """Open a session with a fresh nonce. A protocol in which the guest brings no nonce has the session's own id."""
         at = self.clock()
         identifier = uuid.UUID(bytes=self._randomness(16), version=4).hex
-        loaded = await self.charter(at)
+        loaded = await self.following.charter(at)
         session = open_session(
             protocol,
             identifier=identifier,
@@ -299,7 +208,7 @@ class Broker:
         Raises AppraisalRefused with every reason, or SessionRefused.
         """
         at = self.clock()
-        charter = (await self.charter(at)).charter
+        charter = (await self.following.charter(at)).charter
         session = await self.storage.session(identifier)
         if session is None or session.protocol != protocol:
             raise SessionRefused(("there is no such session",))
@@ -325,8 +234,8 @@ class Broker:
                 runtime=runtime,
             )
             shown = brief_ear(document) if protocol == "v1" else document
-            token = sign_ear(shown, self.signing_key)
-            full = None if shown == document else sign_ear(document, self.signing_key)
+            token = sign_ear(shown, self.following.keys.signing)
+            full = None if shown == document else sign_ear(document, self.following.keys.signing)
 
         def work(step: Transaction) -> tuple[Session | None, tuple[str, ...], bytes]:
             found = step.session(identifier)
@@ -335,7 +244,7 @@ class Broker:
             except SessionRefused as error:
                 journal.append(step, journal.call_denial("attest", session, error.reasons, step.followed(), at))
                 return None, error.reasons, b""
-            moved = () if self._still_followed(step, charter) else ("the charter moved on meanwhile",)
+            moved = () if self.following.holds(step, charter) else ("the charter moved on meanwhile",)
             if reasons or moved or document is None:
                 step.update_session(spent)
                 denied = journal.appraisal_denial(
@@ -397,7 +306,7 @@ class Broker:
         """
         for _ in range(TRIES):
             at = self.clock()
-            charter = (await self.charter(at)).charter
+            charter = (await self.following.charter(at)).charter
             session = await self._authorised(identifier, protocol, "release", authorise, charter, at)
             ear = await self._standing(session, "release", charter, at)
             released = await self._releases.decide(
@@ -415,17 +324,17 @@ class Broker:
         `others` are the EARs that other brokers gave it; with this broker's own they have to be enough for the charter.
         """
         at = self.clock()
-        charter = (await self.charter(at)).charter
+        charter = (await self.following.charter(at)).charter
         session = await self._authorised(identifier, "v1", "credential", authorise, charter, at)
         ear = await self._standing(session, "credential", charter, at)
         try:
             public_key = check_csr(csr, ear)
             ears = check_ears(ear, others, charter, at)
         except Refused as error:
-            denied = journal.call_denial("credential", session, error.reasons, _mark(charter), at)
+            denied = journal.call_denial("credential", session, error.reasons, charter_mark(charter), at)
             await self.storage.transact(lambda step: journal.append(step, denied))
             raise
-        certificate = self.issuer.guest_certificate(
+        certificate = self.following.keys.issuer.guest_certificate(
             public_key,
             trust_domain=charter.consortium.trust_domain,
             role=ear.subject.role,
@@ -440,7 +349,7 @@ class Broker:
     async def record(self, identifier: str, kind: str, document: Mapping[str, Any], authorise: Authorise) -> Issued:
         """Write down what an attested guest says."""
         at = self.clock()
-        charter = (await self.charter(at)).charter
+        charter = (await self.following.charter(at)).charter
         session = await self._authorised(identifier, "v1", "record", authorise, charter, at)
         if kind in BROKER_KINDS:
             raise Refused(f"entries of kind {kind} are the broker's own", where="record", do="Use a kind of your own.")
@@ -465,7 +374,7 @@ class Broker:
         kept_by = keeper(charter.consortium, owner)
 
         def work(step: Transaction) -> tuple[tuple[str, ...], Entry]:
-            self._demand_followed(step, charter)
+            self.following.demand(step, charter)
             step.update_session(authorise(step.session(identifier)))
             reasons = export_reasons(ear, kept_by, self.name)
             after, against = decide_export(charter, owner, content, balance(step, owner, content.bundle))
@@ -490,12 +399,12 @@ class Broker:
         Raises SessionRefused, AppraisalRefused or EarRefused if the guest may not call.
         """
         at = self.clock()
-        charter = (await self.charter(at)).charter
+        charter = (await self.following.charter(at)).charter
         session = await self._authorised(identifier, "v1", what, authorise, charter, at)
         ear = await self._standing(session, what, charter, at)
 
         def work(step: Transaction) -> Ruling[T]:
-            self._demand_followed(step, charter)
+            self.following.demand(step, charter)
             step.update_session(authorise(step.session(identifier)))
             ruling = judge(step, session, ear, charter, at)
             if ruling.note is not None:
@@ -510,7 +419,7 @@ class Broker:
     async def deposit(self, resource: str, token: str, salt: bytes, value: bytes) -> tuple[Deposit, Receipt]:
         """Keep a resource that its owner, the member whose repository it is in, has signed. Raises DepositRefused."""
         at = self.clock()
-        charter = (await self.charter(at)).charter
+        charter = (await self.following.charter(at)).charter
         content, reasons = check_deposit(token, resource, salt, value, self.name, charter, at)
         name = resource if content is None else kept_as(resource, content.generation)
         stored = None
@@ -518,7 +427,7 @@ class Broker:
             stored = await asyncio.to_thread(seal_resource, name, content.serial, value, self.keks)
 
         def work(step: Transaction) -> tuple[str, ...]:
-            self._demand_followed(step, charter)
+            self.following.demand(step, charter)
             old = step.resource(name)
             against = reasons
             if content is not None and old is not None and content.serial <= old.serial:
@@ -559,7 +468,7 @@ class Broker:
 
     async def _note(self, identifier: str, authorise: Authorise, note: Note, charter: Charter) -> Receipt:
         def work(step: Transaction) -> None:
-            self._demand_followed(step, charter)
+            self.following.demand(step, charter)
             step.update_session(authorise(step.session(identifier)))
             journal.append(step, note)
 
@@ -581,30 +490,6 @@ class Broker:
             )
             raise
         return ear
-
-
-def _mark(charter: Charter) -> str:
-    return f"{charter.id} {charter.version}"
-
-
-def _version(mark: str | None) -> int:
-    return int((mark or "").rpartition(" ")[2] or 0)
-
-
-def _follow(step: Transaction, found: LoadedCharter, key: str, at: datetime) -> int:
-    """Write down that a charter is followed, from this commit on under this key; 0, or the newer version that is."""
-    ahead = _version(step.followed())
-    if ahead > found.charter.version:
-        return ahead
-    step.append(found.entry(at), blobs=found.blobs())
-    step.follow(_mark(found.charter))
-    step.set_signing_key(key)
-    for split in found.charter.splits():
-        step.drop_resource(split.resource)  # no broker keeps whole what is split, nor a share that was replaced
-        for generation in step.generations(split.resource):
-            if generation < split.generation:
-                step.drop_resource(kept_as(split.resource, generation))
-    return 0
 
 
 def _forget_shares(step: Transaction, resource: str, charter: Charter, deposited: int) -> None:

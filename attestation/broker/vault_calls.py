@@ -46,7 +46,7 @@ class Done:
 def kem_key(broker: Broker) -> HybridPrivateKey:
     """The key to which guests seal what they deposit: made from the broker's signing key, so that every process of the
     broker has it and nothing more has to be kept."""
-    return _kem_key(broker.signing_key.private_bytes_raw())
+    return _kem_key(broker.following.keys.signing.private_bytes_raw())
 
 
 @lru_cache(maxsize=4)

@@ -155,7 +155,7 @@ def test_what_rules_are_asked_in_earnest_fits_the_schemas(
         return ask(charter, subject, document)
 
     def decides(them: list[Asked]) -> list[Decision]:
-        asked.extend((one.package.removeprefix("sealwright."), one.document) for one in them)
+        asked.extend((one.package.removeprefix("sealwright."), json.loads(one.given.content)) for one in them)
         return decide_all(them)
 
     monkeypatch.setattr(questions, "ask", asks)
