@@ -13,7 +13,7 @@ EXTRAS := demo,tracking,dev,fuzz
 SLICE ?= 0/1
 SECONDS ?= 20
 
-.PHONY: help setup demo image demo-vm test coverage test-long vectors fuzz gpu-sdk lint format bench bench-peers docs lock clean
+.PHONY: help setup demo image demo-vm test coverage test-long vectors kits fuzz gpu-sdk lint format bench bench-peers docs lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -50,8 +50,14 @@ test-long: setup ## Run the tests that take more than seconds (SLICE=1/7: the se
 	-@appliance/setup.sh mmdebstrap $(APT_TESTS)
 	$(PY) -m pytest -n $(JOBS) -m long --slice $(SLICE)
 
-vectors: setup ## Make the virtual platform's evidence anew, a report for each outcome, in tests/vectors/virtual.
+vectors: setup ## Make the virtual platform's evidence and the device kits' vectors anew, in tests/.
 	$(PY) -m attestation.virtual.vectors tests/vectors/virtual
+	$(PY) -m fl.edge.kits.vectors tests/fl/edge/vectors
+
+kits: setup ## Build the device kits' cores in a Debian tree of their own, and test them (needs root).
+	@appliance/setup.sh mmdebstrap bubblewrap
+	fl/edge/kits/build.sh android
+	$(PY) -m pytest -n $(JOBS) -m long tests/fl/test_device_kits.py
 
 fuzz: setup ## Fuzz every reader of hostile input, SECONDS (20) each; what breaks one is kept in build/fuzz.
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris

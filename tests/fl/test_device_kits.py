@@ -1,0 +1,155 @@
+"""The cores of the Android and iOS kits, which `make kits` builds: what they make, and how they talk with a gateway."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from edge_world import JOB, EdgeWorld, found_edge, version_of
+
+from fl.edge.deltas import decode_delta
+from fl.edge.kits.vectors.sealed import group_keys, p256
+from fl.edge.kits.vectors.tensors import deltas
+from fl.edge.task import DeviceTask
+from fl.tensors import TensorSpec
+from policies.errors import Refused
+
+PROJECT = Path(__file__).parents[2]
+OUT = PROJECT / "build/kits"
+KITS = {
+    "android": ("java", "-cp", "android/classes:/usr/share/java/bcprov.jar", "org.sealwright.edge.Conversation"),
+    "ios": ("ios/debug/Conversation",),
+}
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module", params=KITS)
+def kit(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if not (OUT / name / "made.json").exists():
+        pytest.skip(f"the {name} kit is not built here: make kits")
+    return name
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> EdgeWorld:
+    return found_edge(tmp_path_factory.mktemp("kits"))
+
+
+def made(kit: str) -> dict[str, Any]:
+    """What the kit's core made of the vectors, for the reference to open."""
+    found: dict[str, Any] = json.loads((OUT / kit / "made.json").read_bytes())
+    return found
+
+
+def test_the_reference_opens_what_a_kit_seals(kit: str) -> None:
+    sealed = bytes.fromhex(made(kit)["request"])
+    wanted = json.loads((Path(__file__).parent / "edge/vectors/sealing.json").read_bytes())["request"]
+    opened = group_keys().open("result", sealed)
+    assert opened.words.hex() == wanted["words"]
+    assert bytes(opened.tensors).hex() == wanted["tensors"]
+    assert opened.is_signed_by(p256("device").public_key())
+    assert not opened.is_signed_by(p256("another").public_key())
+    with pytest.raises(Refused):
+        group_keys().open("task", sealed)
+    with pytest.raises(Refused):
+        group_keys("cd" * 32).open("result", sealed)
+
+
+def test_the_reference_inflates_what_a_kit_compresses(kit: str) -> None:
+    tensors = deltas()
+    schema = {one["name"]: TensorSpec("F32", tuple(one["shape"])) for one in tensors["tensors"]}
+    for encoding, raw in made(kit)["deltas"].items():
+        assert zlib.decompress(bytes.fromhex(raw)).hex() == tensors["encoded"][encoding]
+        assert decode_delta(bytes.fromhex(raw), encoding, schema, compressed=True).keys() == schema.keys()
+
+
+def converse(kit: str, world: EdgeWorld, url: str, **changes: Any) -> tuple[int, list[dict[str, Any]]]:
+    """Let the kit's device talk with the gateway at `url`: its exit status, and what it heard."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    folder = OUT / kit / f"conversation-{secrets.token_hex(8)}"
+    folder.mkdir()
+    settings = {
+        "url": url,
+        "root": world.root.decode(),
+        "token": world.token(key),
+        "key": key.private_numbers().private_value.to_bytes(32, "big").hex(),
+        "encoding": "F32",
+        "compressed": False,
+        "production": False,
+        "until": "reported",
+        "steps": 20,
+        **changes,
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
+    inside = f"{kit}/{folder.name}"
+    command = [str(PROJECT / "fl/edge/kits/build.sh"), "run", *KITS[kit], f"{inside}/settings.json", inside]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode in (0, 1), done.stderr
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "compressed"), [("F32", False), ("BF16", False), ("INT8", True)], ids=["f32", "bf16", "int8-zlib"]
+)
+def test_a_kit_trains_a_version_at_a_real_gateway(kit: str, world: EdgeWorld, encoding: str, compressed: bool) -> None:
+    branch = world.branch()
+    with world.serving(world.gateway(branch)) as (url, call):
+        status, heard = converse(kit, world, url, encoding=encoding, compressed=compressed)
+        assert status == 0, heard
+        assert [one["event"] for one in heard] == ["joined", "task", "trained", "reported"]
+        call(lambda _: branch.claims())
+        call(lambda _: branch.settle(()))
+        partial = call(lambda _: branch.take())
+        assert partial.count == 1
+        assert np.allclose(partial.versions[1].sums["a.weight"], 0.5 * 8, rtol=0.01), "weighed by its eight examples"
+
+
+def test_a_kit_sends_a_large_result_in_pieces(kit: str, world: EdgeWorld) -> None:
+    branch = world.branch(shapes={"w": (1200, 1000)})
+    with world.serving(world.gateway(branch)) as (url, call):
+        status, heard = converse(kit, world, url)
+        assert status == 0, heard
+        call(lambda _: branch.claims())
+        call(lambda _: branch.settle(()))
+        assert call(lambda _: branch.take()).count == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"measurement": "99" * 48}, "the measurement of gateway/gate is no approved image's"),
+        ({"seconds": 60, "age": 100}, "the EAR ended at"),
+    ],
+    ids=["measurement", "expired"],
+)
+def test_a_kit_sends_nothing_to_a_gateway_that_is_not_attested(
+    kit: str, world: EdgeWorld, changes: dict[str, Any], said: str
+) -> None:
+    with world.serving(world.gateway(world.branch(), identity=world.identity(**changes))) as (url, _):
+        _, heard = converse(kit, world, url, until="refused")
+        assert heard[-1]["event"] == "refused"
+        assert any(said in reason for reason in heard[-1]["reasons"]), heard
+
+
+def test_a_kit_in_production_refuses_the_virtual_platform(kit: str, world: EdgeWorld) -> None:
+    with world.serving(world.gateway(world.branch())) as (url, _):
+        _, heard = converse(kit, world, url, until="refused", production=True)
+        assert "virtual platform" in heard[-1]["why"]
+
+
+def test_a_kit_runs_no_task_that_the_charter_does_not_approve(kit: str, world: EdgeWorld) -> None:
+    other = DeviceTask(JOB, "executorch", b"another graph", {"batch_size": 4, "lr": 0.5})
+    branch = world.branch()
+    branch.advance([version_of(2, other)], {other.digest: other})
+    with world.serving(world.gateway(branch)) as (url, _):
+        _, heard = converse(kit, world, url, until="refused")
+        assert any("approves no device task" in reason for reason in heard[-1]["reasons"]), heard
+        assert "trained" not in [one["event"] for one in heard]
