@@ -9,7 +9,7 @@ APT_TESTS := docker-registry postgresql skopeo softhsm2
 JOBS ?= 2
 
 TORCH := 2.13.0
-EXTRAS := demo,tracking,dev,fuzz
+EXTRAS := demo,tracking,edge,dev,fuzz
 SLICE ?= 0/1
 SECONDS ?= 20
 
@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@appliance/setup.sh $(APT)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,tracking,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,tracking,edge,dev]'
 	@touch $@
 
 demo: setup ## Run one attested federated job and its attacks, end to end.
