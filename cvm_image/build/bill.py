@@ -30,8 +30,9 @@ def bill_of_materials(lock: Lock, files: Mapping[str, File], *, version: str) ->
         *_packages(lock.driver, "driver"),
     ]
     parts += [
-        _part("library", f"pkg:pypi/{wheel.name}@{wheel.version}", wheel.name, wheel.version, wheel.sha256, "root")
-        for wheel in lock.wheels
+        _part("library", f"pkg:pypi/{wheel.name}@{wheel.version}", wheel.name, wheel.version, wheel.sha256, place)
+        for place, wheels in (("root", lock.wheels), ("gpu-sdk", lock.sdk))
+        for wheel in wheels
     ]
     parts += [
         {

@@ -16,6 +16,9 @@ from cvm_image.build.errors import UnusableRecipe
 from cvm_image.build.modules import Edit
 
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
+SDK = "usr/lib/sealwright/gpu-sdk"
+"""Where the environment of the maker's attestation SDK lies in the guest (`attestation.attester.boot.GPU_PYTHON`)."""
+SDK_PINS = Path(__file__).with_name("gpu-sdk.txt")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,24 @@ def put_into_root(gpu: Gpu, unpacked: Path, root: Path) -> list[str]:
         shutil.copyfile(path, root / name)
         (root / name).chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
     return sorted(wanted)
+
+
+def add_environment(root: Path, python: str) -> None:
+    """Make the folder `SDK` below `root`, which has packages already, an environment of the guest's own interpreter.
+
+    A file that names the interpreter's home, and a link to it: site.py finds the packages, and no others, by these.
+    """
+    folder = root / SDK
+    (folder / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").symlink_to(f"/usr/bin/python{python}")
+    (folder / "pyvenv.cfg").chmod(0o644)
+    (folder / "bin").chmod(0o755)
+
+
+def sdk_packages(python: str) -> str:
+    """Where the environment's packages lie in the guest."""
+    return f"{SDK}/lib/python{python}/site-packages"
 
 
 def _must_be(found: list[Path], what: str) -> None:

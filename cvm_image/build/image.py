@@ -20,9 +20,9 @@ from cvm_image.build.container import CONTAINER, take_container, unpack_containe
 from cvm_image.build.disk import Root, join_layers, make_layer
 from cvm_image.build.drivers import add_driver_files, certificate_of, signed_drivers
 from cvm_image.build.errors import BuildFailed, UnusableRecipe
-from cvm_image.build.gpu import GPUS
+from cvm_image.build.gpu import GPUS, add_environment, sdk_packages
 from cvm_image.build.initrd import ROOT_MODULES, LoadableModule, make_initrd, module_name, modules_folder, pick_modules
-from cvm_image.build.lock import Lock, LockedPackage, Purpose, load_lock
+from cvm_image.build.lock import Lock, LockedPackage, LockedWheel, Purpose, load_lock
 from cvm_image.build.netfilter import RULES_FILE, packet_filter
 from cvm_image.build.provenance import read_source
 from cvm_image.build.recipe import Recipe, load_recipe
@@ -31,7 +31,7 @@ from cvm_image.build.store import Store, content_key, folder_digest
 from cvm_image.build.tools import Mount, Tools
 from cvm_image.build.trees import extract_packages, lay_out_tree, settle
 from cvm_image.build.wheels import fetch_wheels
-from cvm_image.build.workload import GUEST, OURS, WHEELS, File, collect, compile_python, unpack_wheels, write_tree
+from cvm_image.build.workload import GUEST, OURS, WHEELS, File, collect, compile_python, lay_out_wheels, write_tree
 from cvm_image.manifest import ImageManifest
 from cvm_image.signing import SigningKeys
 
@@ -306,18 +306,21 @@ def _base_layer(build: Build, tools: Tools) -> Path:
 def _workload_layer(build: Build, tools: Tools, files: dict[str, File]) -> Path:
     key = content_key(
         "workload",
-        rules=("workload", "disk", "container"),
+        rules=("workload", "disk", "container", "gpu"),
         files=folder_digest({f"{name}{'*' if file.executable else ''}": file.data for name, file in files.items()}),
-        wheels=[one.sha256 for one in build.lock.wheels],
+        wheels=[one.sha256 for one in (*build.lock.wheels, *build.lock.sdk)],
         container=[one.sha256 for one in build.lock.containers],
         epoch=build.lock.epoch,
         tools=_tools_key(build),
     )
     layer = build.store.made(key)
     if layer is None:
-        wheels = _wheels_tree(build, tools)
+        trees = [_wheels_tree(build, tools, build.lock.wheels, WHEELS)]
+        if build.lock.sdk:
+            trees.append(sdk_tree(build, tools))
         with _step(build, f"workload layer ({len(files)} files)"), build.store.making(key) as folder:
-            shutil.copytree(wheels, folder / "tree", copy_function=os.link)
+            for tree in trees:
+                shutil.copytree(tree, folder / "tree", symlinks=True, copy_function=os.link, dirs_exist_ok=True)
             write_tree(files, folder / "tree")
             compile_python(tools, folder / "tree", (OURS, GUEST))
             for container in build.lock.containers:
@@ -329,19 +332,35 @@ def _workload_layer(build: Build, tools: Tools, files: dict[str, File]) -> Path:
     return _present(layer)
 
 
-def _wheels_tree(build: Build, tools: Tools) -> Path:
-    """The wheels' files, compiled: apart from our own packages, which change more often."""
+def _wheels_tree(build: Build, tools: Tools, wheels: list[LockedWheel], place: str, python: str | None = None) -> Path:
+    """Wheels' files below `place`, compiled: apart from our own packages, which change more often.
+
+    With `python` it is an environment of its own (`cvm_image.build.gpu`), and its packages lie in there.
+    """
     key = content_key(
-        "wheels", rules=("workload",), wheels=[one.sha256 for one in build.lock.wheels], tools=_tools_key(build)
+        "wheels",
+        rules=("workload", "gpu"),
+        wheels=[one.sha256 for one in wheels],
+        place=place,
+        python=python,
+        tools=_tools_key(build),
     )
     made = build.store.made(key)
     if made is None:
-        fetch_wheels(build.lock.wheels, build.store, online=build.archives is not None, log=build.log)
-        with _step(build, f"wheels ({len(build.lock.wheels)})"), build.store.making(key) as folder:
-            write_tree(unpack_wheels(build.lock.wheels, build.store), folder / "result")
-            compile_python(tools, folder / "result", (WHEELS,))
+        fetch_wheels(wheels, build.store, online=build.archives is not None, log=build.log)
+        with _step(build, f"wheels ({len(wheels)})"), build.store.making(key) as folder:
+            lay_out_wheels(wheels, build.store, folder / "result", place)
+            compile_python(tools, folder / "result", (place,))
+            if python is not None:
+                add_environment(folder / "result", python)
         made = build.store.made(key)
     return _present(made)
+
+
+def sdk_tree(build: Build, tools: Tools) -> Path:
+    """The environment of the GPU maker's attestation SDK, apart from all other packages: it pins old ones."""
+    python = build.recipe.python or "3.13"
+    return _wheels_tree(build, tools, build.lock.sdk, sdk_packages(python), python)
 
 
 def _fetched(build: Build, purpose: Purpose) -> list[LockedPackage]:

@@ -9,13 +9,14 @@ from cvm_image.build.apt import Apt, Archives, fetch_packages, find_archives
 from cvm_image.build.container import lock_container
 from cvm_image.build.drivers import lock_drivers
 from cvm_image.build.errors import UnusableRecipe
+from cvm_image.build.gpu import SDK_PINS
 from cvm_image.build.image import PROJECT, Build, make_tools, new_log
 from cvm_image.build.lock import Lock, lock_path, write_lock
 from cvm_image.build.provenance import read_source
 from cvm_image.build.recipe import load_recipe
 from cvm_image.build.store import Store
 from cvm_image.build.tools import PACKAGES, Tools
-from cvm_image.build.wheels import lock_wheels
+from cvm_image.build.wheels import lock_pinned, lock_wheels
 
 _PROVIDED = {"python3-torch": ("torch", "numpy"), "python3-numpy": ("numpy",)}
 """Debian packages that stand in for wheels."""
@@ -65,6 +66,8 @@ def _lock_recipe(recipe_path: Path, *, store: Store, say: Callable[[str], None])
         store=store,
         log=log,
     )
+    python = recipe.python or "3.13"
+    sdk = [] if recipe.gpu is None else lock_pinned(SDK_PINS, python=python, store=store, log=log)
     container = recipe.workload.container
     lock = Lock(
         recipe=recipe.name,
@@ -75,6 +78,7 @@ def _lock_recipe(recipe_path: Path, *, store: Store, say: Callable[[str], None])
         kernel=kernel,
         base=base,
         wheels=wheels,
+        sdk=sdk,
         containers=[] if container is None else [lock_container(container, recipe_path, store)],
     )
     if recipe.gpu is not None:

@@ -21,6 +21,8 @@ HOST = "host"
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]{1,80}$")]
+WheelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}(==\d[0-9A-Za-z.+!]{0,30})?$")]
+"""A distribution, in the version that the project's constraints give it, or in this one."""
 Module = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Argument = Annotated[str, StringConstraints(pattern=r"^[!#-~]{1,200}$")]
 """One word of the kernel's command line: printable ASCII without spaces and quotes."""
@@ -69,12 +71,13 @@ class Workload(_Part):
     """The layer on top: folders of our own packages, hash-locked wheels, and a folder of files laid over the root.
 
     `packages` puts our own Python packages in, as a guest of the recipe's variant has them; `files` is a folder beside
-    the recipe; `wheels` are distributions pinned by the project's constraints, for the guest's Python. `container` is a
+    the recipe; `wheels` are distributions for the guest's Python, pinned by the project's constraints or, as
+    `name==version`, by the recipe. `container` is a
     `docker save` archive beside the recipe, which `entry = "contained"` runs.
     """
 
     packages: bool = False
-    wheels: tuple[Name, ...] = ()
+    wheels: tuple[WheelName, ...] = ()
     files: RootPath | None = None
     container: RootPath | None = None
 

@@ -14,7 +14,14 @@ from cvm_image.build.errors import MissingInput
 from cvm_image.build.lock import LockedWheel
 from cvm_image.build.store import Store, digest_file
 
-PLATFORMS = ("manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+PLATFORMS = (
+    "manylinux_2_34_x86_64",
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+)
 
 
 def lock_wheels(
@@ -22,13 +29,28 @@ def lock_wheels(
 ) -> list[LockedWheel]:
     """Resolve `names` and all they need for the guest's Python under `constraints`, and put the wheels in the store.
 
-    `provided` names what Debian's packages bring (numpy, torch): those are left out of the result.
+    A name with a version of its own (`name==version`) is not under them. `provided` names what Debian's packages bring
+    (numpy, torch): those are left out of the result.
     """
     if not names:
         return []
+    own = {name.partition("==")[0] for name in names if "==" in name}
+    lines = [line for line in constraints.read_text().splitlines() if line.partition("==")[0] not in own]
+    with tempfile.NamedTemporaryFile("w", prefix="constraints-", dir=store.root) as others:
+        others.write("\n".join(lines) + "\n")
+        others.flush()
+        return _lock([*names, "--constraint", others.name], python=python, provided=provided, store=store, log=log)
+
+
+def lock_pinned(pins: Path, *, python: str, store: Store, log: Path) -> list[LockedWheel]:
+    """Lock the wheels that the file `pins` lists (`name==version` a line), and nothing that they ask for besides."""
+    return _lock(["--no-deps", "--requirement", str(pins)], python=python, provided=(), store=store, log=log)
+
+
+def _lock(wanted: Sequence[str], *, python: str, provided: Sequence[str], store: Store, log: Path) -> list[LockedWheel]:
     with tempfile.TemporaryDirectory(prefix="wheels-", dir=store.root) as landing:
         folder = Path(landing)
-        _download([*names, "--constraint", str(constraints)], folder, python=python, log=log)
+        _download(wanted, folder, python=python, log=log)
         locked = []
         for file in sorted(folder.glob("*.whl")):
             name, version = file.name.split("-")[:2]
@@ -76,4 +98,4 @@ def _download(arguments: Sequence[str], folder: Path, *, python: str, log: Path)
     argv += [f"--python-version={python}", "--implementation=cp", f"--abi={tag}", "--abi=abi3", "--abi=none"]
     env = {name: value for name, value in os.environ.items() if name.upper().startswith(("PIP_", "HTTP", "NO_PROXY"))}
     env["HOME"] = str(Path.home())
-    run([*argv, *arguments], what="fetching wheels", log=log, timeout=900, env=env)
+    run([*argv, *arguments], what="fetching wheels", log=log, timeout=3600, env=env)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ WORLD_FILE = "etc/sealwright/attester"
 
 _LEFT_OUT = ("*/__pycache__/*", "*.pyc", "*/.*", ".*")
 _MAX_FILE = 512 << 20
-_MAX_WHEEL = 2 << 30
+_MAX_WHEEL = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class File:
 
 
 def collect(recipe: Recipe, recipe_path: Path) -> dict[str, File]:
-    """Every file of the workload layer but the wheels, by its path in the guest.
+    """Every file of the workload layer but the wheels', by its path in the guest.
 
     Raises UnusableRecipe for a folder that is not there.
     """
@@ -84,30 +85,31 @@ def recipe_files(folder: Path) -> dict[str, File]:
     return files
 
 
-def unpack_wheels(wheels: Sequence[LockedWheel], store: Store) -> dict[str, File]:
-    """The files of the locked wheels, below `WHEELS`.
+def lay_out_wheels(wheels: Sequence[LockedWheel], store: Store, root: Path, place: str = WHEELS) -> None:
+    """Write the files of the locked wheels below `place` of the new folder `root`.
 
-    Raises MissingInput for a wheel whose archive holds what no wheel may: absolute names, `..`, a file twice.
+    They may be larger than memory. Raises MissingInput for a wheel whose archive holds what no wheel may: absolute
+    names, `..`, a file twice.
     """
-    files: dict[str, File] = {}
+    _folder(root, root)
     for wheel in wheels:
         with zipfile.ZipFile(store.input(wheel.sha256)) as archive:
             if sum(info.file_size for info in archive.infolist()) > _MAX_WHEEL:
                 raise MissingInput(f"{wheel.file} is too large unpacked", where=wheel.name, do="Leave it out.")
             for info in archive.infolist():
-                if info.is_dir():
-                    continue
                 path = PurePosixPath(info.filename)
-                inside = _place_in_wheel(path)
+                inside = None if info.is_dir() else _place_in_wheel(path)
                 if inside is None:
                     continue
-                name = f"{WHEELS}/{inside}"
-                if path.is_absolute() or ".." in path.parts or (name in files and not name.endswith("__init__.py")):
+                target = root / place / inside
+                if path.is_absolute() or ".." in path.parts or (target.exists() and target.name != "__init__.py"):
                     raise MissingInput(
                         f"{wheel.file} holds the name {info.filename!r}", where=wheel.name, do="Lock another version."
                     )
-                files[name] = File(archive.read(info))
-    return files
+                _folder(target.parent, root)
+                with archive.open(info) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                target.chmod(0o644)
 
 
 def _place_in_wheel(path: PurePosixPath) -> str | None:
@@ -121,19 +123,23 @@ def _place_in_wheel(path: PurePosixPath) -> str | None:
 
 def write_tree(files: Mapping[str, File], root: Path) -> None:
     """Write the files below `root`, directories 0755, files 0644 or 0755."""
-    root.mkdir(parents=True, exist_ok=True)
-    root.chmod(0o755)
-    made = {root}
+    _folder(root, root)
     for name, file in sorted(files.items()):
         path = root / name
-        missing = [parent for parent in path.parents if parent not in made and parent.is_relative_to(root)]
-        for parent in reversed(missing):
-            parent.mkdir(exist_ok=True)
-            parent.chmod(0o755)
-            made.add(parent)
+        _folder(path.parent, root)
         path.unlink(missing_ok=True)  # it may be linked to a file of the cache
         path.write_bytes(file.data)
         path.chmod(0o755 if file.executable else 0o644)
+
+
+def _folder(path: Path, root: Path) -> None:
+    """Make the folder and those between it and `root`, 0755, where they are not there yet."""
+    if path.is_dir():
+        return
+    if path != root:
+        _folder(path.parent, root)
+    path.mkdir(parents=path == root)
+    path.chmod(0o755)
 
 
 def compile_python(tools: Tools, root: Path, folders: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from cvm_image.build.netfilter import packet_filter
 from cvm_image.build.recipe import Kernel, Network, Recipe, Workload
 from cvm_image.build.store import Store, content_key, digest_file
 from cvm_image.build.trees import settle
-from cvm_image.build.workload import OURS, PATH_FILE, WHEELS, WORLD_FILE, collect, unpack_wheels, write_tree
+from cvm_image.build.workload import OURS, PATH_FILE, WHEELS, WORLD_FILE, collect, lay_out_wheels
 
 INDEX = module_index(
     "kernel/drivers/md/dm-mod.ko.xz:\n"
@@ -97,7 +97,8 @@ def test_a_wheel_that_climbs_out_is_refused(tmp_path: Path, name: str) -> None:
     wheel.rename(store.input(digest))
     locked = LockedWheel(name="w", version="1", file="w-1-py3-none-any.whl", size=1, sha256=digest)
     with pytest.raises(MissingInput, match="holds the name"):
-        unpack_wheels([locked], store)
+        lay_out_wheels([locked], store, tmp_path / "tree")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_wheels_scripts_stay_out_and_its_libraries_go_in(tmp_path: Path) -> None:
@@ -110,10 +111,10 @@ def test_a_wheels_scripts_stay_out_and_its_libraries_go_in(tmp_path: Path) -> No
     digest = digest_file(wheel)
     wheel.rename(store.input(digest))
     locked = LockedWheel(name="w", version="1", file="w-1-py3-none-any.whl", size=1, sha256=digest)
-    files = unpack_wheels([locked], store)
-    assert sorted(name.rpartition("wheels/")[2] for name in files) == ["w/__init__.py", "w/more.py"]
-    write_tree(files, tmp_path / "tree")
-    assert (tmp_path / "tree/usr/lib/sealwright/wheels/w/more.py").read_bytes() == b"y"
+    lay_out_wheels([locked], store, tmp_path / "tree")
+    files = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "tree").rglob("*") if path.is_file()}
+    assert files == {tmp_path / "tree" / WHEELS / "w" / name: 0o644 for name in ("__init__.py", "more.py")}
+    assert (tmp_path / "tree" / WHEELS / "w/more.py").read_bytes() == b"y"
 
 
 def test_a_damaged_input_is_not_used(tmp_path: Path) -> None:

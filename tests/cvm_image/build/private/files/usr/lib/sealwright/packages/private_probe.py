@@ -1,0 +1,73 @@
+"""One round of private training at a site, in a booted guest: the real sandbox, the trusted loop, the accountant.
+
+Made by the tests, and by nobody else. The job lies beside this file, as the test wrote it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from fl.guard.accounting import debited, epsilon
+from fl.guard.gate import max_update_size
+from fl.guard.sandbox import Limits, Sandbox
+from fl.jobs.settings import JobSettings
+from fl.local.dp_sgd import what_runs
+from fl.model import params_of
+from fl.site.job import DATA_FOLDER
+from fl.site.script import ScriptSession
+from fl.tensors import parse
+from fl.transport.local import ScriptSocket
+from fl.transport.memory import SealedMemory
+from policies.errors import SealwrightError
+
+JOB = Path(__file__).with_name("private_job")
+
+
+def main(guest: Path) -> int:
+    """Train, and tell what it costs and what came of it."""
+    try:
+        told = train()
+    except SealwrightError as error:
+        told = {"refused": error.what}
+    sys.stdout.write(json.dumps({"private": told}) + "\n")
+    sys.stdout.flush()
+    return 0
+
+
+def train() -> dict[str, object]:
+    """One round, as a site's job does it."""
+    settings = JobSettings.model_validate_json((JOB / "settings.json").read_bytes())
+    assert settings.privacy is not None
+    graph, model = (JOB / "graph.json").read_bytes(), (JOB / "model.safetensors").read_bytes()
+    files, script = what_runs({settings.train_script: graph}, settings, settings.train_script)
+    data = {"train.safetensors": (JOB / "train.safetensors").read_bytes()}
+    sandbox = Sandbox(files, script, [], data, limits=Limits(), require_cgroup=True)
+    ours, theirs = ScriptSocket.pair()
+    with theirs:
+        process = sandbox.start(theirs)
+
+    def how_it_ended() -> str:
+        outcome = process.wait(5)
+        return "still runs" if outcome is None else f"{outcome.sentence}: {outcome.log.decode(errors='replace')[-500:]}"
+
+    with process:
+        session = ScriptSession(ours, site="north", how_it_ended=how_it_ended)
+        limit = max_update_size(settings.schema_of_model)
+        session.greet("private-1", settings, data=DATA_FOLDER, max_update=limit)
+        with SealedMemory.of(model) as sent:
+            _, memory = session.train(0, settings.num_rounds, sent, seconds=300, value=lambda *_: None)
+        with memory:
+            raw = bytes(memory.view)
+        session.end()
+        session.close()
+    trained = params_of(parse(bytearray(raw), max_size=len(raw)), "numpy")
+    before = params_of(parse(bytearray(model), max_size=len(model)), "numpy")
+    return {
+        "epsilon": epsilon(settings.privacy, settings.num_rounds),
+        "debited": debited(settings.privacy, 0),
+        "moved": {name: float(abs(array - before[name]).max()) for name, array in sorted(trained.items())},
+        "sha256": hashlib.sha256(raw).hexdigest(),
+    }

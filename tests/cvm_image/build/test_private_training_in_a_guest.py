@@ -1,0 +1,89 @@
+"""Private training in a booted guest of the FL image: Debian's torch trains, dp-accounting says the same as here."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import build_or_skip, copy_recipe
+from safetensors.torch import save, save_file
+
+from attestation.evidence.report import Product
+from attestation.virtual.chip import create_chip
+from attestation.virtual.vendor import create_vendor
+from cvm_image.build.image import PROJECT
+from cvm_image.build.lock import load_lock, write_lock
+from cvm_image.signing import create_signing_keys
+from fl import FedAvgRecipe, train_privately
+from fl.guard.accounting import debited, epsilon
+from fl.jobs.privacy import DpSgd
+from fl.local.graph import export_graph
+
+pytestmark = pytest.mark.long
+
+PRIVATE = Path(__file__).resolve().parent / "private"
+FL = PROJECT / "cvm_image/recipes/fl.toml"
+PRIVACY = DpSgd(
+    data="train.safetensors", loss="cross_entropy", steps=8, sample_rate=0.25, expected_batch=25.0,
+    learning_rate=0.5, max_grad_norm=1.0, noise_multiplier=1.0, delta=1e-5,
+)  # fmt: skip
+BOOT_SECONDS = 420.0
+
+
+def put_job(folder: Path) -> None:
+    """A private job and one site's data, as files of the image."""
+    folder.mkdir()
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+    (folder / "graph.json").write_bytes(export_graph(model, torch.zeros(1, 4)))
+    recipe = FedAvgRecipe(
+        name="private", model=model, min_clients=2, num_rounds=2, train_script=str(folder / "graph.json")
+    )
+    train_privately(recipe, **PRIVACY.model_dump(exclude_defaults=True))
+    (folder / "settings.json").write_text(recipe.settings.model_dump_json())
+    (folder / "model.safetensors").write_bytes(save(dict(model.state_dict())))
+    features = torch.randn(100, 4)
+    save_file({"features": features, "labels": (features[:, 0] > 0).long()}, folder / "train.safetensors")
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the guest told of its round."""
+    folder = tmp_path_factory.mktemp("private")
+    recipe = copy_recipe(PRIVATE, "private", folder / "recipe")
+    shutil.copy(FL, recipe.with_name("fl.toml"))
+    lock = load_lock(FL, "fl", "trixie").model_copy(update={"recipe": "private"})
+    recipe.with_name("private.lock.json").write_text(write_lock(lock))
+    put_job(recipe.parent / "files/usr/lib/sealwright/packages/private_job")
+    image = build_or_skip(recipe, folder / "image", create_signing_keys(folder / "keys"))
+    vendor = create_vendor(folder / "vendor", [Product.MILAN], at=datetime.now(UTC))
+    create_chip(vendor, folder / "chip", Product.MILAN, at=datetime.now(UTC))
+    (folder / "init-data.toml").write_text('version = 1\nname = "private"\n')
+    command = [sys.executable, "-m", "appliance.cli", "vm", "boot", str(image), "--memory", "2048"]
+    command += ["--init-data", str(folder / "init-data.toml"), "--vendor", str(vendor.folder)]
+    command += ["--chip", str(folder / "chip"), "--run", str(folder / "run")]
+    done = subprocess.run(command, capture_output=True, timeout=BOOT_SECONDS, check=False, stdin=subprocess.DEVNULL)
+    console = done.stdout.decode(errors="replace")
+    lines = [line for line in console.splitlines() if line.startswith('{"private"')]
+    assert lines, console[-3000:] + done.stderr.decode(errors="replace")[-2000:]
+    found: dict[str, Any] = json.loads(lines[0])["private"]
+    return found
+
+
+def test_the_round_is_trained_in_the_guest_s_sandbox(told: dict[str, Any]) -> None:
+    assert "refused" not in told
+    assert sorted(told["moved"]) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert all(math.isfinite(moved) and moved > 0 for moved in told["moved"].values())
+
+
+def test_the_guest_s_accountant_says_what_ours_says(told: dict[str, Any]) -> None:
+    assert told["epsilon"] == pytest.approx(epsilon(PRIVACY, 2), rel=1e-9)
+    assert tuple(told["debited"]) == debited(PRIVACY, 0)
