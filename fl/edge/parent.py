@@ -105,7 +105,7 @@ class TreeCalls:
                     yield pack(Offered(jobs=tuple(job.offer for _, job in sorted(self._jobs().items()))[:64]))
                     continue
                 origins[frame.job] = frame.origin
-                yield from self._exchange(name, frame, frames)
+                yield from self._exchange(lease.peer.name, frame, frames)
         except (CallerGone, StoppedSending):
             return  # it will come back, or others have its permits
         finally:

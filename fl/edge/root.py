@@ -21,6 +21,7 @@ from fl.edge.tree_frames import Offer
 from fl.jobs.progress import JobEvent
 from fl.tensors import Schema
 from fl.transport.memory import SealedMemory
+from policies.errors import SealwrightError
 
 FAREWELL_SECONDS: Final = 15.0
 """How long a job that is over stays, so that its nodes hear so."""
@@ -54,6 +55,10 @@ class RootJob:
         self._children: dict[str, str] = {}
         self._updates: Counter[str] = Counter()  # by node, since the last version
         self._asked = time.monotonic()
+        self._failure: SealwrightError | None = None
+        self._over = False
+        self._connected: set[str] = set()
+        self._unaware: set[str] = set()  # of those: which have not heard that the job is over
         self._show()
 
     # for children, from many threads
@@ -62,6 +67,10 @@ class RootJob:
         """Take a report; the reply at once."""
         events: list[JobEvent] = []
         with self._changed:
+            self._connected.add(report.origin)
+            if report.origin in self._unaware:
+                self._unaware.discard(report.origin)
+                self._changed.notify_all()
             if report.origin not in self._children:
                 self._children[report.origin] = child
                 events.append(JobEvent(kind="joined", site=child))
@@ -91,11 +100,25 @@ class RootJob:
                 if not self._buff.over:
                     events.append(JobEvent(kind="round", round=round_ + 1))
                 self._changed.notify_all()
-            reply = Reply(reply.duplicates, reply.granted, tuple(sorted(self._buff.models)), self._buff.over)
+            over = self._over or self._buff.over
+            reply = Reply(reply.duplicates, reply.granted, tuple(sorted(self._buff.models)), over)
             versions = dict(self._versions)
-        for event in events:
-            self._observe(event)
+        self._tell(events)
         return reply, versions
+
+    def begin(self) -> None:
+        """The first version takes updates."""
+        self._tell([JobEvent(kind="round", round=0)])
+
+    def _tell(self, events: list[JobEvent]) -> None:
+        """Tell of what happened; whoever hears of it may find that the job must end."""
+        for event in events:
+            try:
+                self._observe(event)
+            except SealwrightError as error:
+                with self._changed:
+                    self._failure = self._failure or error
+                    self._changed.notify_all()
 
     def model(self, sha256: str) -> bytes | None:
         """The model with this digest, of a version that is alive."""
@@ -105,18 +128,23 @@ class RootJob:
     def drop(self, origin: str) -> None:
         """A child's connection has ended: others have its permits until it is back."""
         with self._changed:
+            self._connected.discard(origin)
+            self._unaware.discard(origin)
+            self._changed.notify_all()
             self._buff.drop(origin)
             name, missing = self._children.get(origin, origin), self._buff.contributions.missing()[origin]
         if missing:
             text = f"its connection has ended; {missing} updates that it counted have not come yet"
-            self._observe(JobEvent(kind="paused", site=name, text=text))
+            self._tell([JobEvent(kind="paused", site=name, text=text)])
 
     # for the algorithm's thread
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the last version, or `seconds`; whether it is made."""
+        """Wait for the last version, or `seconds`; whether it is made. Raises what observing has raised."""
         with self._changed:
-            self._changed.wait_for(lambda: self._buff.over, seconds)
+            self._changed.wait_for(lambda: self._buff.over or self._failure is not None, seconds)
+            if self._failure is not None:
+                raise self._failure
             return self._buff.over
 
     def why_stopped(self) -> str | None:
@@ -132,6 +160,18 @@ class RootJob:
         """Versions that were made of updates."""
         with self._changed:
             return self._buff.version - FIRST_VERSION
+
+    def end(self, seconds: float = FAREWELL_SECONDS) -> None:
+        """The job is over: wait until the nodes that are connected have heard so, `seconds` at most."""
+        with self._changed:
+            self._over = True
+            self._unaware = set(self._connected)
+            self._changed.wait_for(lambda: not self._unaware, seconds)
+
+    def close(self) -> None:
+        """Give the memory of models back; nothing is asked of it any more."""
+        with self._changed:
+            self._buff.close()
 
     def result(self) -> SealedMemory:
         """The newest version, the caller's to close."""
