@@ -34,6 +34,7 @@ from fl.server.aggregator import SandboxedAggregation
 from fl.server.calls import StoppedSending
 from fl.server.federation import Federation, Task
 from fl.server.job_store import EndedJob, JobStore, StoredJob
+from fl.server.tree_job import root_of, run_root
 from fl.server.workflows import run_workflow
 from fl.tensors import Buffer
 from fl.transport.chunks import Assembly
@@ -42,6 +43,7 @@ from fl.transport.stored import Stored
 from policies.errors import Refused, SealwrightError
 
 if TYPE_CHECKING:
+    from fl.edge.root import RootJob
     from fl.server.attendance import Attendance
 
 JOIN_SECONDS: Final = 60.0
@@ -118,6 +120,8 @@ class ServerJob:
         self._spool = None if store is None else store.spool
         self._tracking: Callable[[JobEvent], None] | None = None
         self._stopped_by: str | None = None
+        self.tree: RootJob | None = None
+        """The root of the tree, while an edge job runs."""
         self.suspended = False
         """Whether the job goes on with the next server, of which its sites need not be told."""
         self._logged: dict[str, int] = {}
@@ -189,13 +193,17 @@ class ServerJob:
 
     def connected(self, attendance: Attendance) -> None:
         """A site is connected: if the job waits for it, it is judged as a peer and asked to prepare."""
-        if self.status is Status.RUNNING and attendance.name in self.signed.record.roster:
+        if self.status is Status.RUNNING and self._is_for(attendance):
             rejection = self._rejection_of(attendance.name)
             if rejection is not None:
                 attendance.send(Told(job=self.id, command=rejection.token))
                 return
             attendance.check(anew=True)
             attendance.send(Prepare(job=self.id, record=self.signed.token, bundle_size=len(self.bundle.raw)))
+
+    def _is_for(self, attendance: Attendance) -> bool:
+        """Whether the site is on the roster; that of an edge job names nodes of its tree, which do not attend."""
+        return attendance.name in self.signed.record.roster and self.bundle.settings.recipe != "fedbuff"
 
     def ready(self, attendance: Attendance) -> None:
         """A site's script has started."""
@@ -422,14 +430,28 @@ class ServerJob:
                         self._federation.lose(site, _rejected(rejection))
                 for attendance in attending():
                     self.connected(attendance)
-                self._federation.gather(record.roster, JOIN_SECONDS)
-                model = run_workflow(self._federation, settings, first)
+                if settings.recipe == "fedbuff":
+                    model = self._run_tree(first)
+                else:
+                    self._federation.gather(record.roster, JOIN_SECONDS)
+                    model = run_workflow(self._federation, settings, first)
         finally:
             self._tracking = None
             if tracking is not None:
                 tracking.close()
         with model:
             self._seal(model, {path.name: path.read_bytes() for path in sorted(folder.glob("events/events.*"))})
+
+    def _run_tree(self, first: Stored) -> Stored:
+        """Be the root of the job's tree; the last version."""
+        root = root_of(self.id, self.signed.token, self.bundle, first.in_memory(), self._observe)
+        try:
+            self.tree = root
+            return run_root(root, lambda: self._stopped_by)
+        finally:
+            root.end()
+            self.tree = None
+            root.close()
 
     def _check(self) -> None:
         party = self._party

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from attestation.errors import LeaseEnded
+from fl.edge.parent import TreeCalls, TreeJob
 from fl.errors import LeaseLapsed, MalformedMessage, PeerLost, RoundOver, UpdateRefused
 from fl.guard.gate import max_update_size
 from fl.party import Party
@@ -86,8 +87,14 @@ class FederationService:
         self.attendances = Attendances(self._site_joined, self._site_left)
         self._jobs = Jobs(party, self.attendances.all, store)
         users = UserCalls(party, name, model_key, self._jobs, self.attendances.all, steer, store)
-        self._streamed: dict[str, Call] = {"Attend": self._attend, "Deliver": self._deliver, **users.streamed}
-        self._asked: dict[str, Call] = {"Fetch": self._fetch, **users.asked}
+        tree = TreeCalls(party, "server", self._trees)
+        self._streamed: dict[str, Call] = {
+            "Attend": self._attend,
+            "Deliver": self._deliver,
+            **users.streamed,
+            **tree.streamed,
+        }
+        self._asked: dict[str, Call] = {"Fetch": self._fetch, **users.asked, **tree.asked}
         users.go_on()
 
     @property
@@ -129,6 +136,10 @@ class FederationService:
         for attendance in self.attendances.all():
             attendance.end(why)
         self._jobs.close(why)
+
+    def _trees(self) -> dict[str, TreeJob]:
+        """The edge jobs that run, by id."""
+        return {job.id: job.tree for job in self._jobs.all() if job.tree is not None}
 
     # sites
 

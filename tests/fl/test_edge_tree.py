@@ -260,7 +260,7 @@ def test_updates_climb_through_inner_nodes_and_versions_come_down(world: Federat
         assert wait_until(lambda: first.over and second.over)
         assert tree.root.wait(0)
         assert not tree.told("refused")
-        assert {event.site for event in tree.told("update")} == {"inner north", "gateway gate-2"}
+        assert {event.site for event in tree.told("update")} == {"north", "gate-2"}
 
 
 def test_a_gateway_that_is_killed_loses_what_it_had_not_sent_and_the_root_says_so(world: FederationWorld) -> None:
@@ -287,7 +287,7 @@ def test_a_gateway_that_is_killed_loses_what_it_had_not_sent_and_the_root_says_s
         assert wait_until(lambda: tree.root.made == 1), world.told
         assert weights(tree.root) == pytest.approx(2.5)
         (lost,) = tree.told("lost")
-        assert lost.site == "gateway gate-1"
+        assert lost.site == "gate-1"
         assert "1 updates that it had counted never came" in lost.text
 
 
@@ -357,3 +357,50 @@ def test_a_job_that_is_not_approved_for_a_gateway_is_not_taken(world: Federation
 
 def test_private_jobs_bound_devices_at_their_gateways() -> None:
     assert bounds_of(EDGE).max_norm is None
+
+
+def test_an_edge_job_runs_at_the_server_as_any_job_does(world: FederationWorld, tmp_path: Path) -> None:
+    """Submitted by a user, run at the real server, trained through a gateway, downloaded with its statement."""
+    world.told.clear()
+    bundle = bundle_of()
+    if world.charter().bundle(bundle.digest) is None:
+        world.approve(bundle, NAMES)
+    first = SealedMemory.of(encode({"w": (bundle.settings.schema_of_model["w"], bytes(12))}))
+    with world.server() as address, ExitStack() as ends, world.client(address) as client:
+        tree = Tree(world, ends, bundle, None, address, [])  # type: ignore[arg-type]
+        gateway, _ = tree.gateway("gate-1", address, SERVER)
+        with first:
+            job = client.submit(bundle, first, roster=NAMES, recipients=("acme-pharma/ada",))
+        assert wait_until(lambda: job in gateway.branches() and bool(gateway.branches()[job].current())), world.told
+        branch = gateway.branches()[job]
+        for number in (1, 2):
+            assert wait_until(lambda number=number: branch.current()[-1].version == number), world.told
+            for device in (1, 2, 3, 4):
+                delta = np.full(3, float(device), np.float32)
+                name = contribution_id(job, number, str(device))
+                assert branch.add(Update(number, {"w": delta}, 1.0, name)) == "counted"
+        assert wait_until(lambda: client.report(job).status.over), world.told
+        report = client.report(job)
+        assert report.status == "finished", report.reasons
+        folder = client.download(job, tmp_path / "result", ledgers=None)
+        model = parse((folder / "model.safetensors").read_bytes(), max_size=1 << 20)
+        np.testing.assert_allclose(model.array("w"), 5.0)
+        assert wait_until(lambda: job not in gateway.branches())
+        assert any(kind == "job" and said.get("event") == "taken" for kind, said in world.ledger)
+    assert not tree.errors
+
+
+def test_an_edge_job_that_is_stopped_ends_at_its_gateways(world: FederationWorld) -> None:
+    world.told.clear()
+    bundle = bundle_of()
+    first = SealedMemory.of(encode({"w": (bundle.settings.schema_of_model["w"], bytes(12))}))
+    with world.server() as address, ExitStack() as ends, world.client(address) as client:
+        tree = Tree(world, ends, bundle, None, address, [])  # type: ignore[arg-type]
+        gateway, _ = tree.gateway("gate-1", address, SERVER)
+        with first:
+            job = client.submit(bundle, first, roster=NAMES, recipients=("acme-pharma/ada",))
+        assert wait_until(lambda: job in gateway.branches()), world.told
+        client.abort(job)
+        assert wait_until(lambda: client.report(job).status == "aborted"), client.report(job)
+        assert wait_until(lambda: job not in gateway.branches())
+    assert not tree.errors
