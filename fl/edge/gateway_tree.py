@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fl.edge.branch import TreeBranch, bounds_of
 from fl.edge.child import NodeJob
@@ -20,8 +20,9 @@ from fl.jobs.settings import FedBuffOptions
 class GuardedBranch:
     """A branch (`fl.edge.contract.Branch`) and its exchanges (`NodeJob`), for the service's thread and the link's."""
 
-    def __init__(self, branch: TreeBranch) -> None:
+    def __init__(self, branch: TreeBranch, changed: Callable[[], None]) -> None:
         self._lock = threading.Lock()
+        self._changed = changed
         self._gateway = Gateway(branch)
 
     @property
@@ -63,12 +64,15 @@ class GuardedBranch:
         """The parent's reply."""
         with self._lock:
             self._gateway.hear(reply, versions)
+        self._changed()
 
 
 class GatewayTree:
     """The jobs of a gateway (`fl.edge.child.Node`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+        """`changed` is called after each exchange: devices that wait for a task may have one now."""
+        self._changed = changed
         self._branches: dict[str, GuardedBranch] = {}
 
     def begin(self, offer: Offer, bundle: Bundle, task: DeviceTask) -> NodeJob:
@@ -81,7 +85,7 @@ class GatewayTree:
         origin = os.urandom(16).hex()
         branch = TreeBranch(job, settings.schema_of_model, origin, time.monotonic, task_seconds=edge.task_seconds)
         branch.advance([], {task.digest: task})
-        guarded = GuardedBranch(branch)
+        guarded = GuardedBranch(branch, self._changed)
         self._branches = {**self._branches, offer.job: guarded}
         return guarded
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fl.party import Party
+from fl.transport.tls import server_context
 from policies.errors import Refused
 
 if TYPE_CHECKING:
@@ -46,6 +48,37 @@ class ServerCertificates:
                 self._version = charter.version
                 self._current = TlsCredentials(identity.tls_key_pem, identity.certificate_pem, _trusted(charter))
             return self._current
+
+
+class TlsContexts:
+    """TLS contexts for the current credentials; a new one when they change."""
+
+    def __init__(self, certificates: ServerCertificates, *, strangers: bool) -> None:
+        self._certificates = certificates
+        self._strangers = strangers
+        self._lock = threading.Lock()
+        self._seen: TlsCredentials | None = None
+        self._context: ssl.SSLContext | None = None
+
+    def switching(self) -> ssl.SSLContext:
+        """A context that hands each handshake to the one for the current credentials."""
+
+        def choose(secure: Any, _name: str | None, _context: ssl.SSLContext) -> None:
+            secure.context = self._current()
+
+        context = self._made(self._certificates.current())
+        context.sni_callback = choose
+        return context
+
+    def _current(self) -> ssl.SSLContext:
+        newest = self._certificates.current()
+        with self._lock:
+            if self._context is None or newest != self._seen:
+                self._context, self._seen = self._made(newest), newest
+            return self._context
+
+    def _made(self, credentials: TlsCredentials) -> ssl.SSLContext:
+        return server_context(credentials.key, credentials.chain, credentials.trusted, strangers=self._strangers)
 
 
 def _trusted(charter: Charter) -> str:

@@ -15,12 +15,11 @@ import asyncio
 import contextlib
 import logging
 import queue
-import ssl
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
 import uvloop
 from aiohttp import WSMsgType, web
@@ -28,10 +27,9 @@ from aiohttp import WSMsgType, web
 from fl.errors import MalformedMessage
 from fl.server import calls
 from fl.server.calls import CallerGone, Refusal, subject_of
-from fl.server.certificates import ServerCertificates, TlsCredentials
+from fl.server.certificates import ServerCertificates, TlsContexts
 from fl.server.service import FederationService
 from fl.transport.records import LENGTH, SIGN_OF_LIFE, end_record, length_of, prefix_of
-from fl.transport.tls import server_context
 
 MAX_CALLS: Final = 512
 """Calls that are served at the same time; more are refused."""
@@ -109,7 +107,7 @@ class HttpsServer:
             read_bufsize=1 << 20,
             auto_decompress=False,
         )
-        context = _Contexts(self._certificates, strangers=bool(self._tunnels)).switching()
+        context = TlsContexts(self._certificates, strangers=bool(self._tunnels)).switching()
         self._listeners.append(
             await self._loop.create_unix_server(
                 self._server,
@@ -460,34 +458,3 @@ class _Caller:
             self._loop.call_soon_threadsafe(self._room.release)
         for callback in callbacks:
             callback()
-
-
-class _Contexts:
-    """TLS contexts for the current credentials; a new one when they change."""
-
-    def __init__(self, certificates: ServerCertificates, *, strangers: bool) -> None:
-        self._certificates = certificates
-        self._strangers = strangers
-        self._lock = threading.Lock()
-        self._seen: TlsCredentials | None = None
-        self._context: ssl.SSLContext | None = None
-
-    def switching(self) -> ssl.SSLContext:
-        """A context that hands each handshake to the one for the current credentials."""
-
-        def choose(secure: Any, _name: str | None, _context: ssl.SSLContext) -> None:
-            secure.context = self._current()
-
-        context = self._made(self._certificates.current())
-        context.sni_callback = choose
-        return context
-
-    def _current(self) -> ssl.SSLContext:
-        newest = self._certificates.current()
-        with self._lock:
-            if self._context is None or newest != self._seen:
-                self._context, self._seen = self._made(newest), newest
-            return self._context
-
-    def _made(self, credentials: TlsCredentials) -> ssl.SSLContext:
-        return server_context(credentials.key, credentials.chain, credentials.trusted, strangers=self._strangers)
