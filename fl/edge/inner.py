@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -160,11 +160,11 @@ def serve_inner(
     parent_name: str,
     stop: threading.Event,
     patience: float = 300.0,
-    ready: tuple[threading.Event, list[str]] | None = None,
+    ready: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Be an inner node until `stop`: listen on `listen` (host:port), and stay connected to the parent.
 
-    `ready` is set, with the address, when it listens. Raises PeerLost if the address cannot be had; what
+    `ready` is called once with the address that is listened on. Raises PeerLost if the address cannot be had; what
     `TreeLink.run` raises.
     """
     jobs: _InnerNodes = _InnerNodes()
@@ -177,7 +177,5 @@ def serve_inner(
         port = Port(listen, {"grpc": str(folder / "grpc")}, tell=party.tell)
         ends.callback(port.close)
         party.tell(f"inner node {party.identity().name} listens on {port.address}")
-        if ready is not None:
-            ready[1].append(port.address)
-            ready[0].set()
+        ready(port.address)
         TreeLink(party, node, parent=parent, parent_name=parent_name).run(stop, patience=patience)

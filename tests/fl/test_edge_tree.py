@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ class Tree:
         return stop
 
     def inner(self, name: str = "north") -> tuple[str, threading.Event]:
-        ready: tuple[threading.Event, list[str]] = (threading.Event(), [])
+        ready: SimpleQueue[str] = SimpleQueue()
         stop = self._run(
             lambda stop: serve_inner(
                 self.party("inner", name),
@@ -147,11 +148,10 @@ class Tree:
                 parent_name=SERVER,
                 stop=stop,
                 patience=5.0,
-                ready=ready,
+                ready=ready.put,
             )
         )
-        assert ready[0].wait(10), self.errors
-        return ready[1][0], stop
+        return ready.get(timeout=10), stop
 
     def gateway(
         self, name: str, parent: str, parent_name: str, *, party: Party | None = None
@@ -303,7 +303,6 @@ def test_an_inner_node_that_starts_anew_is_found_again_and_nothing_counts_twice(
         stop.set()
         for device in (3, 4):
             branch.add(update(device, 1))
-        ready: tuple[threading.Event, list[str]] = (threading.Event(), [])
         assert wait_until(lambda: any("inner north is gone" in line for line in world.told))
         tree._run(
             lambda stop: serve_inner(
@@ -313,7 +312,6 @@ def test_an_inner_node_that_starts_anew_is_found_again_and_nothing_counts_twice(
                 parent_name=SERVER,
                 stop=stop,
                 patience=5.0,
-                ready=ready,
             )
         )
         assert wait_until(lambda: tree.root.made == 1, 15), world.told
