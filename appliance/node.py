@@ -82,6 +82,10 @@ class Lease:
         """The charter as enough brokers showed it last."""
         return self._session.charter
 
+    def charter_store(self) -> tuple[Charter, Mapping[str, bytes]]:
+        """That charter and its files."""
+        return self._session.charter_store()
+
     def now(self) -> datetime:
         """The brokers' time."""
         return self._session.now()
@@ -294,9 +298,32 @@ def _site_data(boot: Boot, lease: Lease, keys: Mapping[str, bytes]) -> Iterator[
         yield data
 
 
+def _gateway(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes], stop: threading.Event) -> None:
+    """The role `gateway`: devices in front, the tree behind."""
+    from fl.edge.gateway_start import serve_gateway
+    from fl.party import Party
+    from fl.transport.route import Route
+
+    if init.listen is None or init.server is None:
+        raise _incomplete("a gateway needs `listen` for devices and `server`, its parent")
+    if "group" not in keys:
+        raise _incomplete("the init-data must name the gateways' group key as the resource for the purpose `group`")
+    serve_gateway(
+        Party(lease.identity, lease.charter, lease.now, lease.record, tell),
+        listen=init.listen,
+        parent=Route.of(init.server),
+        parent_name=init.server.name,
+        group_key=lambda: lease.release(init.resources["group"]),
+        store=lease.charter_store,
+        stop=stop,
+        ready=lambda address: say("serving", address=address),
+    )
+
+
 SERVICES: Final[dict[str, Callable[[InitData, Boot, Lease, Mapping[str, bytes], threading.Event], None]]] = {
     "server": _serve,
     "site": _train,
+    "gateway": _gateway,
 }
 """What each role starts. A role that is not here has no service in this image."""
 

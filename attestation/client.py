@@ -78,6 +78,7 @@ class GuestSession:
         self._not_before = not_before
         self._timeout = timeout
         self._charter: Charter | None = None
+        self._store: Mapping[str, bytes] = {}
         self._refetch_at = datetime.fromtimestamp(0, UTC)
         self._clock = (datetime.fromtimestamp(0, UTC), 0.0)
         self._sessions: dict[str, BrokerSession] = {}
@@ -94,6 +95,10 @@ class GuestSession:
         if self._charter is None:
             raise Unusable("the guest has no charter yet", where="session", do="Call attest() first.")
         return self._charter
+
+    def charter_store(self) -> tuple[Charter, Mapping[str, bytes]]:
+        """The charter that `charter` gives, and the files in which it verifies itself, for those who ask."""
+        return self.charter, self._store
 
     @property
     def ears(self) -> tuple[Ear, ...]:
@@ -262,7 +267,7 @@ class GuestSession:
             if len(versions[version]) >= found.charter.consortium.broker_threshold:
                 self._root = found.root
                 self._clock = (found.at, time.monotonic())
-                self._take(found.charter, found.at)
+                self._take(found.charter, found.at, found.store)
                 return
         if not fetched:
             raise _all_failed(failures)
@@ -297,15 +302,15 @@ class GuestSession:
                 failures[name] = error
                 continue
             if found.version >= agreement.version:
-                self._take(found, self.now())
+                self._take(found, self.now(), store)
                 return
         if agreement.version > charter.version or self.now() >= charter.expires:
             told = "; ".join(f"{name}: {error.what}" for name, error in failures.items())
             raise BrokerUnavailable(f"no broker gives a charter that holds: {told or 'none is newer'}", where="charter")
 
-    def _take(self, charter: Charter, at: datetime) -> None:
+    def _take(self, charter: Charter, at: datetime, store: Mapping[str, bytes]) -> None:
         """Follow `charter` from now on, with a session for each of the init-data's brokers that is in it."""
-        self._charter = charter
+        self._charter, self._store = charter, store
         self._refetch_at = at + (charter.expires - at) / 2
         sessions: dict[str, BrokerSession] = {}
         for address in self._named(charter):
