@@ -320,7 +320,26 @@ def _gateway(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes]
     )
 
 
+def _inner(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes], stop: threading.Event) -> None:
+    """The role `inner`: sum what comes from the tree below, and hand it up."""
+    from fl.edge.inner import serve_inner
+    from fl.party import Party
+    from fl.transport.route import Route
+
+    if init.listen is None or init.server is None:
+        raise _incomplete("an inner node needs `listen`, and `server`, its parent")
+    serve_inner(
+        Party(lease.identity, lease.charter, lease.now, lease.record, tell),
+        listen=init.listen,
+        parent=Route.of(init.server),
+        parent_name=init.server.name,
+        stop=stop,
+        ready=lambda address: say("serving", address=address),
+    )
+
+
 SERVICES: Final[dict[str, Callable[[InitData, Boot, Lease, Mapping[str, bytes], threading.Event], None]]] = {
+    "inner": _inner,
     "server": _serve,
     "site": _train,
     "gateway": _gateway,
