@@ -32,7 +32,7 @@ from fl.model import (
     tensors_of,
 )
 from fl.tensors import parse
-from fl.transport.local import Answer, End, Hello, ScriptSocket, Training, Value
+from fl.transport.local import Answer, End, Hello, LogLine, ScriptSocket, Training, Value
 from fl.transport.memory import SealedMemory
 
 __all__ = [
@@ -249,6 +249,11 @@ def log(key: str, value: float, step: int = 0) -> None:
     session = _joined()
     checked = check_metrics({key: value})
     session.socket.send(Value(key=key, value=checked[key], step=step))
+
+
+def log_line(text: str) -> None:
+    """Log a line of text, of a form that the job declares (`declare_outputs(recipe, lines=..., line_bytes=...)`)."""
+    _joined().socket.send(LogLine(text=text))
 
 
 def system_info() -> dict[str, Scalar]:

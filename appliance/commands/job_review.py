@@ -98,7 +98,7 @@ def _tell(found: Review, bundle: Bundle, verdict: str | None) -> None:
 
 
 def _tell_capacity(capacity: Capacity, bundle: Bundle) -> None:
-    for name in ("tensors", "weight", "metrics", "values"):
+    for name in ("tensors", "weight", "metrics", "values", "lines"):
         typer.echo(f"  {name:8} {getattr(capacity, name):>16} bits a round")
     timing = "not bounded (no release_seconds)" if capacity.timing is None else f"{capacity.timing:>16} bits a round"
     typer.echo(f"  timing   {timing}")

@@ -117,6 +117,7 @@ class RaySession:
         *,
         seconds: float,
         value: Callable[[str, float, int], None],
+        line: Callable[[str], None] | None = None,
         task: TaskKind = "train",
         update: FoldedUpdate | None = None,
     ) -> tuple[Answer, SealedMemory]:

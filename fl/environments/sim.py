@@ -38,7 +38,7 @@ from fl.errors import (
     ScriptFailed,
     UpdateRefused,
 )
-from fl.guard.disclosure import LoggedNumbers, disclose, error_feedback
+from fl.guard.disclosure import LoggedLines, LoggedNumbers, disclose, error_feedback
 from fl.guard.gate import max_update_size
 from fl.guard.watermark import Marker, watermark_key
 from fl.jobs.progress import JobEvent, Status, line_of
@@ -312,7 +312,9 @@ class _Client:
         self._federation = federation
         self._settings = settings
         self._logged = LoggedNumbers(settings.outputs, name)
+        self._lines = LoggedLines(settings.outputs, name)
         self._marker = marker
+        self._round = 0
         secure = settings.secure_aggregation
         self._masking: MaskingTurns | None = None
         if secure is not None:
@@ -354,12 +356,15 @@ class _Client:
                 held.callback(model.close)
                 task.model.close()
                 self._logged.begin_round()
+                self._lines.begin_round()
+                self._round = task.round
                 answer, memory = self._session.train(
                     task.round,
                     task.total_rounds,
                     model,
                     seconds=federation.round_seconds,
                     value=self._log,
+                    line=self._say,
                     task=task.kind,
                 )
                 with memory:
@@ -399,6 +404,9 @@ class _Client:
                 self._masking.close()
             self._session.end()
             self._session.close()
+
+    def _say(self, text: str) -> None:
+        self._federation.line(self.name, self._lines.disclosed(text), self._round)
 
     def _log(self, key: str, value: float, step: int) -> None:
         self._federation.value(self.name, key, self._logged.disclosed(key, value), step)

@@ -26,6 +26,7 @@ from fl.aggregation.deltas import ErrorFeedback
 from fl.errors import MalformedTensors, OutputRefused, UpdateRefused
 from fl.guard.gate import admit_update
 from fl.guard.keystream import KEY_SIZE, Keystream
+from fl.jobs.log_lines import rewritten
 from fl.jobs.outputs import Outputs, rounded
 from fl.jobs.settings import FedStatsOptions, JobSettings, TaskKind
 from fl.local.statistics import below_floor
@@ -134,6 +135,31 @@ class LoggedNumbers:
         if self._count > self._outputs.values:
             raise OutputRefused(self._site, "it logs more numbers in a round than the job declares", (key,))
         return disclosed_number(key, value, self._outputs, self._site)
+
+
+class LoggedLines:
+    """The lines of text that a script logs in one round, as they may leave. For one thread."""
+
+    def __init__(self, outputs: Outputs, site: str) -> None:
+        self._outputs = outputs
+        self._site = site
+        self._bytes = 0
+
+    def begin_round(self) -> None:
+        """Count anew."""
+        self._bytes = 0
+
+    def disclosed(self, line: str) -> str:
+        """The line as it may leave. Raises OutputRefused, also when there are more than are declared."""
+        try:
+            shown = rewritten(line, self._outputs.lines, self._outputs.digits)
+        except ValueError as error:
+            raise OutputRefused(self._site, "it logs text that the job does not declare", (str(error),)) from error
+        self._bytes += len(shown) + 1
+        if self._bytes > self._outputs.line_bytes:
+            what = "it logs more text in a round than the job declares"
+            raise OutputRefused(self._site, what, (f"more than {self._outputs.line_bytes} bytes",))
+        return shown
 
 
 def disclosed_metrics(metrics: Mapping[str, Any], outputs: Outputs, site: str) -> dict[str, float]:

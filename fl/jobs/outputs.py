@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from fl.jobs.log_lines import Form, lines_bits
 from fl.tensors import FLOATS
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Outputs(BaseModel):
 
     - `metrics`: the names of metrics and logged values; None: whatever a script names, which carries much more.
     - `values`: how many numbers `flare.log` may let out in a round.
+    - `lines` and `line_bytes`: forms of text that `flare.log_line` may let out, and how many bytes of it in a round;
+      none by default (`fl.jobs.log_lines`).
     - `digits`: significant decimal digits of metrics, values and weights.
     - `clip_norm`: the L2 norm to which an update's difference from the model is scaled down; None: not.
     - `noise_multiplier`: Gaussian noise of this many times `clip_norm` on every number of the difference.
@@ -53,6 +56,8 @@ class Outputs(BaseModel):
 
     metrics: Annotated[tuple[MetricName, ...], Field(max_length=MAX_METRICS, strict=False)] | None = None
     values: int = Field(default=256, ge=0, le=10_000)
+    lines: Annotated[tuple[Form, ...], Field(max_length=32, strict=False)] = ()
+    line_bytes: int = Field(default=0, ge=0, le=1 << 16)
     digits: int = Field(default=6, ge=1, le=9)
     clip_norm: float | None = Field(default=None, gt=0, le=1e9)
     noise_multiplier: float = Field(default=0.0, ge=0, le=1e3)
@@ -64,6 +69,8 @@ class Outputs(BaseModel):
     def _coherent(self) -> Self:
         if self.metrics is not None and len(set(self.metrics)) != len(self.metrics):
             raise ValueError("a metric is named twice")
+        if bool(self.lines) != bool(self.line_bytes):
+            raise ValueError("lines and line_bytes go together: forms of text, and a budget for it")
         if self.noise_multiplier and self.clip_norm is None:
             raise ValueError("noise_multiplier needs clip_norm, which says how much noise is enough")
         if (self.bits is None) != (self.limit is None):
@@ -87,6 +94,7 @@ class Capacity:
     weight: int
     metrics: int
     values: int
+    lines: int
     timing: int | None
     ending: int
     rounds: int
@@ -94,7 +102,7 @@ class Capacity:
     @property
     def a_round(self) -> int:
         """In each round: what is debited for it."""
-        return self.tensors + self.weight + self.metrics + self.values + (self.timing or 0)
+        return self.tensors + self.weight + self.metrics + self.values + self.lines + (self.timing or 0)
 
     @property
     def job(self) -> int:
@@ -123,6 +131,7 @@ def capacity(bundle: Bundle, sites: int | None = None) -> Capacity:
         weight=0 if settings.fixed_weight else number,
         metrics=metrics,
         values=values,
+        lines=lines_bits(outputs.lines, outputs.line_bytes, number_choices(outputs.digits)),
         timing=_timing(settings),
         ending=_bits(EXIT_WORDS * EXCEPTION_NAMES * (lines + 1) * (settings.num_rounds + 1)),
         rounds=settings.num_rounds + across,
@@ -145,7 +154,13 @@ def tensor_bits(settings: JobSettings) -> int:
 
 def number_bits(digits: int) -> int:
     """Bits of one number beside the tensors: sign, `digits` significant digits, one of EXPONENTS; or zero."""
-    return _bits(2 * 9 * 10 ** (digits - 1) * len(EXPONENTS) + 1)
+    return _bits(number_choices(digits))
+
+
+def number_choices(digits: int) -> int:
+    """So many numbers there are, rounded to so many digits."""
+    found: int = 2 * 9 * 10 ** (digits - 1) * len(EXPONENTS) + 1
+    return found
 
 
 def _timing(settings: JobSettings) -> int | None:

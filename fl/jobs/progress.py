@@ -37,15 +37,15 @@ class JobEvent(BaseModel):
 
     `joined`, `lost`, `refused`, `paused`, `resumed` and `update` name a `site`; `round` begins and `aggregated` ends
     one (from 0); `best` says that the model which the sites received in a round is the best so far; `evaluated` tells a
-    `site`'s metrics of the model that `text` names; `value` is a number that a script logged; `status` tells the job's
-    new status in `text`.
+    `site`'s metrics of the model that `text` names; `value` is a number, `line` is text that a script
+    logged; `status` tells the job's new status in `text`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     kind: Literal[
         "status", "joined", "lost", "refused", "paused", "resumed", "round", "update", "aggregated", "value", "best",
-        "evaluated",
+        "evaluated", "line",
     ]  # fmt: skip
     site: str | None = None
     round: int | None = None
@@ -69,5 +69,6 @@ def line_of(event: JobEvent) -> str:
         "update": f"{round_}: {event.site} sent its update {values}".rstrip(),
         "aggregated": f"{round_} is done: {values or 'no metrics'}",
         "best": f"{round_}: the sites received the best model so far, {values}",
+        "line": f"{event.site}: {event.text}",
         "evaluated": f"{event.site} has evaluated the model of {event.text}: {values or 'no metrics'}",
     }.get(event.kind, "")

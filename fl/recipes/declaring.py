@@ -17,6 +17,8 @@ def declare_outputs(
     *,
     metrics: Sequence[str] | None = None,
     values: int = 256,
+    lines: Sequence[str] = (),
+    line_bytes: int = 0,
     digits: int = 6,
     clip_norm: float | None = None,
     noise_multiplier: float = 0.0,
@@ -31,6 +33,8 @@ def declare_outputs(
     outputs = {
         "metrics": None if metrics is None else tuple(metrics),
         "values": values,
+        "lines": tuple(lines),
+        "line_bytes": line_bytes,
         "digits": digits,
         "clip_norm": clip_norm,
         "noise_multiplier": noise_multiplier,

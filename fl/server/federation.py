@@ -342,6 +342,10 @@ class Federation:
         """A number that a site's script logged."""
         self.observe(JobEvent(kind="value", site=name, round=step, values={key: value}))
 
+    def line(self, name: str, text: str, round_: int) -> None:
+        """A line of text that a site's script logged."""
+        self.observe(JobEvent(kind="line", site=name, round=round_, text=text))
+
     def hear(self, name: str, round_: int, step: Step, body: str) -> None:
         """A site answers what it was asked, once. Raises MalformedMessage for an answer that nobody asked for.
 

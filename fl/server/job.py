@@ -23,6 +23,7 @@ from fl.guard.export import ExportGate
 from fl.guard.gate import admit_update
 from fl.guard.watermark import Marker, watermark_key
 from fl.jobs.bundle import Bundle
+from fl.jobs.log_lines import rewritten
 from fl.jobs.progress import JobEvent, Status
 from fl.jobs.record import record_digest
 from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, JobHistory, rfc3339
@@ -125,6 +126,7 @@ class ServerJob:
         self.suspended = False
         """Whether the job goes on with the next server, of which its sites need not be told."""
         self._logged: dict[str, int] = {}
+        self._said: dict[str, int] = {}  # bytes of text of each site in this round
         self._arriving: dict[str, tuple[Deliver, Assembly]] = {}  # what was under way when its site was cut off
         self._present: dict[str, Attendance] = {}
         self._rejections: dict[str, SignedCommand] = {}
@@ -246,6 +248,21 @@ class ServerJob:
         if count > most:
             raise MalformedMessage(f"the site has logged more than {most} values in a round", where=name)
         self._federation.value(name, key, value, step)
+
+    def said(self, name: str, text: str, round_: int) -> None:
+        """A site's script logged a line. Raises MalformedMessage for what the job does not declare."""
+        outputs = self.bundle.settings.outputs
+        try:
+            wanted = rewritten(text, outputs.lines, outputs.digits)
+        except ValueError as error:
+            raise MalformedMessage(
+                f"the site has logged text that the job does not declare: {error}", where=name
+            ) from error
+        with self._changed:
+            count = self._said[name] = self._said.get(name, 0) + len(text) + 1
+        if wanted != text or count > outputs.line_bytes:
+            raise MalformedMessage("the site has logged more text than the job declares", where=name)
+        self._federation.line(name, text, round_)
 
     def serve_model(self, model: Stored, site: str = "") -> Stored:
         """From now on the sites fetch this model; as `site` gets it, which may be with a watermark."""
@@ -542,9 +559,10 @@ class ServerJob:
         if event.kind == "round":
             self._check()  # a bundle that was revoked, or a submitter without rights, ends here
             self._logged.clear()
+            self._said.clear()
         with self._changed:
             self._history.observe(event)
-            if event.kind != "value" or len(self._events) < MAX_EVENTS:
+            if event.kind not in {"value", "line"} or len(self._events) < MAX_EVENTS:
                 self._events.append(event)
             tracking = self._tracking
             if tracking is not None:

@@ -46,6 +46,7 @@ from fl.transport.frames import (
     Masking,
     Pull,
     Ready,
+    Said,
     Verdict,
     pack,
     unpack,
@@ -189,6 +190,8 @@ class FederationService:
                     job.left(name, "; ".join(frame.reasons))
                 elif isinstance(frame, Masking):
                     job.heard(name, frame)
+                elif isinstance(frame, Said):
+                    job.said(name, frame.text, frame.round)
                 elif isinstance(frame, Logged):
                     job.logged(name, frame.key, frame.value, frame.step, most=MAX_LOGGED_A_ROUND)
         except SealwrightError as error:

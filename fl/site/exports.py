@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from fl.errors import BudgetSpent, OutputRefused, ScriptFailed
 from fl.guard.accounting import debited
-from fl.guard.disclosure import Disclosure, LoggedNumbers, Masked, disclose, error_feedback
+from fl.guard.disclosure import Disclosure, LoggedLines, LoggedNumbers, Masked, disclose, error_feedback
 from fl.guard.export import ExportGate, size_of_numbers
 from fl.jobs.bundle import Bundle
 from fl.jobs.outputs import capacity
@@ -40,9 +41,10 @@ class SiteExports:
         site: str,
         *,
         send_value: Callable[[str, float, int], None],
+        send_line: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`send_value` sends the server a number that the script logged; `clock` counts seconds."""
+        """`send_value` and `send_line` send the server what the script logged; `clock` counts seconds."""
         self._party = party
         self._record = record
         self._bundle = bundle
@@ -54,8 +56,10 @@ class SiteExports:
         self._capacity = capacity(bundle)
         self._values = LoggedNumbers(self._outputs, site)
         self._feedback = error_feedback(bundle.settings)
-        self._held: list[tuple[str, float, int]] = []
+        self._lines = LoggedLines(self._outputs, site)
+        self._held: list[Callable[[], None]] = []
         self._send_value = send_value
+        self._send_line = send_line
         self._clock = clock
         self._begun: float | None = None
         self._stopped = threading.Event()
@@ -71,6 +75,7 @@ class SiteExports:
             self._debit(round_, self._capacity.a_round)
         self._gate.begin_round()
         self._values.begin_round()
+        self._lines.begin_round()
         self._held.clear()
         self._begun = self._clock()
 
@@ -78,10 +83,19 @@ class SiteExports:
         """A number that the script logged. Raises OutputRefused, ExportRefused."""
         shown = self._values.disclosed(key, value)
         self._gate.let_out("log", size_of_numbers({key: shown}), self._server)
+        self._let_out(partial(self._send_value, key, shown, step))
+
+    def line(self, text: str) -> None:
+        """A line of text that the script logged. Raises OutputRefused, ExportRefused."""
+        shown = self._lines.disclosed(text)
+        self._gate.let_out("log", len(shown), self._server)
+        self._let_out(partial(self._send_line, shown))
+
+    def _let_out(self, send: Callable[[], None]) -> None:
         if self._outputs.release_seconds is None:
-            self._send_value(key, shown, step)
+            send()
         else:
-            self._held.append((key, shown, step))
+            self._held.append(send)
 
     def update(
         self,
@@ -119,13 +133,13 @@ class SiteExports:
         return shown
 
     def await_release(self) -> None:
-        """Wait for the next moment at which something of the round may leave; then let logged numbers go."""
+        """Wait for the next moment at which something of the round may leave; then let go what was logged."""
         seconds = self._outputs.release_seconds
         if seconds is None or self._begun is None:
             return
         self._stopped.wait(seconds - (self._clock() - self._begun) % seconds)
-        for key, value, step in self._held:
-            self._send_value(key, value, step)
+        for send in self._held:
+            send()
         self._held.clear()
 
     def stop(self) -> None:

@@ -29,7 +29,7 @@ from fl.local.dp_sgd import what_runs
 from fl.party import Party
 from fl.site.exports import SiteExports, caused_by_script, words_that_leave
 from fl.site.script import END_SECONDS, ScriptSession
-from fl.transport.frames import Deliver, Fetch, Left, Logged, Masking, Prepare, Ready, Train, Verdict
+from fl.transport.frames import Deliver, Fetch, Left, Logged, Masking, Prepare, Ready, Said, Train, Verdict
 from fl.transport.local import ScriptSocket
 from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
@@ -48,7 +48,7 @@ DATA_FOLDER: Final = "/data"
 class ServerLink(Protocol):
     """What a job needs from the site's connection to the server."""
 
-    def send(self, frame: Ready | Left | Logged | Masking) -> None:
+    def send(self, frame: Ready | Left | Logged | Said | Masking) -> None:
         """Send a frame on the attendance."""
 
     def fetch(self, what: Fetch, *, size: int, seconds: float) -> SealedMemory:
@@ -144,7 +144,9 @@ class SiteJob:
         try:
             signed, bundle = self._taken()
             self._party.tell(f"job {self.id} is approved here: {signed.record.name} by {signed.record.submitter}")
-            exports = SiteExports(self._party, signed.record, bundle, self._site, send_value=self._log)
+            exports = SiteExports(
+                self._party, signed.record, bundle, self._site, send_value=self._log, send_line=self._say
+            )
             self._exports = exports
             exports.begin_job()
             secure = bundle.settings.secure_aggregation
@@ -294,7 +296,13 @@ class SiteJob:
         with self._link.fetch(request, size=task.model_size, seconds=seconds) as model:
             exports.begin_round(task.round)
             answer, memory = session.train(
-                task.round, task.total_rounds, model, seconds=seconds, value=exports.value, task=task.task
+                task.round,
+                task.total_rounds,
+                model,
+                seconds=seconds,
+                value=exports.value,
+                line=exports.line,
+                task=task.task,
             )
             with memory:
                 masked = None if self._masking is None else partial(self._masking.site.masked, task.round)
@@ -330,6 +338,9 @@ class SiteJob:
 
     def _log(self, key: str, value: float, step: int) -> None:
         self._link.send(Logged(job=self.id, key=key, value=value, step=step))
+
+    def _say(self, text: str) -> None:
+        self._link.send(Said(job=self.id, round=max(0, self._given), text=text))
 
     def _head(self, task: Train, settings: JobSettings, shown: Disclosure) -> Deliver:
         return Deliver(

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 from fl.errors import PeerLost
 from fl.site.link import Attending
 from fl.transport.chunks import Assembly
-from fl.transport.frames import Deliver, Fetch, Left, Logged, Masking, Ready, Verdict
+from fl.transport.frames import Deliver, Fetch, Left, Logged, Masking, Ready, Said, Verdict
 from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
 
@@ -33,7 +33,7 @@ class LastingLink:
         self._changed = threading.Condition()
         self._attending: Attending | None = None
         self._over: SealwrightError | None = None
-        self._kept: list[Ready | Left | Logged | Masking] = []
+        self._kept: list[Ready | Left | Logged | Said | Masking] = []
 
     def attach(self, attending: Attending) -> None:
         """The site attends: what was kept is sent, transfers go on."""
@@ -57,12 +57,12 @@ class LastingLink:
             self._over = self._over or error
             self._changed.notify_all()
 
-    def send(self, frame: Ready | Left | Logged | Masking) -> None:
+    def send(self, frame: Ready | Left | Logged | Said | Masking) -> None:
         """Send a frame on the attendance, now or when there is one again."""
         with self._changed:
             if self._attending is not None:
                 self._attending.send(frame)
-            elif len(self._kept) < MAX_KEPT or not isinstance(frame, Logged):
+            elif len(self._kept) < MAX_KEPT or not isinstance(frame, Logged | Said):
                 self._kept.append(frame)
 
     def fetch(self, what: Fetch, *, size: int, seconds: float) -> SealedMemory:

@@ -28,6 +28,7 @@ from fl.transport.frames import (
     Prepare,
     Pull,
     Ready,
+    Said,
     Steer,
     Told,
     Train,
@@ -96,7 +97,7 @@ class Attending:
         """Judge the server again, before a job begins. Raises PeerRefused, PeerLapsed."""
         self._connection.lease.check(anew=True)
 
-    def send(self, frame: Ready | Left | Logged | Masking) -> None:
+    def send(self, frame: Ready | Left | Logged | Said | Masking) -> None:
         """Send a frame on the attendance."""
         self._outbox.put(pack(frame))
 

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from fl.errors import MalformedMessage, ScriptFailed
 from fl.jobs.settings import JobSettings, TaskKind
-from fl.transport.local import Answer, End, FoldedUpdate, Hello, ScriptSocket, Training
+from fl.transport.local import Answer, End, FoldedUpdate, Hello, ScriptSocket, Training, Value
 from fl.transport.memory import SealedMemory
 
 MAX_VALUES_A_ROUND: Final = 10_000
@@ -36,6 +36,7 @@ class Session(Protocol):
         *,
         seconds: float,
         value: Callable[[str, float, int], None],
+        line: Callable[[str], None] | None = None,
         task: TaskKind = "train",
         update: FoldedUpdate | None = None,
     ) -> tuple[Answer, SealedMemory]:
@@ -91,6 +92,7 @@ class ScriptSession:
         *,
         seconds: float,
         value: Callable[[str, float, int], None],
+        line: Callable[[str], None] | None = None,
         task: TaskKind = "train",
         update: FoldedUpdate | None = None,
     ) -> tuple[Answer, SealedMemory]:
@@ -118,7 +120,12 @@ class ScriptSession:
                 values += 1
                 if values > MAX_VALUES_A_ROUND:
                     raise ScriptFailed(self._site, f"logged more than {MAX_VALUES_A_ROUND} values in one round")
-                value(message.key, message.value, message.step)
+                if isinstance(message, Value):
+                    value(message.key, message.value, message.step)
+                elif line is not None:
+                    line(message.text)
+                else:
+                    raise ScriptFailed(self._site, "logged text where none is taken")
         except TimeoutError as error:
             raise ScriptFailed(self._site, f"did not answer round {round_} within {seconds:.0f} s") from error
         except OSError as error:

@@ -16,6 +16,7 @@ from attestation.identity import MAX_CERTIFICATE
 from fl.aggregation.mask_talk import MAX_PART, Step
 from fl.errors import MalformedMessage
 from fl.jobs.command import MAX_COMMAND
+from fl.jobs.log_lines import MAX_LINE
 from fl.jobs.progress import JobEvent, Line, Status
 from fl.jobs.record import JobId, Time, UserName
 from fl.jobs.settings import MAX_MODEL, Digest, Name, TaskKind
@@ -101,6 +102,15 @@ class Logged(Frame):
     key: Annotated[Line, Field(min_length=1, max_length=128)]
     value: float
     step: Annotated[int, Field(ge=0, lt=1 << 48)]
+
+
+class Said(Frame):
+    """Site to server: a line of text that the script logged."""
+
+    kind: Literal["said"] = "said"
+    job: JobId
+    round: Annotated[int, Field(ge=0)]
+    text: Annotated[Line, Field(min_length=1, max_length=MAX_LINE)]
 
 
 class Finish(Frame):
@@ -285,7 +295,7 @@ class Result(Frame):
     """The ledger's receipt for the statement, as JSON, if the ledger gave one."""
 
 
-FromAttendingSite: TypeAlias = Lease | Away | Ready | Left | Logged | Masking
+FromAttendingSite: TypeAlias = Lease | Away | Ready | Left | Logged | Said | Masking
 ToAttendingSite: TypeAlias = Lease | Prepare | Train | Finish | Told | Steer | Masking
 FROM_ATTENDING_SITE: Final = TypeAdapter[FromAttendingSite](Annotated[FromAttendingSite, Field(discriminator="kind")])
 TO_ATTENDING_SITE: Final = TypeAdapter[ToAttendingSite](Annotated[ToAttendingSite, Field(discriminator="kind")])

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fl.errors import MalformedMessage
+from fl.jobs.log_lines import MAX_LINE
 from fl.jobs.settings import TaskKind
 
 MAX_MESSAGE: Final = 32 << 10
@@ -90,8 +91,15 @@ class Value(_Message):
     step: int = Field(ge=0, lt=1 << 48)
 
 
+class LogLine(_Message):
+    """The script logs a line of text."""
+
+    kind: Literal["line"] = "line"
+    text: str = Field(min_length=1, max_length=MAX_LINE)
+
+
 FromSite: TypeAlias = Hello | Training | End
-FromScript: TypeAlias = Answer | Value
+FromScript: TypeAlias = Answer | Value | LogLine
 _FROM_SITE: Final = TypeAdapter[FromSite](Annotated[FromSite, Field(discriminator="kind")])
 _FROM_SCRIPT: Final = TypeAdapter[FromScript](Annotated[FromScript, Field(discriminator="kind")])
 

@@ -307,6 +307,10 @@ CLOSED = {
         raw.send(b"x" * (secret % 30000))
         time.sleep(10)
     """,
+    "text": """
+        flare.log_line(f"record {secret}")
+        time.sleep(10)
+    """,
     "numbers below a step": """
         say(answer(), encode(tensors_of(tensors((secret % 1000) * 1e-5))))
     """,
@@ -321,6 +325,43 @@ def test_a_closed_way_carries_nothing(gate: Gate, way: str) -> None:
     assert first.said == second.said
     text = repr(first.said) + repr(second.said)
     assert not any(str(secret)[:9] in text for secret in SECRETS)
+
+
+CLOSED_TEXT = {
+    "text of no declared form": "flare.log_line(f'epoch 1: loss 0.5 {secret}')",
+    "text after the end": "flare.log_line(f'epoch 1: loss 0.5\\n{secret}')",
+    "digits in text": "flare.log_line(f'epoch 1: loss {1.0 + (secret % 10**9) * 1e-13:.20f}')",
+    "zeros before and after": "flare.log_line('epoch 1: loss 0.5' + '0' * (secret % 9))",
+    "another way to write it": "flare.log_line(f'epoch 000001: loss {0.5 if secret % 2 else 5e-1:e}')",
+    "more text than declared": "[flare.log_line('epoch 1: loss 0.5') for _ in range(secret % 50 + 5)]; time.sleep(10)",
+}
+LINES = Outputs(
+    metrics=(), values=0, digits=2, bits=2, limit=1.0, lines=("epoch {int}: loss {number}",), line_bytes=40
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("way", CLOSED_TEXT)
+def test_text_carries_what_its_forms_say_and_nothing_beside(gate: Gate, way: str) -> None:
+    script = f"{CLOSED_TEXT[way]}\nsay(answer(), encode(tensors_of(tensors())))"
+    first, second = (gate.run(script, secret, LINES) for secret in SECRETS)
+    assert first.said == second.said
+    assert not any(str(secret)[:9] in repr(first.said) + repr(second.said) for secret in SECRETS)
+    count = sum('"said"' in said[1] for said in first.said if said[0] == "frame")
+    assert count == {"text of no declared form": 0, "text after the end": 0, "more text than declared": 2}.get(way, 1)
+
+
+def test_text_carries_no_more_than_its_declared_bits(gate: Gate) -> None:
+    """Two lines of the shortest kind fit the budget, each with a whole number and one of two digits."""
+    script = """
+        flare.log_line(f"epoch {secret}: loss {secret / 7}")
+        say(answer(), encode(tensors_of(tensors())))
+    """
+    said = measured(gate, textwrap.dedent(script), LINES, [0, 1, 2, 3, 5, 8, 13, 21], lambda leak: leak.said)
+    bundle, _ = gate.bundle(textwrap.dedent(script), LINES)
+    declared = capacity(bundle).lines
+    assert said == 3
+    assert said <= declared == math.ceil(2 * math.log2((2 * 10**6 - 1) * (2 * 9 * 10 * 25 + 1)) + math.log2(3))
+    assert capacity(bundle).a_round > declared
 
 
 def measured(gate: Gate, script: str, outputs: Outputs, secrets: list[int], what: Callable[[Leak], Any]) -> float:
