@@ -67,7 +67,7 @@ def run_with(
         with (
             passing_proxy(server) as proxy,
             world.site(server, SITES[0], number=1.0),
-            world.site(proxy.address, SITES[1], number=3.0, patience=60.0),
+            world.site(proxy.address, SITES[1], number=3.0, patience=150.0),
             world.client(server) as client,
         ):
             mine = client.submit(bundle, first, roster=None, recipients=[ADA])
