@@ -4,10 +4,12 @@ A round runs from one aggregation to the next, as a user that watches sees them:
 sandboxed scripts send it back, the server checks and folds it. The server is a process of its own, the sites are
 threads of another. The limit: the same bytes (each site's model down and update up, in 1 MiB messages) between two
 threads and a server process over TLS by the driver's libraries alone (grpc; aiohttp with uvloop, and http.client),
-before the rounds in the same run. Medians count.
-Memory, looked at five times a
-second: PSS and anonymous memory of the server's process and PSS of all processes (the benchmark's own too), by
-/proc/PID/smaps_rollup; and by how much the machine's memory files grew, of which PSS counts what is mapped alone.
+before the rounds in the same run. Medians count, of the time on the wall and of the processor time of all processes,
+which other work on the machine changes less.
+
+Memory is looked at five times a second or, where that takes long, less often: PSS and anonymous memory of the server's
+process and PSS of all processes (the benchmark's own too), by /proc/PID/smaps_rollup; and by how much the machine's
+memory files grew, of which PSS counts what is mapped alone.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from benchmarks.certificate import make_certificate
 from benchmarks.drivers import BARE_ROUNDS, DRIVERS, SERVE_BARE, received, served
 from benchmarks.trials import ROOT, load_trial, tell
 
+LAYERS = 10
 ECHO = """
 from fl import client as flare
 flare.init()
@@ -94,11 +97,10 @@ def rounds_of(megabytes: float, rounds: int, driver: str) -> dict[str, float]:
         world = trial.found_federation(folder)
         world.way = {"driver": driver}
         count = max(1, int(megabytes * 1e6 / 4))
-        weights = np.random.default_rng(7).standard_normal(count, dtype=np.float32)
-        bundle, model = trial.make_job(
-            folder, ECHO, initial_model={"w": weights}, num_rounds=rounds + 1, round_seconds=600
-        )
-        del weights
+        weights = np.array_split(np.random.default_rng(7).standard_normal(count, dtype=np.float32), LAYERS)
+        tensors = {f"layer{number}": layer for number, layer in enumerate(weights)}
+        bundle, model = trial.make_job(folder, ECHO, initial_model=tensors, num_rounds=rounds + 1, round_seconds=600)
+        del weights, tensors
         world.approve(bundle)
         key, certificate = make_certificate()
         size = int(megabytes * 1e6)
@@ -106,7 +108,10 @@ def rounds_of(megabytes: float, rounds: int, driver: str) -> dict[str, float]:
         bare = ends.enter_context(served(SERVE_BARE[driver], key, certificate, size))
         own = ends.enter_context(served(_serve_world, world))
         with BARE_ROUNDS[driver](int(received(bare)), certificate, size) as bare_round:
-            alone = statistics.median([bare_round() for _ in range(rounds + 1)][1:])  # the first one connects
+            bare_round()  # the first one connects
+            spent = _processor_seconds()
+            alone = statistics.median([bare_round() for _ in range(rounds)])
+            bare_spent = (_processor_seconds() - spent) / rounds
         address, server = received(own)
         memory = _Memory(server)
         with (
@@ -117,15 +122,18 @@ def rounds_of(megabytes: float, rounds: int, driver: str) -> dict[str, float]:
         ):
             job = client.submit(bundle, model, roster=None, recipients=["acme-pharma/ada"])
             events = client.watch(job, timeout=800)
-            times = [time.perf_counter() for event in events if event.kind == "aggregated"]
+            marks = [(time.perf_counter(), _processor_seconds()) for event in events if event.kind == "aggregated"]
             if str(client.report(job).status.value) != "finished":
                 raise RuntimeError(f"the job did not finish: {world.told}")
         most = memory.most()
-    whole = statistics.median(after - before for before, after in itertools.pairwise(times))
+    gaps = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(marks)]
+    whole = statistics.median(seconds for seconds, _ in gaps)
     return {
         "seconds": whole,
         "bare_seconds": alone,
         "share_of_round": alone / whole,
+        "processor_seconds": statistics.median(spent for _, spent in gaps),
+        "bare_processor_seconds": bare_spent,
         **{f"{name}_megabytes": size * 1024 / 1e6 for name, size in most.items()},
     }
 
@@ -142,7 +150,9 @@ class _Memory:
         self._thread.start()
 
     def _look(self) -> None:
-        while not self._over.wait(0.2):
+        pause = 0.2
+        while not self._over.wait(pause):
+            start = time.perf_counter()
             server = _rollup(self._server)
             found = {
                 "server_pss": server.get("Pss", 0),
@@ -151,6 +161,7 @@ class _Memory:
                 "shared": _shared_memory() - self._shared,
             }
             self._most = {name: max(most, found[name]) for name, most in self._most.items()}
+            pause = max(0.2, 20 * (time.perf_counter() - start))  # looking at many pages takes the rounds' time
 
     def most(self) -> dict[str, int]:
         """What was seen so far; it looks no more."""
@@ -167,6 +178,16 @@ def _family(process: int) -> list[int]:
             for children in Path(f"/proc/{one}/task").glob("*/children"):
                 found += [int(child) for child in children.read_text().split()]
     return found
+
+
+def _processor_seconds() -> float:
+    """Of all processes of the benchmark so far."""
+    ticks = 0
+    for one in _family(os.getpid()):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _rollup(process: int) -> dict[str, int]:

@@ -37,39 +37,42 @@ class WeightedMean:
         self._params_type = params_type
         self._spool = spool
         self._total = 0.0
-        size = sum(spec.elements * _sum_dtype(spec).itemsize for spec in schema.values())
-        self._sums: _Sums = _SpooledSums(schema, spool) if spool is not None and spool.takes(size) else _Sums(schema)
+        self._sums: _Sums | None = None
         self.count = 0
         """How many updates were folded."""
 
     def fold(self, update: TensorFile, weight: float, site: str = "") -> None:
         """Add an admitted update with `weight` > 0; a mean does not ask of which site."""
+        sums = self._sums = self._sums or _sums(self._schema, self._spool)
         for name, spec in self._schema.items():
             dtype = _sum_dtype(spec)
             factor = dtype.type(weight)
             scratch = np.empty(min(BLOCK, spec.elements), dtype=dtype)
             for start, block in update.blocks(name):
-                part = self._sums.block(name, start, block.size, fresh=not self.count)
+                part = sums.block(name, start, block.size, fresh=not self.count)
                 if not self.count:
                     np.multiply(block, factor, out=part, dtype=dtype, casting="same_kind")
                 else:
                     scaled = scratch[: block.size]
                     np.multiply(block, factor, out=scaled, dtype=dtype, casting="same_kind")
                     part += scaled
-                self._sums.keep(name, start, part)
+                sums.keep(name, start, part)
         self._total += weight
         self.count += 1
 
     def close(self) -> None:
         """Give the sums back."""
-        self._sums.close()
+        if self._sums is not None:
+            self._sums.close()
+            self._sums = None
 
     def result(self, model: TensorFile, step: ServerStep | None = None) -> Stored:
         """The next global model: the mean itself, or `model` plus the mean of differences; floats by `step` if given.
 
         Integers are rounded to the nearest; booleans are true where the mean is at least one half.
         """
-        if not self.count:
+        sums = self._sums
+        if sums is None or not self.count:
             raise ValueError("no update was folded")
         header, offsets, size = layout(self._schema)
         with ModelDraft(size, self._spool) as draft:
@@ -79,7 +82,7 @@ class WeightedMean:
                 dtype = _sum_dtype(spec)
                 for start in range(0, spec.elements, BLOCK):
                     end = min(start + BLOCK, spec.elements)
-                    mean = self._sums.block(name, start, end - start) / dtype.type(self._total)
+                    mean = sums.block(name, start, end - start) / dtype.type(self._total)
                     if step is not None and spec.dtype in FLOATS:
                         current = model.block(name, start, end).astype(dtype, copy=False)
                         difference = mean if self._params_type is ParamsType.DIFF else mean - current
@@ -87,12 +90,19 @@ class WeightedMean:
                     elif self._params_type is ParamsType.DIFF:
                         mean += model.block(name, start, end).astype(dtype, copy=False)
                     draft.append(as_dtype(mean, spec.dtype).view(np.uint8).data)
+                sums.done(name)
             self._total, self.count = 0.0, 0
+            self.close()  # until the next update comes a server has the model alone
             return draft.seal()
 
 
 def _sum_dtype(spec: TensorSpec) -> np.dtype[Any]:
     return np.dtype(np.float32 if spec.dtype in {"F32", "F16", "BF16"} else np.float64)
+
+
+def _sums(schema: Schema, spool: Spool | None) -> _Sums:
+    size = sum(spec.elements * _sum_dtype(spec).itemsize for spec in schema.values())
+    return _SpooledSums(schema, spool) if spool is not None and spool.takes(size) else _Sums(schema)
 
 
 class _Sums:
@@ -107,6 +117,10 @@ class _Sums:
 
     def keep(self, name: str, start: int, block: Block) -> None:
         """A block was changed."""
+
+    def done(self, name: str) -> None:
+        """A tensor's sum is not needed any more."""
+        del self._arrays[name]
 
     def close(self) -> None:
         """Give the sums back."""
@@ -132,6 +146,9 @@ class _SpooledSums(_Sums):
 
     def keep(self, name: str, start: int, block: Block) -> None:
         self._file.write(self._first[name] + start // BLOCK, block.view(np.uint8).data)
+
+    def done(self, name: str) -> None:
+        """The disk's space is given back with the others'."""
 
     def close(self) -> None:
         self._file.close()
