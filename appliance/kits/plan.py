@@ -60,7 +60,9 @@ class PlannedBroker(Document):
 
 
 class PlannedGuest(Document):
-    """A guest and its host. `listen` is where it listens there, `address` where others reach it (servers, gateways).
+    """A guest and its host. `listen` is where it listens there, `address` where others reach it (servers, inner nodes).
+
+    `server` is the server that a site joins, and the parent of an inner node or a gateway: a server or an inner node.
 
     `vcpu_model` and `vcpus` are measured: the image must have been signed for them. `disks` are files that the host
     shows to the guest; `resources` are the keys that it asks for, by purpose. Where the guest itself sees other
@@ -87,9 +89,11 @@ class PlannedGuest(Document):
 
     @model_validator(mode="after")
     def _complete(self) -> PlannedGuest:
-        if self.role == "server" and (self.listen is None or self.address is None):
-            raise ValueError(f"{self.name}: a server needs `listen` and `address`")
-        if self.role in {"site", "inner"} and self.server is None:
+        if self.role in {"server", "inner"} and (self.listen is None or self.address is None):
+            raise ValueError(f"{self.name}: a {self.role} needs `listen` and `address`")
+        if self.role == "gateway" and self.listen is None:
+            raise ValueError(f"{self.name}: a gateway needs `listen`")
+        if self.role != "server" and self.server is None:
             raise ValueError(f"{self.name}: a {self.role} needs the name of its `server`")
         if self.server_at is not None and self.server is None:
             raise ValueError(f"{self.name}: `server_at` says where a `server` is, which is missing")
@@ -129,10 +133,14 @@ class Plan(Document):
         must_be_unique(tuple(name for entry in self.hosts for name in entry.names), "host")
         images = {image.name for image in self.images}
         servers = {guest.name for guest in self.guests if guest.role == "server"}
+        inner = {guest.name for guest in self.guests if guest.role == "inner"}
+        if both := sorted(servers & inner):
+            raise ValueError(f"{both[0]} is the name of a server and of an inner node")
         for guest in self.guests:
             if guest.image not in images:
                 raise ValueError(f"{guest.role} {guest.name}: there is no image {guest.image} in the plan")
-            if guest.server is not None and guest.server not in servers:
+            parents = servers | inner if guest.role in {"inner", "gateway"} else servers
+            if guest.server is not None and guest.server not in parents:
                 raise ValueError(f"{guest.role} {guest.name}: there is no server {guest.server} in the plan")
         for user in self.users:
             if user.server not in servers:
@@ -144,8 +152,8 @@ class Plan(Document):
         return next(image for image in self.images if image.name == name)
 
     def server(self, name: str) -> ServerAddress:
-        """Where others reach a server."""
-        found = next(guest for guest in self.guests if guest.role == "server" and guest.name == name)
+        """Where others reach a server, or an inner node."""
+        found = next(guest for guest in self.guests if guest.role in {"server", "inner"} and guest.name == name)
         if found.address is None:
             raise MalformedDocument("a server needs an `address`", where=name, do="Add it to the plan.")
         return ServerAddress(name=name, address=found.address)

@@ -101,7 +101,7 @@ class TreeBranch:
         if why is not None:
             return f"refused: {why}"
         contribution = bytes.fromhex(update.contribution)
-        if contribution in seen:
+        if contribution in seen or contribution in self._held:
             return "duplicate"
         size = _size(update.tensors)
         if self._size_of_held + size > self._held_bytes or len(seen) >= MAX_IDS:

@@ -72,6 +72,8 @@ class EdgeJob:
     config: Mapping[str, Any] = field(default_factory=dict)
     capabilities: Mapping[str, str] = field(default_factory=dict)
     bounds: UpdateBounds = UpdateBounds()
+    device_reuse: bool = True
+    """Whether a device may contribute to several versions; False: once in the whole job."""
 
 
 class Branch(Protocol):
@@ -96,6 +98,11 @@ class Branch(Protocol):
 
     def add(self, update: Update) -> Verdict:
         """Take an update, whose arrays are the branch's from now on; scales it down to the job's norm."""
+
+
+def contribution_of(job: EdgeJob, version: int, device: str) -> str:
+    """The contribution of a device to a version of a job: in one that takes each device once, to whichever version."""
+    return contribution_id(job.job, version if job.device_reuse else 0, device)
 
 
 def contribution_id(job: str, version: int, device: str) -> str:

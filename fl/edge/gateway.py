@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 from attestation.canonical import b64
 from attestation.introduction import introduce
-from fl.edge.contract import Branch, EdgeJob, ModelVersion, Update, contribution_id
+from fl.edge.contract import Branch, EdgeJob, ModelVersion, Update, contribution_of
 from fl.edge.deltas import decode_delta, max_size
 from fl.edge.messages import (
     ANSWERS,
@@ -257,7 +257,7 @@ class Gateway:
         except MalformedTensors as error:
             return _refusal("result", f"the result is refused: {error.what}")
         weight = min(request.weight, branch.job.bounds.max_weight)
-        contribution = contribution_id(request.job, request.version, device.name)
+        contribution = contribution_of(branch.job, request.version, device.name)
         verdict = branch.add(Update(request.version, delta, weight, contribution))
         if verdict in ("counted", "duplicate"):
             self._remember(request.job, device, request.version)

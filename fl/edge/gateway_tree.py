@@ -81,7 +81,9 @@ class GatewayTree:
         if not isinstance(options, FedBuffOptions):
             raise TypeError("only an edge job has devices")
         edge = options.edge
-        job = EdgeJob(offer.job, settings.name, "edge", dict(options.config), bounds=bounds_of(edge))
+        job = EdgeJob(
+            offer.job, settings.name, "edge", dict(options.config), {}, bounds_of(edge), edge.devices.device_reuse
+        )
         origin = os.urandom(16).hex()
         branch = TreeBranch(job, settings.schema_of_model, origin, time.monotonic, task_seconds=edge.task_seconds)
         branch.advance([], {task.digest: task})

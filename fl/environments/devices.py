@@ -121,7 +121,13 @@ class _Job:
             def tree(clock: Callable[[], float]) -> EmbeddedTree:
                 return EmbeddedTree(
                     buff,
-                    EdgeJob(self.history.job_id, settings.name, "edge", bounds=bounds_of(self._edge)),
+                    EdgeJob(
+                        self.history.job_id,
+                        settings.name,
+                        "edge",
+                        bounds=bounds_of(self._edge),
+                        device_reuse=self._edge.devices.device_reuse,
+                    ),
                     schema,
                     depth=1,
                     width=len(self._env.clients),
@@ -135,7 +141,6 @@ class _Job:
             try:
                 self._observe(JobEvent(kind="round", round=0))
                 trace = Simulation(
-                    self.history.job_id,
                     self._edge,
                     Population(self._population),
                     pool,

@@ -106,7 +106,9 @@ def simulate(
     noise = None if settings.privacy is None else Keystream(random(KEY_SIZE)).normal
     with TrainingPool(processor, schema, workers) as pool:
         buff = FedBuff(schema, SealedMemory.of(first), settings, np.random.default_rng([seed, 7]), noise)
-        job = EdgeJob(description.name, description.name, "edge", bounds=bounds_of(settings))
+        job = EdgeJob(
+            description.name, description.name, "edge", {}, {}, bounds_of(settings), settings.devices.device_reuse
+        )
 
         def tree(clock: Callable[[], float]) -> EmbeddedTree:
             return EmbeddedTree(
@@ -128,7 +130,6 @@ def simulate(
 
         try:
             return Simulation(
-                description.name,
                 settings,
                 Population(description.population),
                 pool,

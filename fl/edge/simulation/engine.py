@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from fl.edge.contract import Tensors, Update, contribution_id
+from fl.edge.contract import Tensors, Update, contribution_of
 from fl.edge.embedded import EmbeddedTree
 from fl.edge.fedbuff import FedBuff, Step
 from fl.edge.settings import EdgeSettings
@@ -52,7 +52,6 @@ class Simulation:
 
     def __init__(
         self,
-        job: str,
         settings: EdgeSettings,
         population: Population,
         pool: TrainingPool,
@@ -67,7 +66,6 @@ class Simulation:
     ) -> None:
         """`moment`: virtual seconds between exchanges. `tree` gets the virtual clock. `made` hears of each version
         and its accuracy, and may say why the run ends with it."""
-        self._job = job
         self._settings = settings
         self._population = population
         self._pool = pool
@@ -130,8 +128,8 @@ class Simulation:
             if done is None:
                 self.trace.outcomes["vanished"] += 1
                 continue
-            name = contribution_id(self._job, version, str(device))
             gateway = gateways[int(self._generator.integers(len(gateways)))]
+            name = contribution_of(gateway.branch.job, version, str(device))
             verdict = gateway.branch.add(Update(version, done[0], done[1], name))
             self.trace.outcomes[verdict.partition(":")[0]] += 1
             if verdict == "counted":
