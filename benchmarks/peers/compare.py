@@ -1,7 +1,7 @@
 """The same work here and by the peers that are installed, in one run, in turn; and a chart of it.
 
 - a hello job: two simulated clients, two rounds of a small PyTorch network, as a process from its start to its end;
-- a round of a hundred simulated clients with 1 MB of random weights;
+- a round of a hundred simulated clients with 1 MB of random weights (beside Flower alone: NVIDIA FLARE takes minutes);
 - rounds of random weights at two sites over TLS, by gRPC here and at NVIDIA FLARE (Flower has HTTPS alone), and how
   long three rounds of 1 MB take from submission to result with all services running.
 
@@ -75,11 +75,6 @@ def _many(peers: list[str]) -> dict[str, float]:
         tell(f"peers: {CLIENTS} clients, flower")
         seconds["flower"] = _in_folder(
             lambda at: flower.simulate(at, "weights", clients=CLIENTS, rounds=6, megabytes=1)[1:]
-        )
-    if "nvflare" in peers:
-        tell(f"peers: {CLIENTS} clients, nvflare")
-        seconds["nvflare"] = _in_folder(
-            lambda at: nvflare.simulate(at, "weights", clients=CLIENTS, rounds=2, megabytes=1, threads=8)[1:]
         )
     return environments.medians(seconds)
 

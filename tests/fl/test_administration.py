@@ -24,7 +24,9 @@ from safetensors.numpy import load_file
 from fl.environments.user_client import UserClient
 from fl.errors import PeerLost
 from fl.jobs.command import UserCommand, sign_command
+from fl.jobs.progress import JobEvent
 from fl.jobs.results import rfc3339
+from fl.run import Run
 from fl.server.federation import Task
 from fl.server.job import RemoteSite
 from fl.transport.frames import Steer
@@ -368,6 +370,27 @@ def test_no_payload_reaches_a_shell_or_a_file(world: FederationWorld, tmp_path: 
         assert client.places().server == SERVER
     assert not mark.exists()
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["(a+)+$", "(.*a){25}", "[", "\\\\", "../../etc/passwd", "-f /etc/passwd", "a" * 100_000]
+)
+def test_what_is_looked_for_is_text_whatever_it_is(text: str) -> None:
+    """A pattern that would take for ever, or none at all, is a text that no line has, or the one that has it."""
+
+    class Handle:
+        def events(self) -> list[JobEvent]:
+            told = [JobEvent(kind="lost", site="north", text="a" * 1900 + "!") for _ in range(1000)]
+            return [*told, JobEvent(kind="lost", site="south", text=f"it said {text[:1000]}")]
+
+        def logs(self) -> dict[str, str]:
+            return {}
+
+    run = Run("job", Handle())  # type: ignore[arg-type]
+    found = run.logs(tail=10, grep=text)
+    assert found == ([] if len(text) > 1000 else [f"south is lost: it said {text}"])
+    assert run.logs(tail=0) == []
+    assert len(run.logs(tail=7)) == 7
 
 
 def say_unchecked(world: FederationWorld, client: UserClient, method: str, changes: dict[str, Any]) -> None:

@@ -135,6 +135,29 @@ def test_a_job_from_bundle_to_download(setting: Setting, job_folder: Path, tmp_p
     seal("job", "download", job, *kit, "--out", tmp_path / "result", status=2)
     seal("job", "abort", job, *kit)
     assert seal.json("job", "status", job, *kit)["status"] == "finished"
+    refused = seal.json("job", "clone", job, *kit, status=1)
+    assert f"the first model of job {job} is not kept" in refused["error"]["what"]
+    assert seal.json("job", "delete", job, *kit) == {"job": job, "deleted": True}
+    assert "there is no job" in seal.json("job", "status", job, *kit, status=1)["error"]["what"]
+
+
+def test_sites_are_looked_after(setting: Setting, seal: Seal) -> None:
+    kit, site = ("--kit", setting.kit), min(SITES)
+    listed = seal.json("site", "list", *kit)
+    assert listed["server"] == SERVER
+    assert [one["name"] for one in listed["sites"] if one["connected"]] == sorted(SITES)
+    assert all(one["connected"] < one["lease_until"] and one["jobs"] == {} for one in listed["sites"])
+    shown = seal("site", "list", *kit)
+    assert all(name in shown for name in SITES)
+    assert f"server {SERVER} of acme-pharma: serving since" in shown
+    assert seal("site", "status", site, *kit).startswith(f"{site} of ")
+    assert seal.json("site", "status", SERVER, *kit)["keeps_jobs"] is False
+    assert "no site 'nowhere'" in seal.json("site", "status", "nowhere", *kit, status=2)["error"]["what"]
+    for verb in ("restart", "stop"):
+        for name, status in ((site, 1), ("$(id)", 2), ("../" * 9 + "etc/passwd", 2), ("-x", 2), ("a\nb", 2)):
+            error = json.loads(seal("site", verb, *kit, "--json", "--", name, status=status))["error"]
+            assert set(error) >= {"what", "where", "do"}
+    assert [one["name"] for one in seal.json("site", "list", *kit)["sites"] if one["connected"]] == sorted(SITES)
 
 
 def test_what_is_not_approved_or_not_there_is_told_with_its_status(
