@@ -35,6 +35,7 @@ import numpy as np
 from benchmarks.certificate import make_certificate
 from benchmarks.drivers import BARE_ROUNDS, DRIVERS, SERVE_BARE, received, served
 from benchmarks.trials import ROOT, load_trial, tell
+from fl.jobs.bundle import make_bundle
 
 LAYERS = 10
 ECHO = """
@@ -89,8 +90,11 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def rounds_of(megabytes: float, rounds: int, driver: str) -> dict[str, float]:
-    """Median seconds of a round and of the bare loop, their ratio, the server's memory. Call it once in a process."""
+def rounds_of(megabytes: float, rounds: int, driver: str, release_seconds: int | None = None) -> dict[str, float]:
+    """Median seconds of a round and of the bare loop, their ratio, the server's memory. Call it once in a process.
+
+    `release_seconds`: what of a round leaves a site leaves at a multiple of so many seconds (time padding).
+    """
     trial = load_trial("fl/federation_world.py", "federation_trial")
     with ExitStack() as ends:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory()))
@@ -101,6 +105,9 @@ def rounds_of(megabytes: float, rounds: int, driver: str) -> dict[str, float]:
         tensors = {f"layer{number}": layer for number, layer in enumerate(weights)}
         bundle, model = trial.make_job(folder, ECHO, initial_model=tensors, num_rounds=rounds + 1, round_seconds=600)
         del weights, tensors
+        if release_seconds is not None:
+            outputs = bundle.settings.outputs.model_copy(update={"release_seconds": release_seconds})
+            bundle = make_bundle(folder / "code", bundle.settings.model_copy(update={"outputs": outputs}))
         world.approve(bundle)
         key, certificate = make_certificate()
         size = int(megabytes * 1e6)
@@ -215,5 +222,6 @@ if __name__ == "__main__":
     parser.add_argument("megabytes", type=float)
     parser.add_argument("rounds", type=int)
     parser.add_argument("driver", choices=DRIVERS)
+    parser.add_argument("--release-seconds", type=int)
     chosen = parser.parse_args()
-    json.dump(rounds_of(chosen.megabytes, chosen.rounds, chosen.driver), sys.stdout)
+    json.dump(rounds_of(chosen.megabytes, chosen.rounds, chosen.driver, chosen.release_seconds), sys.stdout)
