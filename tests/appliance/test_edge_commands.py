@@ -1,4 +1,4 @@
-"""`seal site tree` and `seal site simulate-devices`: settings that a plan takes, a report, one sentence for bad input."""
+"""`seal site tree`, `seal site simulate-devices`: settings that a plan takes, a report, a sentence for bad input."""
 
 from __future__ import annotations
 

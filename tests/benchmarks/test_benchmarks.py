@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import broker, federation, masking, production
+from benchmarks import broker, edge_tree, federation, masking, production
 from benchmarks.peers import compare
 from benchmarks.peers.environments import Tagged, installed, rounds_noted
 
@@ -41,6 +41,12 @@ def test_the_federation_s_rounds() -> None:
     measured = federation.measure(megabytes=(0.1,), rounds=2, hellos=1)
     assert {"round_of_0.1_MB_over_https", "driver_grpc"} <= measured.keys()
     assert all(math.isfinite(value) and value >= 0 for value in figures(measured))
+
+
+@pytest.mark.long
+def test_the_tree_s_updates() -> None:
+    found = edge_tree.measure(devices=20_000, updates=2000)
+    assert all(math.isfinite(value) and value > 0 for value in figures(found))
 
 
 @pytest.mark.long
