@@ -305,11 +305,12 @@ class MaskingSite:
             self._survivors = participant.confirm(_read(Named, body).survivors)
             return self._notary.sign(confirmation(self._round, self._survivors))
         wanted = confirmation(self._round, self._survivors)
-        signers = [
-            site
-            for site, token in read_bag(body).items()
-            if site in self._survivors and self._notary.signed(site, token) == wanted
-        ]
+        signers: list[str] = []
+        for site, token in read_bag(body).items():
+            if participant.are_enough(signers):
+                break
+            if site in self._survivors and self._notary.signed(site, token) == wanted:
+                signers.append(site)
         revealed = {other: b64(share) for other, share in participant.reveal(signers).items()}
         more = round_ + 1 < self._settings.num_rounds
         return Revealed(texts=revealed, following=self._introduced(round_ + 1) if more else "").model_dump_json()

@@ -197,6 +197,11 @@ class Participant:
         self._signed = named
         return named
 
+    def are_enough(self, signers: Collection[str]) -> bool:
+        """Whether so many members have signed what this site has that it may reveal its shares."""
+        round_, signed = self._begun(), self._signed or ()
+        return len({round_.members[site] for site in signers if site in signed}) >= round_.threshold
+
     def reveal(self, signers: Collection[str]) -> dict[str, bytes]:
         """This site's shares: of survivors' seeds, and of the lost sites' mask keys.
 
@@ -205,8 +210,8 @@ class Participant:
         round_ = self._begun()
         if self._signed is None or self._revealed:
             raise MaskingRefused("nothing was signed, or shares were revealed before")
-        count = len({round_.members[site] for site in signers if site in self._signed})
-        if count < round_.threshold:
+        if not self.are_enough(signers):
+            count = len({round_.members[site] for site in signers if site in self._signed})
             raise MaskingRefused(f"{count} members have signed the survivors, {round_.threshold} are needed")
         self._revealed = True
         return {

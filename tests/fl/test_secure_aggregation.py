@@ -521,6 +521,25 @@ def test_a_false_signature_counts_for_nothing(world: FederationWorld) -> None:
         sites[first].hear(0, "unmask", bag({first: mine}))
 
 
+def test_a_unit_of_one_site_s_own_is_noticed() -> None:
+    """A server that has the others' numbers rounded to nothing would see one alone: the digest has the unit."""
+    names, secure = ["a", "b", "c"], SecureAggregation()
+    sites = {name: MaskingSite(name, make_settings(secure), secure, SimulatedNotary("job", names)) for name in names}
+    tokens = {name: site.hear(0, "keys", "") for name, site in sites.items()}
+    units = {"a": 1.0, "b": 2.0**16, "c": 2.0**16}
+    dealt = {name: read_bag(site.hear(0, "shares", introduced(tokens, units[name]))) for name, site in sites.items()}
+    with pytest.raises(MaskingRefused, match="the share of a is not its own"):
+        sites["b"].hear(0, "dealt", bag({other: dealt[other]["b"] for other in ("a", "c")}))
+    sites["b"].close()
+    with pytest.raises(MaskingRefused, match="there are no masks for round 0"):
+        sites["b"].masked(0, [np.zeros(2, dtype=np.float32)], {}, 1.0)
+    wide = SecureAggregation(bits=64)
+    site = MaskingSite("a", make_settings(wide), wide, SimulatedNotary("job", names))
+    keys = {**tokens, "a": site.hear(0, "keys", "")}
+    with pytest.raises(MaskingRefused, match="numbers of 64 bits in every round"):
+        site.hear(0, "shares", introduced(keys, 1.0))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["shares", "dealt", "survivors", "unmask"]), st.text(max_size=200))
 def test_any_message_is_taken_or_refused(step: Any, body: str) -> None:
