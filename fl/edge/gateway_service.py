@@ -11,9 +11,10 @@ import json
 import logging
 import re
 import ssl
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, cast
+from typing import Final
 
 from aiohttp import web
 
@@ -25,7 +26,8 @@ from fl.edge.protocol import MESSAGES, Message
 from fl.edge.routes import JSON, PREFIX, ROUTES, SEALED, Name
 from fl.edge.sealing import KeyGone
 from fl.edge.uploads import PieceRefused, Uploads
-from fl.errors import MalformedMessage, PeerLost
+from fl.errors import MalformedMessage
+from fl.transport.port import Port
 from policies.charter import Charter
 from policies.errors import Refused
 
@@ -58,10 +60,14 @@ CharterStore = Callable[[], tuple[Charter, Mapping[str, bytes]]]
 class GatewayService:
     """A running service. All but `news` is for the loop in which it was started."""
 
-    def __init__(self, gateway: Gateway, store: CharterStore, tls: ssl.SSLContext) -> None:
+    def __init__(
+        self, gateway: Gateway, store: CharterStore, tls: ssl.SSLContext, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """`tell` takes lines for the guest's log."""
         self._gateway = gateway
         self._store = store
         self._tls = tls
+        self._tell = tell
         self._uploads = Uploads(MAX_UPLOADS)
         self._bodies = 0
         self._waiting = 0
@@ -77,12 +83,16 @@ class GatewayService:
         }
         self._server: web.Server | None = None
         self._listener: asyncio.AbstractServer | None = None
+        self._port: Port | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.address = ""
         """Where it listens."""
 
     async def start(self, listen: str) -> None:
-        """Listen on `listen` (host:port; port 0 takes a free one). Raises PeerLost if the address cannot be had."""
-        host, _, port = listen.rpartition(":")
+        """Listen on `listen` (host:port; port 0 takes a free one). Raises PeerLost if the address cannot be had.
+
+        What a stranger may make wait before it has said hello is bounded by the port, as at every server of ours.
+        """
         loop = asyncio.get_running_loop()
         server = self._server = web.Server(
             self._handled,
@@ -94,32 +104,33 @@ class GatewayService:
             read_bufsize=1 << 18,
             auto_decompress=False,
         )
-        try:
-            self._listener = await loop.create_server(
-                lambda: server() if len(server.connections) < MAX_CONNECTIONS else _Refusing(),
-                host.strip("[]"),
-                int(port),
-                ssl=self._tls,
-                ssl_handshake_timeout=HANDSHAKE_SECONDS,
-                ssl_shutdown_timeout=1.0,
-                backlog=1024,
-            )
-        except (OSError, ValueError, OverflowError) as error:
-            raise PeerLost(f"the gateway cannot listen on {listen}: {error}", where="address") from error
-        self.address = f"{host}:{self._listener.sockets[0].getsockname()[1]}"
+        self._folder = tempfile.TemporaryDirectory(prefix="sealwright-")
+        path = f"{self._folder.name}/https"
+        self._listener = await loop.create_unix_server(
+            lambda: server() if len(server.connections) < MAX_CONNECTIONS else _Refusing(),
+            path,
+            ssl=self._tls,
+            ssl_handshake_timeout=HANDSHAKE_SECONDS,
+            ssl_shutdown_timeout=1.0,
+            backlog=1024,
+        )
+        self._port = Port(listen, {"https": path}, tell=self._tell)
+        self.address = self._port.address
 
     async def stop(self) -> None:
         """End it and every connection."""
+        self.news()
+        if self._port is not None:  # with it every connection ends, handshakes too, so that the loop can be closed
+            await asyncio.to_thread(self._port.close)
         if self._listener is not None:
             self._listener.close()
-        self.news()
         if self._server is not None:
-            transports = [one.transport for one in self._server.connections if one.transport is not None]
-            self._server.pre_shutdown()  # connections on which nothing is asked end at once
+            self._server.pre_shutdown()
             await asyncio.sleep(0)
             await self._server.shutdown(1.0)
-            for transport in transports:
-                transport.abort()  # whoever does not end TLS in turn is not waited for
+        await asyncio.sleep(0.1)  # for what the ends of connections have still to call
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def news(self) -> None:
         """There is a new version, or a job is over: whoever waits for a task is answered."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
@@ -48,6 +49,8 @@ def serve_gateway(
 
     Raises PeerLost if the address cannot be had; what `TreeLink.run` raises; Unusable for a group key that is none.
     """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection of the port has six descriptors
     loop = uvloop.new_event_loop()
     keys = _Keys(party, group_key)
     with ExitStack() as ends:
@@ -66,7 +69,7 @@ def serve_gateway(
         tree = GatewayTree(changed)
         gateway = Gateway(keys.current, party.charter, party.identity, party.clock, tree.branches, pace)
         tls = TlsContexts(ServerCertificates(party), strangers=True).switching()
-        service = GatewayService(gateway, store, tls)
+        service = GatewayService(gateway, store, tls, party.tell)
         run(service.start(listen))
         ends.callback(lambda: run(service.stop()))
         party.tell(f"gateway {party.identity().name} listens on {service.address}")
