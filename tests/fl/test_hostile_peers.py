@@ -525,9 +525,9 @@ def test_a_site_approves_for_itself_whatever_the_server_says(
     assert (reason or "") in state
 
 
-@pytest.mark.parametrize("shift", [{"round": 0}, {"round": 7}, {"total_rounds": 99}])
+@pytest.mark.parametrize("shift", [{"round": 0}, {"round": 7}, {"total_rounds": 99}, {"task": "submit_model"}])
 def test_a_site_gives_each_approved_round_once(
-    world: FederationWorld, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: dict[str, int]
+    world: FederationWorld, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: dict[str, Any]
 ) -> None:
     bundle, model = make_job(tmp_path, f"# {shift}\n{TRAIN}", num_rounds=2, min_clients=1)
     world.approve(bundle)
@@ -546,6 +546,52 @@ def test_a_site_gives_each_approved_round_once(
         mine = client.submit(bundle, model, roster=[SITES[0]], recipients=[ADA])
         assert [event.text for event in client.watch(mine, timeout=30)][-1] == "failed"
         assert "each is approved once" in client.report(mine).sites[SITES[0]]
+
+
+def test_a_site_s_member_has_no_right_to_the_model_that_its_site_trains(
+    world: FederationWorld, server: str, tmp_path: Path
+) -> None:
+    """Its script has the model in its hands: what it prints and writes stays in the sandbox, what leaves goes to the
+    server alone; and its member's users, who may see the job, cannot have the result."""
+    secret = np.random.default_rng(8).standard_normal(2000).astype(np.float32)
+    script = """
+import sys
+import numpy as np
+from fl import client as flare
+
+flare.init()
+while flare.is_running():
+    received = flare.receive()
+    for place in ("/scratch/stolen", "/tmp/stolen", "/dev/shm/stolen"):
+        np.save(place, received.params["w"])
+    sys.stdout.write(received.params["w"].tobytes().hex())
+    for place in ("/data/stolen", "/bundle/stolen", "/stolen", "/site/stolen"):
+        try:
+            np.save(place, received.params["w"])
+        except OSError:
+            continue
+        raise SystemExit(9)
+    flare.send(flare.FLModel(params=received.params))
+"""
+    bundle, model = make_job(tmp_path, script, num_rounds=1, initial_model={"w": secret})
+    world.approve(bundle)
+    world.told.clear()
+    before = len(world.ledger)
+    sites = [world.site(server, site) for site in SITES]
+    with model, sites[0], sites[1], world.client(server) as ada, world.client(server, "cygnus-bio/cy") as cy:
+        mine = ada.submit(bundle, model, roster=None, recipients=[ADA])
+        assert [event.text for event in ada.watch(mine, timeout=60)][-1] == "finished", ada.report(mine)
+        assert cy.report(mine).status.value == "finished"
+        with pytest.raises(Refused, match="download"):
+            cy.download(mine, tmp_path / "theirs", ledgers=None)
+        folder = ada.download(mine, tmp_path / "ours", ledgers=None)
+    assert not (tmp_path / "theirs").exists()
+    assert np.array_equal(load_file(folder / "model.safetensors")["w"], secret)
+    needle = secret.tobytes()[:64]
+    told = repr(world.told) + repr(world.ledger[before:])
+    assert needle.hex() not in told
+    for path in (*tmp_path.glob("code/*"), *Path("/dev/shm").glob("**/stolen*"), *Path("/tmp").glob("stolen*")):  # noqa: S108
+        assert not path.is_file() or needle not in path.read_bytes(), path
 
 
 def test_a_site_begins_a_job_once(
