@@ -19,7 +19,7 @@ from fl.edge.exchange import Reply, Report
 from fl.edge.task import DeviceTask
 from fl.edge.tree_frames import FROM_PARENT, Look, Offer, Offered, Replied, Reported, received
 from fl.edge.wire import decode_duplicates, encode_report
-from fl.errors import ApprovalRefused, CallFailed, LeaseLapsed, MalformedMessage, PeerLost
+from fl.errors import ApprovalRefused, CallFailed, LeaseLapsed, MalformedMessage, PeerLost, RoundOver
 from fl.guard.approval import approve, read_record
 from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
 from fl.jobs.settings import FedBuffOptions
@@ -88,7 +88,7 @@ class TreeLink:
                     if ends != float("inf"):
                         connected()
                     ends, pause = float("inf"), FIRST_PAUSE
-            except (PeerLapsed, LeaseLapsed, LeaseEnded, PeerLost, MalformedMessage) as error:
+            except (PeerLapsed, LeaseLapsed, LeaseEnded, PeerLost, RoundOver, MalformedMessage) as error:
                 if stop.is_set():
                     return
                 if ends == float("inf"):

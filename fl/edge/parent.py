@@ -11,7 +11,7 @@ from fl.edge.exchange import Reply, Report
 from fl.edge.permits import Demand
 from fl.edge.tree_frames import FROM_CHILD, Alive, Look, Offer, Offered, Replied, Reported, received
 from fl.edge.wire import decode_report, encode_duplicates, max_report
-from fl.errors import LeaseLapsed, MalformedMessage, PeerLost, RoundOver
+from fl.errors import LeaseLapsed, MalformedMessage, RoundOver
 from fl.party import Party
 from fl.server.calls import Call, Caller, CallerGone, StoppedSending, first_frame, only_frame, unstalled
 from fl.tensors import Schema
@@ -119,7 +119,7 @@ class TreeCalls:
     def _exchange(self, child: str, frame: Reported, frames: Iterator[bytes]) -> Iterator[bytes]:
         job = self._jobs().get(frame.job)
         if job is None:
-            raise PeerLost(f"there is no job {frame.job}", where="job")
+            raise RoundOver(f"there is no job {frame.job}")
         if frame.size > max_report(job.schema):
             raise MalformedMessage(f"a report has {frame.size} bytes", where=child)
         body = received(frames, frame.size, where=child)
@@ -141,7 +141,7 @@ class TreeCalls:
         lease.check()
         job = self._jobs().get(head.job)
         if job is None:
-            raise PeerLost(f"there is no job {head.job}", where="job")
+            raise RoundOver(f"there is no job {head.job}")
         if head.what == "bundle" and head.sha256 == job.offer.bundle:
             return serve_chunks(job.bundle, head.offset)
         model = job.model(head.sha256)
