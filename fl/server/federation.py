@@ -6,9 +6,8 @@ Rules, whatever the transport:
 - A round ends when every site has answered or is lost, or at its deadline; late sites are out of the job.
 - With fewer than `min_sites` updates possible the job fails at once, and names what became of each lost site.
 - A site whose connection has ended, by a cut or by a lease, is away: the round's clock stands still until it is back,
-  and goes on where it stood. A site that is away for longer than `pause_seconds` in all, in one job, is lost.
-- A site that a cut keeps away and without which `min_sites` are there is waited for MISSED_SECONDS; then the round goes
-  on without it, and so do the following ones until it is back, which takes its part again from there.
+  and goes on where it stood. One that is away for too long is lost, or the round goes on without it, and so do the
+  following ones until it is back and takes its part again from there (`fl.server.absences`).
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Protocol
+from typing import Final
 
 from attestation.pauses import PAUSE_SECONDS
 from fl.aggregation.deltas import Delta
@@ -29,107 +27,17 @@ from fl.aggregation.weighted_mean import WeightedMean
 from fl.errors import JobAborted, JobFailed, MalformedMessage, MalformedTensors, SpoolFailed, UpdateRefused
 from fl.guard.gate import admit_update
 from fl.jobs.progress import JobEvent
-from fl.jobs.settings import TaskKind
 from fl.model import MAX_WEIGHT, ParamsType, check_metrics
-from fl.tensors import Schema, TensorFile
+from fl.server.absences import Absences
+from fl.server.task import Aggregation, Heard, Keeper, Saved, Site, Task, Update
+from fl.tensors import Schema
 from fl.transport.spool import Spool
 from fl.transport.stored import Stored
 
-MISSED_SECONDS: Final = 90.0
-"""How long a round waits for a site that a cut keeps away and without which enough are there."""
-
+__all__ = ["Aggregation", "Federation", "Keeper", "Saved", "Site", "Task", "Update"]
 
 ASK_SECONDS: Final = 30.0
 """How long a site may take for one step of secure aggregation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Do with the model of one round what `kind` says."""
-
-    round: int
-    total_rounds: int
-    model: Stored
-    kind: TaskKind = "train"
-
-
-class Keeper(Protocol):
-    """What keeps a job's state from round to round, so that it can go on after its server or its author stopped."""
-
-    def saved(self) -> Saved | None:
-        """Where the job stood, if it is to go on from there."""
-
-    def save(self, saved: Saved) -> None:
-        """Keep where the job stands; the memory stays the algorithm's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """Where a job stands between two rounds: the next one, its model, and what the algorithm remembers beside it.
-
-    `state` holds the algorithm's own arrays (an optimizer's moments) by name; `judged` the best metric so far and the
-    rounds since, if rounds are judged.
-    """
-
-    round: int
-    model: Stored
-    state: Mapping[str, Any]
-    judged: Mapping[str, float]
-
-
-@dataclass(slots=True)
-class Update:
-    """A site's admitted update. `close` gives its memory back."""
-
-    site: str
-    tensors: TensorFile
-    memory: Stored
-    params_type: ParamsType
-    weight: float
-    metrics: Mapping[str, float]
-
-    def close(self) -> None:
-        """Give the update's memory back."""
-        self.tensors.release()
-        self.memory.close()
-
-
-class Site(Protocol):
-    """A connected site, as its transport makes it. Its methods return at once."""
-
-    @property
-    def name(self) -> str:
-        """The site's name, unique in the job."""
-
-    def give(self, task: Task) -> None:
-        """Give the site a task; the answer comes through `Federation.submit` or `Federation.lose`."""
-
-    def say(self, round_: int, step: Step, body: str) -> None:
-        """Say something of secure aggregation; the answer comes through `Federation.hear` or `Federation.lose`."""
-
-    def end(self, why: str) -> None:
-        """Tell the site that it is out of the job, or that the job is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """What a site answered to what it was asked."""
-
-    site: str
-    body: str
-
-
-class Aggregation(Protocol):
-    """Makes the next model of the updates of a round; `result` ends one round, the next `fold` begins another."""
-
-    def fold(self, update: TensorFile, weight: float, site: str = "") -> None:
-        """Add an admitted update with `weight` > 0."""
-
-    def result(self, model: TensorFile) -> Stored:
-        """The next global model, after `model`."""
-
-    def close(self) -> None:
-        """End it."""
 
 
 class Federation:
@@ -173,7 +81,7 @@ class Federation:
         self._min_sites = min_sites
         self.round_seconds = round_seconds
         self._at_once = at_once
-        self._pause_seconds = pause_seconds
+        self._absences = Absences(min_sites, pause_seconds)
         self._lock = threading.Lock()
         self._sites: dict[str, Site] = {}
         self._lost: dict[str, str] = {}
@@ -182,13 +90,7 @@ class Federation:
         self._pending: set[str] = set()  # have the task and have not answered
         self._checking: set[str] = set()  # have answered; the check is under way
         self._task: Task | None = None
-        self._away: dict[str, float] = {}  # since when, by the running clock
-        self._cut: set[str] = set()  # of these: those that nothing but the network keeps away
-        self._absence: dict[str, float] = {}  # seconds that a site was away so far
         self._admitted: dict[str, int] = {}  # the last round of which a site's update was admitted
-        self._missed: set[tuple[str, int]] = set()  # sites, and the rounds that went on without them
-        self._deadline = 0.0  # of the round that is on
-        self._stopped_at = 0.0  # since when the round's clock stands still, while a site is away
         self._inbox: SimpleQueue[Update | Heard | str | JobAborted | JobFailed] = SimpleQueue()
         self._asked: tuple[int, Step, dict[str, str]] = (-1, "keys", {})  # what was said, to whom has not answered yet
         self._notary: Notary | None = None
@@ -214,7 +116,7 @@ class Federation:
             self._pending.discard(name)
             self._checking.discard(name)
             site = self._sites.pop(name, None)
-            self._returned(name)
+            self._absences.come_back(name, time.monotonic())
         self.observe(JobEvent(kind="refused" if kind == "refused" else "lost", site=name, text=reason))
         if site is not None:
             site.end(reason)
@@ -223,22 +125,18 @@ class Federation:
     def suspend(self, name: str, reason: str, *, cut: bool = False) -> None:
         """A site's connection has ended, by a `cut` or because a lease did: it may come back (`resume`) and go on."""
         with self._lock:
-            if name not in self._sites or name in self._away:
+            if name not in self._sites or name in self._absences.names:
                 return
-            self._away[name] = time.monotonic()
-            if cut:
-                self._cut.add(name)
-            if len(self._away) == 1:
-                self._stopped_at = self._away[name]
+            self._absences.leave(name, time.monotonic(), cut=cut)
         self.observe(JobEvent(kind="paused", site=name, text=reason[:2000]))
         self._inbox.put(name)
 
     def resume(self, site: Site) -> bool:
         """A site that is in the job is connected again, and gets its open task anew; False if it is not in the job."""
         with self._lock:
-            if site.name not in self._away or site.name not in self._sites:
+            if site.name not in self._absences.names or site.name not in self._sites:
                 return False
-            self._returned(site.name)
+            self._absences.come_back(site.name, time.monotonic())
             self._sites[site.name] = site
             task = self._task if site.name in self._pending else None
             round_, step, unanswered = self._asked
@@ -259,30 +157,13 @@ class Federation:
         with self._lock:
             if name not in self._sites:
                 return False
-            if (name, round_) in self._missed:
+            if self._absences.missed(name, round_):
                 return True
-            return name in self._absence and round_ <= self._admitted.get(name, -1)
+            return self._absences.was_away(name) and round_ <= self._admitted.get(name, -1)
 
-    def _waited_for(self) -> tuple[set[str], float | None]:
-        """With the lock: the sites that are away and for which the round waits; when one of them first is no more."""
-        enough = len(self._sites) - len(self._away) >= self._min_sites
-        spare = {name: self._away[name] + MISSED_SECONDS for name in self._cut if enough}
-        now = time.monotonic()
-        return (
-            {name for name in self._away if spare.get(name, now + 1) > now},
-            min((until for until in spare.values() if until > now), default=None),
-        )
-
-    def _returned(self, name: str) -> None:
-        """With the lock: a site is not away any more; when none is, the round's clock goes on."""
-        since = self._away.pop(name, None)
-        self._cut.discard(name)
-        if since is None:
-            return
-        now = time.monotonic()
-        self._absence[name] = self._absence.get(name, 0.0) + now - since
-        if not self._away:
-            self._deadline += now - self._stopped_at
+    def _given_up(self) -> Set[str]:
+        """With the lock: the sites that are away and are not waited for."""
+        return self._absences.names - self._absences.waited_for(len(self._sites), time.monotonic())
 
     def submit(
         self,
@@ -353,7 +234,7 @@ class Federation:
         """
         with self._lock:
             if (round_, step) != self._asked[:2] or name not in self._asked[2]:
-                if name in self._absence:
+                if self._absences.was_away(name):
                     return
                 raise MalformedMessage(f"an answer about {step} of round {round_} comes out of turn", where=name)
             del self._asked[2][name]
@@ -389,7 +270,8 @@ class Federation:
             if not missing:
                 break
             with self._lock:
-                self._deadline = deadline
+                now = time.monotonic()
+                self._absences.start(deadline - now, now)
             event = self._next()
             if event is None:
                 for name in missing:
@@ -442,17 +324,16 @@ class Federation:
         if task.round < task.total_rounds:
             self._need(left, f"{left} sites are left at round {task.round}")
         with self._lock:
-            self._deadline = self._stopped_at = time.monotonic()
-            self._deadline += self.round_seconds
+            self._absences.start(self.round_seconds, time.monotonic())
         counted = 0
         self._feed(waiting, task)
         if meanwhile is not None:
             meanwhile()
             with self._lock:
-                self._deadline = time.monotonic() + self.round_seconds
+                self._absences.start(self.round_seconds, time.monotonic())
         while True:
             with self._lock:
-                missing = {name for name in self._pending if name in self._away} - self._waited_for()[0]
+                missing = self._pending & self._given_up()
                 open_ = len(self._pending - missing) + len(self._checking)
                 open_ += sum(1 for name in waiting if name in self._sites)
                 possible = counted + open_
@@ -505,19 +386,18 @@ class Federation:
         answers: dict[str, str] = {}
         aside: list[Update] = []
         with self._lock:
-            missing = self._away.keys() - self._waited_for()[0]
+            missing = self._given_up()
             sites = [self._sites[name] for name in bodies if name in self._sites and name not in missing]
             self._asked = (round_, step, {site.name: bodies[site.name] for site in sites})
-            self._deadline = self._stopped_at = time.monotonic()
-            self._deadline += ASK_SECONDS
+            self._absences.start(ASK_SECONDS, time.monotonic())
         for site in sites:
             site.say(round_, step, bodies[site.name])
         try:
             while True:
                 with self._lock:
                     open_ = [site.name for site in sites if site.name in self._sites and site.name not in answers]
-                    missing = self._away.keys() - self._waited_for()[0]
-                if missing.issuperset(open_):
+                    missing = self._given_up()
+                if missing >= set(open_):
                     break
                 event = self._next()
                 if event is None:
@@ -566,10 +446,10 @@ class Federation:
                 self._pending.add(site.name)
             site.give(task)
 
-    def _miss(self, names: set[str], round_: int) -> None:
+    def _miss(self, names: Set[str], round_: int) -> None:
         with self._lock:
             self._pending -= names
-            self._missed |= {(name, round_) for name in names}
+            self._absences.miss(names, round_)
 
     def _drop_late(self, waiting: deque[str]) -> None:
         with self._lock:
@@ -586,25 +466,19 @@ class Federation:
         while True:
             with self._lock:
                 now = time.monotonic()
-                ends = {
-                    name: since + max(0.0, self._pause_seconds - self._absence.get(name, 0.0))
-                    for name, since in self._away.items()
-                }
-                held_by, until = self._waited_for()
-                limit = min(ends.values(), default=self._deadline)
-                if not held_by:
-                    limit = min(limit, self._deadline)
-                if until is not None:
-                    limit = min(limit, until)
+                held_by = self._absences.waited_for(len(self._sites), now)
+                limit = self._absences.next_look(len(self._sites), now)
             try:
                 event = self._inbox.get(timeout=max(0.0, limit - now))
             except Empty:
-                for name, end in ends.items():
-                    if end <= time.monotonic():
-                        self.lose(name, f"did not come back within {self._pause_seconds:.0f} s of pauses")
                 with self._lock:
-                    given_up = held_by - self._waited_for()[0]
-                    over = not self._waited_for()[0] and time.monotonic() >= self._deadline
+                    too_long = self._absences.too_long(time.monotonic())
+                for name in too_long:
+                    self.lose(name, f"did not come back within {self._absences.pause_seconds:.0f} s of pauses")
+                with self._lock:
+                    now = time.monotonic()
+                    given_up = held_by - self._absences.waited_for(len(self._sites), now)
+                    over = self._absences.over(len(self._sites), now)
                 if given_up:
                     return next(iter(given_up))
                 if over:

@@ -146,7 +146,7 @@ def test_transfers_go_on_where_a_cut_has_ended_them(
 def test_a_round_goes_on_without_a_site_that_nobody_needs_and_takes_it_back(
     world: FederationWorld, server: str, tmp_path: Path, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fl.server.federation.MISSED_SECONDS", 0.5)
+    monkeypatch.setattr("fl.server.absences.MISSED_SECONDS", 0.5)
 
     def act(event: JobEvent, proxy: Proxy) -> None:
         if event.kind == "round" and event.round == 0:
