@@ -57,6 +57,7 @@ vectors: setup ## Make the virtual platform's evidence and the device kits' vect
 kits: setup ## Build the device kits' cores in a Debian tree of their own, and test them (needs root).
 	@appliance/setup.sh mmdebstrap bubblewrap
 	fl/edge/kits/build.sh android
+	fl/edge/kits/build.sh ios
 	$(PY) -m pytest -n $(JOBS) -m long tests/fl/test_device_kits.py
 
 fuzz: setup ## Fuzz every reader of hostile input, SECONDS (20) each; what breaks one is kept in build/fuzz.

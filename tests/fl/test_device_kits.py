@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import secrets
 import subprocess
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ PROJECT = Path(__file__).parents[2]
 OUT = PROJECT / "build/kits"
 KITS = {
     "android": ("java", "-cp", "android/classes:/usr/share/java/bcprov.jar", "org.sealwright.edge.Conversation"),
-    "ios": ("ios/debug/Conversation",),
+    "ios": ("ios/debug/EdgeTests", "converse"),
 }
 pytestmark = pytest.mark.long
 
@@ -74,26 +74,41 @@ def test_the_reference_inflates_what_a_kit_compresses(kit: str) -> None:
 def converse(kit: str, world: EdgeWorld, url: str, **changes: Any) -> tuple[int, list[dict[str, Any]]]:
     """Let the kit's device talk with the gateway at `url`: its exit status, and what it heard."""
     key = ec.generate_private_key(ec.SECP256R1())
-    folder = OUT / kit / f"conversation-{secrets.token_hex(8)}"
-    folder.mkdir()
-    settings = {
-        "url": url,
-        "root": world.root.decode(),
-        "token": world.token(key),
-        "key": key.private_numbers().private_value.to_bytes(32, "big").hex(),
-        "encoding": "F32",
-        "compressed": False,
-        "production": False,
-        "until": "reported",
-        "steps": 20,
-        **changes,
-    }
-    (folder / "settings.json").write_text(json.dumps(settings))
-    inside = f"{kit}/{folder.name}"
-    command = [str(PROJECT / "fl/edge/kits/build.sh"), "run", *KITS[kit], f"{inside}/settings.json", inside]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode in (0, 1), done.stderr
-    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+    with tempfile.TemporaryDirectory(dir=OUT / kit) as name:
+        folder = Path(name)
+        settings = {
+            "url": url,
+            "root": world.root.decode(),
+            "token": world.token(key),
+            "key": key.private_numbers().private_value.to_bytes(32, "big").hex(),
+            "encoding": "F32",
+            "compressed": False,
+            "production": False,
+            "until": "reported",
+            "steps": 20,
+            **changes,
+        }
+        mounts: list[str] = []
+        if kit == "ios":  # Foundation on Linux checks certificates as libcurl does, with no delegate to ask
+            host = world.identity().dns_name
+            settings["url"] = url.replace("127.0.0.1", host)
+            (folder / "hosts").write_text(f"127.0.0.1 {host}\n")
+            (folder / "issuer.pem").write_text(world.federation.issuer.certificate_pem)
+            mounts = ["--ro-bind", str(folder / "hosts"), "/etc/hosts"]
+            mounts += ["--ro-bind", str(folder / "issuer.pem"), "/etc/ssl/certs/ca-certificates.crt"]
+        (folder / "settings.json").write_text(json.dumps(settings))
+        inside = f"{kit}/{folder.name}"
+        command = [
+            str(PROJECT / "fl/edge/kits/build.sh"),
+            "run",
+            *mounts,
+            *KITS[kit],
+            f"{inside}/settings.json",
+            inside,
+        ]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+        assert done.returncode in (0, 1), done.stderr
+        return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(

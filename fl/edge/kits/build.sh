@@ -38,8 +38,9 @@ android() {
 }
 
 ios() {
-  enter swift build --package-path /mnt/fl/edge/kits/ios --scratch-path ios --disable-sandbox -Xswiftc -warnings-as-errors
-  enter ios/debug/VectorTests /mnt/tests/fl/edge/vectors ios/made.json
+  enter swift build --package-path /mnt/fl/edge/kits/ios --scratch-path ios --cache-path ios/cache --disable-sandbox \
+    -Xswiftc -warnings-as-errors
+  enter ios/debug/EdgeTests vectors /mnt/tests/fl/edge/vectors ios/made.json
 }
 
 make_tools

@@ -85,11 +85,11 @@ def _floats(raw: bytes) -> dict[str, Any] | None:
 def deltas() -> dict[str, Any]:
     """One difference, and its bytes in each encoding, with the random numbers by which `int8` rounds."""
     numbers = np.random.default_rng(7)
-    tensors = {
-        "net.weight": numbers.normal(size=(5, 7)).astype(np.float32),
+    tensors = {  # in the order of their names
         "net.bias": np.array([1.0, -0.0, 3.4e38, 1e-45, 0.1, 1 / 3], np.float32),
-        "zero": np.zeros((2, 2), np.float32),
+        "net.weight": numbers.normal(size=(5, 7)).astype(np.float32),
         "tie": np.array([0x3F808000, 0x3F818000, 0x3F80FFFF], np.uint32).view(np.float32),
+        "zero": np.zeros((2, 2), np.float32),
     }
     draws = np.random.default_rng(_DRAWS)
     return {
