@@ -39,12 +39,15 @@ def canonical_bytes(value: Any) -> bytes:
 
 def _plain(value: Any) -> bool:
     """Whether Python's own encoder, which is compiled, writes `value` in its canonical form: it does if there are no
-    floats, no integers beyond 53 bits, and no names outside of ASCII, whose order in UTF-16 may be another."""
+    whole, very small or large floats (which ECMAScript writes otherwise), no integers beyond 53 bits, and no names
+    outside of ASCII, whose order in UTF-16 may be another."""
     kind = type(value)
     if kind is str or kind is bool or value is None:
         return True
     if kind is int:
         return bool(-(2**53) < value < 2**53)
+    if kind is float:
+        return bool(1e-4 <= abs(value) < 1e16 and not value.is_integer())
     if kind is dict:
         return all(type(name) is str and name.isascii() and _plain(item) for name, item in value.items())
     return (kind is list or kind is tuple) and all(_plain(item) for item in value)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,17 +31,30 @@ _SLACK: Final = 64 << 10
 """Bytes that another library's header may have beyond ours."""
 
 
+@dataclass(frozen=True, slots=True)
+class DeltaForm:
+    """What differences from one model look like in one encoding, worked out once: their tensors, and the most bytes of
+    their file (not compressed)."""
+
+    encoding: Encoding
+    schema: Schema
+    """The model's tensors of floats."""
+    encoded: Schema
+    most: int
+
+    @classmethod
+    def of(cls, schema: Schema, encoding: Encoding) -> Self:
+        """The form for a model with these tensors of floats."""
+        encoded = encoded_schema(schema, encoding)
+        return cls(encoding, schema, encoded, layout(encoded)[2] + _SLACK)
+
+
 def encoded_schema(schema: Schema, encoding: Encoding) -> dict[str, TensorSpec]:
     """What a difference from a model with these tensors of floats looks like in `encoding`."""
     found = {name: TensorSpec(DTYPE[encoding], spec.shape) for name, spec in schema.items()}
     if encoding == "int8":
         found |= {name + SCALE: TensorSpec("F32", ()) for name in schema}
     return found
-
-
-def max_size(schema: Schema, encoding: Encoding) -> int:
-    """The most bytes of a difference, not compressed."""
-    return layout(encoded_schema(schema, encoding))[2] + _SLACK
 
 
 def encode_delta(tensors: Tensors, encoding: Encoding, rng: np.random.Generator, *, compressed: bool) -> bytes:
@@ -66,22 +80,19 @@ def encode_delta(tensors: Tensors, encoding: Encoding, rng: np.random.Generator,
     return zlib.compress(raw, LEVEL) if compressed else raw
 
 
-def decode_delta(
-    raw: Buffer, encoding: Encoding, schema: Schema, *, compressed: bool
-) -> dict[str, npt.NDArray[np.float32]]:
-    """Read a difference from a model whose tensors of floats are `schema`: float32, each of the model's shape.
+def decode_delta(raw: Buffer, form: DeltaForm, *, compressed: bool) -> dict[str, npt.NDArray[np.float32]]:
+    """Read a difference of this form: float32, each of the model's shape.
 
     The arrays may be read-only views of `raw`. Whether the numbers are finite is the caller's to check. Raises
     MalformedTensors for anything that is not exactly such a difference.
     """
-    where = "difference"
-    most = max_size(schema, encoding)
-    content: Buffer = _inflated(raw, most) if compressed else raw
-    file = parse(content, max_size=most, where=where)
-    if file.schema != encoded_schema(schema, encoding):
+    where, encoding = "difference", form.encoding
+    content: Buffer = _inflated(raw, form.most) if compressed else raw
+    file = parse(content, max_size=form.most, where=where)
+    if file.schema != form.encoded:
         raise MalformedTensors(f"its tensors are not those of the model as {encoding}", where=where)
     found: dict[str, npt.NDArray[np.float32]] = {}
-    for name in schema:
+    for name in form.schema:
         array = file.array(name)
         if encoding == "bf16":
             array = widen_bf16(array)

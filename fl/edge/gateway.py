@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, get_args
 from attestation.canonical import b64
 from attestation.introduction import introduce
 from fl.edge.contract import Branch, EdgeJob, ModelVersion, Update, contribution_of
-from fl.edge.deltas import decode_delta, max_size
+from fl.edge.deltas import DeltaForm, decode_delta
 from fl.edge.messages import (
     ANSWERS,
     PROOF_TYPE,
@@ -41,7 +41,7 @@ from fl.edge.protocol import RULES, Message, Status
 from fl.edge.sealing import SEAL_OVERHEAD, GroupKeys, seal_answer
 from fl.edge.tokens import Device, read_token
 from fl.errors import MalformedMessage, MalformedTensors
-from fl.tensors import FLOATS, Schema, parse
+from fl.tensors import FLOATS, parse
 from policies.devices import job_matches
 from policies.errors import Refused
 
@@ -97,8 +97,8 @@ class Gateway:
     """The newest version for which each device reported: (job, device) → version."""
     _blobs: OrderedDict[str, tuple[Blob, bytes]] = field(default_factory=OrderedDict, repr=False)
     """By the group key's id and what they are of."""
-    _schemas: OrderedDict[str, Schema] = field(default_factory=OrderedDict, repr=False)
-    """The tensors of floats of each model, by its digest."""
+    _forms: OrderedDict[tuple[str, Encoding], DeltaForm] = field(default_factory=OrderedDict, repr=False)
+    """What differences look like, by the model's digest and the encoding."""
 
     # --- for strangers ------------------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ class Gateway:
     def most(self) -> int:
         """Bytes of the largest request that is read at all."""
         sizes = [
-            max_size(self._schema(version), encoding)
+            self._form(version, encoding).most
             for branch in self.branches().values()
             for version in branch.current()[-1:]
             for encoding in _ENCODINGS
@@ -252,8 +252,8 @@ class Gateway:
         if version is None:
             return _answer("result", "NO_TASK", "the version is trained no more", 0.0)
         try:
-            schema = self._schema(version)
-            delta = decode_delta(tensors, request.encoding, schema, compressed=request.compressed)
+            form = self._form(version, request.encoding)
+            delta = decode_delta(tensors, form, compressed=request.compressed)
         except MalformedTensors as error:
             return _refusal("result", f"the result is refused: {error.what}")
         weight = min(request.weight, branch.job.bounds.max_weight)
@@ -302,14 +302,15 @@ class Gateway:
                 self._blobs.popitem(last=False)
         return found[0]
 
-    def _schema(self, version: ModelVersion) -> Schema:
-        found = self._schemas.get(version.digest)
+    def _form(self, version: ModelVersion, encoding: Encoding) -> DeltaForm:
+        place = (version.digest, encoding)
+        found = self._forms.get(place)
         if found is None:
             schema = parse(version.model, max_size=len(version.model), where="model").schema
-            found = {name: spec for name, spec in schema.items() if spec.dtype in FLOATS}
-            self._schemas[version.digest] = found
-            while len(self._schemas) > MAX_BLOBS:
-                self._schemas.popitem(last=False)
+            floats = {name: spec for name, spec in schema.items() if spec.dtype in FLOATS}
+            found = self._forms[place] = DeltaForm.of(floats, encoding)
+            while len(self._forms) > MAX_BLOBS:
+                self._forms.popitem(last=False)
         return found
 
 

@@ -39,6 +39,11 @@ def test_canonical_documents_and_tokens_read_back(value: dict[str, object]) -> N
     assert read_jws(sign_jws(value, KEY, kid="a", typ="t"), KEY.public_key(), typ="t") == value
 
 
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.floats(1e-7, 1e17))
+def test_floats_are_written_as_the_library_writes_them(value: float) -> None:
+    assert canonical_bytes([value, -value]) == rfc8785.dumps([value, -value])
+
+
 numbers = st.integers(-(2**54), 2**54) | st.floats() | st.sampled_from([2**53, 2**53 - 1, -(2**53), -0.0, 1e21])
 odd_names = st.sampled_from(["\uffff", "\U00010000", "\ud800", "\x7f", "\u2028", "é", "", "a"])
 

@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from edge_world import JOB, EdgeWorld, found_edge, version_of
 
-from fl.edge.deltas import decode_delta
+from fl.edge.deltas import DeltaForm, decode_delta
 from fl.edge.kits.vectors.sealed import group_keys, p256
 from fl.edge.kits.vectors.tensors import deltas
 from fl.edge.task import DeviceTask
@@ -68,7 +68,7 @@ def test_the_reference_inflates_what_a_kit_compresses(kit: str) -> None:
     schema = {one["name"]: TensorSpec("F32", tuple(one["shape"])) for one in tensors["tensors"]}
     for encoding, raw in made(kit)["deltas"].items():
         assert zlib.decompress(bytes.fromhex(raw)).hex() == tensors["encoded"][encoding]
-        assert decode_delta(bytes.fromhex(raw), encoding, schema, compressed=True).keys() == schema.keys()
+        assert decode_delta(bytes.fromhex(raw), DeltaForm.of(schema, encoding), compressed=True).keys() == schema.keys()
 
 
 def converse(kit: str, world: EdgeWorld, url: str, **changes: Any) -> tuple[int, list[dict[str, Any]]]:

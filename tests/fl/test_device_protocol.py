@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from attestation.hybrid import HybridPrivateKey
 from fl.edge.contract import contribution_id
-from fl.edge.deltas import decode_delta, encode_delta
+from fl.edge.deltas import DeltaForm, decode_delta, encode_delta
 from fl.edge.gateway import Gateway
 from fl.edge.kits.python import DeviceSettings
 from fl.edge.kits.python.connection import GatewayUnavailable, KeyRotated
@@ -238,7 +238,7 @@ def test_differences_come_as_they_were_sent(seed: int, encoding: Encoding, compr
         name: rng.normal(scale=10.0 ** rng.integers(-6, 6), size=shape).astype("<f4") for name, shape in SHAPES.items()
     }
     raw = encode_delta(sent, encoding, rng, compressed=compressed)
-    come = decode_delta(raw, encoding, SCHEMA, compressed=compressed)
+    come = decode_delta(raw, DeltaForm.of(SCHEMA, encoding), compressed=compressed)
     for name, array in sent.items():
         assert come[name].dtype == np.float32
         most = {"f32": 0.0, "bf16": 2.0**-8 * np.abs(array), "int8": np.abs(array).max() / 126}[encoding]
@@ -249,22 +249,22 @@ def test_rounding_to_int8_is_right_in_the_mean() -> None:
     rng = np.random.default_rng(3)
     sent = {name: np.full(shape, 0.3, "<f4") for name, shape in SHAPES.items()}
     sent["a.bias"][0] = 1.0
-    total = np.zeros(3)
+    total, form = np.zeros(3), DeltaForm.of(SCHEMA, "int8")
     for _ in range(2000):
         raw = encode_delta(sent, "int8", rng, compressed=False)
-        total += decode_delta(raw, "int8", SCHEMA, compressed=False)["a.bias"]
+        total += decode_delta(raw, form, compressed=False)["a.bias"]
     assert total / 2000 == pytest.approx([1.0, 0.3, 0.3], abs=1e-3)
 
 
 def test_what_inflates_without_end_is_refused() -> None:
     with pytest.raises(MalformedTensors, match="more than"):
-        decode_delta(zlib.compress(bytes(100 << 20)), "f32", SCHEMA, compressed=True)
+        decode_delta(zlib.compress(bytes(100 << 20)), DeltaForm.of(SCHEMA, "f32"), compressed=True)
 
 
 @given(st.binary(max_size=300), st.booleans())
 def test_bytes_that_are_no_difference(raw: bytes, compressed: bool) -> None:
     with pytest.raises(MalformedTensors):
-        decode_delta(raw, "int8", SCHEMA, compressed=compressed)
+        decode_delta(raw, DeltaForm.of(SCHEMA, "int8"), compressed=compressed)
 
 
 # --- uploads ----------------------------------------------------------------------------------------------------------
