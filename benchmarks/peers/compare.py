@@ -39,13 +39,20 @@ def measure(
     peers = environments.installed()
     if not peers:
         raise RuntimeError("no peer is installed: make bench-peers")
-    found: dict[str, dict[str, float]] = {"hello job": _hello(peers, times)}
-    if many:
-        found[f"round of {CLIENTS} simulated clients"] = _many(peers)
+    found: dict[str, dict[str, float]] = {}
     memory: dict[str, dict[str, float]] = {}
+
+    def note(work: str, by: dict[str, float]) -> None:
+        found[work] = by
+        tell(f"peers: {work}: {', '.join(f'{who} {seconds:g} s' for who, seconds in by.items())}")
+
+    note("hello job", _hello(peers, times))
+    if many:
+        note(f"round of {CLIENTS} simulated clients", _many(peers))
     for size in megabytes:
-        found[f"round of {size:g} MB"], memory[f"{size:g} MB"] = _rounds(peers, size, peer_rounds)
-    found["submit to result"] = _submission(peers)
+        by, memory[f"{size:g} MB"] = _rounds(peers, size, peer_rounds)
+        note(f"round of {size:g} MB", by)
+    note("submit to result", _submission(peers))
     ratios = {
         work: {who: round(seconds / by[OURS], 1) for who, seconds in by.items() if who != OURS}
         for work, by in found.items()
