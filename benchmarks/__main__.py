@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 
-from benchmarks import broker, edge_tree, federation, masking, production, simulation, verifier
+from benchmarks import broker, edge, edge_tree, federation, masking, production, simulation, verifier
 from benchmarks.peers import compare, environments
 
 MEASUREMENTS: dict[str, Callable[[], Mapping[str, object]]] = {
@@ -16,6 +16,7 @@ MEASUREMENTS: dict[str, Callable[[], Mapping[str, object]]] = {
     "masking": masking.measure,
     "simulation": simulation.measure,
     "production": production.measure,
+    "edge": edge.measure,
     "edge_tree": edge_tree.measure,
     "peers": compare.measure,
 }
