@@ -18,6 +18,8 @@ from proxies import Proxy, passing_proxy
 from safetensors.numpy import load_file
 
 from fl.jobs.progress import JobEvent
+from fl.server.federation import Task
+from fl.server.job import RemoteSite
 from fl.transport.frames import CHUNK
 
 ADA = "acme-pharma/ada"
@@ -229,10 +231,21 @@ def test_a_site_that_died_is_replaced_by_a_new_guest_of_its_name(
     assert counted == [(round_, site) for round_ in range(3) for site in sorted(SITES)]
 
 
-def test_jobs_run_side_by_side_on_the_same_sites(world: FederationWorld, server: str, tmp_path: Path) -> None:
-    slow, first = make_job(tmp_path, SLOW.replace("0.5", "1.0"), name="slow", num_rounds=5, round_seconds=60)
+def test_jobs_run_side_by_side_on_the_same_sites(
+    world: FederationWorld, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is in the middle of its rounds until two others have begun and ended."""
+    script, others_over, honest = SLOW.replace("0.5", "0"), threading.Event(), RemoteSite.give
+    slow, first = make_job(tmp_path, script, name="slow", num_rounds=2, round_seconds=60)
     (tmp_path / "quick").mkdir()
-    quick, second = make_job(tmp_path / "quick", SLOW.replace("0.5", "0"), name="quick", num_rounds=1)
+    quick, second = make_job(tmp_path / "quick", script, name="quick", num_rounds=1)
+
+    def give(site: RemoteSite, task: Task) -> None:
+        if task.total_rounds == 2 and task.round == 1:
+            others_over.wait(60)
+        honest(site, task)
+
+    monkeypatch.setattr(RemoteSite, "give", give)
     world.approve(slow)
     world.approve(quick)
     with (
@@ -248,8 +261,9 @@ def test_jobs_run_side_by_side_on_the_same_sites(world: FederationWorld, server:
         for job in short_ones:
             assert list(client.watch(job, timeout=60))[-1].text == "finished"
         assert client.report(long_one).status.value == "running"
+        others_over.set()
         assert list(client.watch(long_one, timeout=60))[-1].text == "finished"
-        for job, expected in ((long_one, 10.0), (short_ones[0], 2.0), (short_ones[1], 2.0)):
+        for job, expected in ((long_one, 4.0), (short_ones[0], 2.0), (short_ones[1], 2.0)):
             result = client.download(job, tmp_path / job, ledgers=None)
             assert load_file(result / "model.safetensors")["w"].tolist() == [expected] * 3
 
