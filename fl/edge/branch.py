@@ -23,6 +23,7 @@ from fl.edge.partial_sum import MAX_IDS, PartialSum, VersionSum, float_schema
 from fl.edge.permits import Demand, Permits
 from fl.edge.settings import EdgeSettings
 from fl.edge.task import DeviceTask
+from fl.guard.gate import MAX_MAGNITUDE
 from fl.tensors import Schema
 
 HELD_BYTES: Final = 64 << 20
@@ -123,7 +124,7 @@ class TreeBranch:
             array = update.tensors[name]
             if array.shape != spec.shape or array.dtype.kind != "f":
                 return f"tensor {name!r} is {array.dtype} {list(array.shape)}, not floats of {list(spec.shape)}"
-        if not math.isfinite(norm_of(update.tensors)):
+        if not norm_of(update.tensors) <= MAX_MAGNITUDE:
             return "it holds a number that is not finite, or too large"
         return None
 
@@ -211,7 +212,9 @@ class TreeBranch:
 def bounds_of(settings: EdgeSettings) -> UpdateBounds:
     """What one device may contribute: with privacy, its clip norm and the weight 1."""
     private = settings.privacy
-    return UpdateBounds() if private is None else UpdateBounds(private.clip_norm, 1.0)
+    if private is not None:
+        return UpdateBounds(private.clip_norm, 1.0)
+    return UpdateBounds(settings.max_norm, settings.max_weight)
 
 
 def norm_of(tensors: Tensors) -> float:

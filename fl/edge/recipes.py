@@ -82,6 +82,8 @@ class EdgeFedBuffRecipe(Recipe):
         output_shape: Sequence[int] | None = None,
         device_training_params: Mapping[str, Any] | None = None,
         privacy: DevicePrivacy | None = None,
+        max_norm: float | None = None,
+        max_weight: float = 1e6,
         task_seconds: float = 600.0,
         stop_cond: str | None = None,
         patience: int | None = None,
@@ -99,6 +101,7 @@ class EdgeFedBuffRecipe(Recipe):
           the training graph is exported for them.
         - `device_training_params`: `epoch`, `batch_size`, `lr`, `momentum`, `weight_decay`, and what else an app reads.
         - `privacy`: clip each device's contribution, and add noise at the root.
+        - `max_norm`, `max_weight`: what any one device may contribute; without privacy, which bounds it itself.
         - `task_seconds`: a device has so long for a task.
         - `stop_cond`, `patience`: as FedAvgRecipe's, over the evaluator's accuracy.
 
@@ -125,6 +128,8 @@ class EdgeFedBuffRecipe(Recipe):
             devices=device_manager_config or DeviceManagerConfig(),
             device_wait_timeout=device_wait_timeout,
             privacy=privacy,
+            max_norm=max_norm,
+            max_weight=max_weight,
             task_seconds=task_seconds,
         )
         selection = None

@@ -17,6 +17,7 @@ StalenessRule: TypeAlias = Literal["polynomial", "hinge"]
 HINGE_AFTER: Final = 4
 HINGE_SLOPE: Final = 10.0
 MAX_VALUES: Final = 1_000_000
+MAX_WEIGHT: Final = 1e9
 _DO: Final = "Correct it; docs/reference/edge.md has each argument."
 
 
@@ -144,16 +145,26 @@ class DevicePrivacy(Settings):
 
 
 class EdgeSettings(Settings):
-    """All of an edge job. `device_wait_timeout`: seconds without a device that asks after which the job stops."""
+    """All of an edge job.
+
+    - `device_wait_timeout`: seconds without a device that asks after which the job stops.
+    - `max_norm`: the L2 norm to which any one device's difference is scaled down; None: as it is.
+    - `max_weight`: what any one device weighs at most.
+    - `task_seconds`: a device has so long for a task.
+    """
 
     models: ModelManagerConfig = ModelManagerConfig()
     devices: DeviceManagerConfig = DeviceManagerConfig()
     device_wait_timeout: Annotated[float, Field(gt=0, le=7 * 86400)] | None = None
     privacy: DevicePrivacy | None = None
+    max_norm: Annotated[float, Field(gt=0, le=1e24)] | None = None
+    max_weight: float = Field(default=1e6, gt=0, le=MAX_WEIGHT)
     task_seconds: float = Field(default=600.0, gt=0, le=7 * 86400)
 
     def why_unusable(self) -> str | None:
         """What is wrong with fields that are each right."""
         if self.models.num_updates_for_model > self.devices.device_selection_size:
             return "num_updates_for_model is more than device_selection_size: no version would ever be complete"
+        if self.privacy is not None and self.max_norm is not None:
+            return "with privacy its clip_norm bounds devices: leave max_norm out"
         return None

@@ -90,6 +90,9 @@ def approve(
         raise ApprovalRefused(record.job, reasons)
 
 
+_ROLE_WORDS: Final = {"inner": "an inner node"}
+
+
 def roster_roles(bundle: Bundle) -> tuple[Role, ...]:
     """The roles of the guests on the roster of a job of this bundle: sites, or for devices the nodes of the tree."""
     return ("gateway", "inner") if bundle.settings.recipe == "fedbuff" else ("site",)
@@ -120,7 +123,8 @@ def _record_reasons(
         yield f"{site} is not on the job's roster"
     for name in record.roster:
         if all(charter.enrolment(role, name) is None for role in roles):
-            yield f"the roster names {name}, which is not enrolled as {' or '.join(f'a {role}' for role in roles)}"
+            words = " or ".join(_ROLE_WORDS.get(role, f"a {role}") for role in roles)
+            yield f"the roster names {name}, which is not enrolled as {words}"
     for recipient in record.recipients:
         member, _, name = recipient.partition("/")
         user = charter.user(member, name)

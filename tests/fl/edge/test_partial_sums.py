@@ -127,6 +127,7 @@ def test_what_is_not_of_the_model_or_not_finite_is_refused() -> None:
         {**good.tensors, "b": np.array([0, np.nan, 2], np.float32)},
         {**good.tensors, "b": np.array([0, -np.inf, 2], np.float32)},
         {**good.tensors, "b": np.array([0, 1e300, 2])},
+        {**good.tensors, "b": np.array([0, 1e25, 2], np.float32)},
     ):
         outcome = one.add(Update(1, tensors, 1.0, good.contribution))
         assert outcome.startswith("refused: ")

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl.edge.contract import EdgeJob, Update, contribution_id
+from fl.edge.branch import bounds_of
+from fl.edge.contract import EdgeJob, Update, contribution_id, contribution_of
 from fl.edge.embedded import EmbeddedTree
 from fl.edge.fedbuff import FedBuff
-from fl.edge.settings import DeviceManagerConfig, EdgeSettings, ModelManagerConfig
+from fl.edge.settings import DeviceManagerConfig, DevicePrivacy, EdgeSettings, ModelManagerConfig
+from fl.errors import RecipeUnusable
 from fl.tensors import TensorSpec, encode, parse
 from fl.transport.memory import SealedMemory
 
@@ -112,3 +114,32 @@ def test_chaos_gateways_and_devices_are_killed_at_random_and_the_tree_goes_on(se
     assert sum(told[origin] for origin in killed) <= killed_sums
     assert counted >= updates
     buff.close()
+
+
+def test_a_device_of_a_job_that_uses_it_once_counts_once_in_all_versions() -> None:
+    """Whatever gateway it reports to, and for whichever version."""
+    chosen = EdgeSettings(
+        models=ModelManagerConfig(num_updates_for_model=1, global_lr=1.0, max_model_version=9),
+        devices=DeviceManagerConfig(device_selection_size=4, device_reuse=False),
+    )
+    first = SealedMemory.of(encode({"w": (SCHEMA["w"], bytes(16))}))
+    buff = FedBuff(SCHEMA, first, chosen, np.random.default_rng(1))
+    job = EdgeJob("job-1", "toy", "edge", device_reuse=False)
+    grown = EmbeddedTree(buff, job, SCHEMA, depth=1, width=2, clock=lambda: 0.0)
+    for moment, gateway in enumerate([*grown.gateways, *grown.gateways]):
+        version = gateway.branch.current()[-1].version
+        name = contribution_of(job, version, "device-1")
+        gateway.branch.add(Update(version, {"w": np.ones(4, np.float32)}, 1.0, name))
+        for _ in range(3):
+            grown.exchange()
+        assert (moment, buff.version) == (moment, 2)
+    buff.close()
+
+
+def test_no_device_moves_the_model_further_than_it_may() -> None:
+    bounded = bounds_of(EdgeSettings(max_norm=1.0, max_weight=5.0))
+    assert (bounded.max_norm, bounded.max_weight) == (1.0, 5.0)
+    private = bounds_of(EdgeSettings(privacy=DevicePrivacy(clip_norm=0.5, noise_multiplier=1.0)))
+    assert (private.max_norm, private.max_weight) == (0.5, 1.0)
+    with pytest.raises(RecipeUnusable, match="max_norm"):
+        EdgeSettings(max_norm=1.0, privacy=DevicePrivacy(clip_norm=0.5, noise_multiplier=1.0))
