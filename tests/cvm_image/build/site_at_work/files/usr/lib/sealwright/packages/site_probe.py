@@ -1,4 +1,6 @@
-"""One round of private training at a site, in a booted guest: the real sandbox, the trusted loop, the accountant.
+"""A site's work in a booted guest: a round of private training, and a script that reads the data volume.
+
+The sandbox, the trusted loop, the accountant and the kernel's device mapper are the guest's own.
 
 Made by the tests, and by nobody else. The job lies beside this file, as the test wrote it.
 """
@@ -7,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import sys
+import tomllib
 from pathlib import Path
 
+from appliance.user_data import opened_user_data
+from attestation.attester.boot import Boot, read_boot
 from fl.guard.accounting import debited, epsilon
 from fl.guard.gate import max_update_size
-from fl.guard.sandbox import Limits, Sandbox
+from fl.guard.sandbox import Limits, Sandbox, SiteData
 from fl.jobs.settings import JobSettings
 from fl.local.dp_sgd import what_runs
 from fl.model import params_of
@@ -23,16 +29,33 @@ from fl.transport.local import ScriptSocket
 from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
 
-JOB = Path(__file__).with_name("private_job")
+JOB = Path(__file__).with_name("site_job")
+
+
+READING = b"""
+import hashlib, json, os, pathlib, socket
+folder, said = pathlib.Path("/user_data"), {}
+for path in sorted(folder.rglob("*")):
+    if path.is_file():
+        said[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+try:
+    (folder / "new").write_bytes(b"x")
+except OSError as error:
+    said["write"] = error.errno
+channel = socket.socket(fileno=int(os.environ["SEAL_CHANNEL"]))
+channel.sendall(json.dumps(said).encode())
+"""
+"""What a training script does with its site's data volume."""
 
 
 def main(guest: Path) -> int:
-    """Train, and tell what it costs and what came of it."""
+    """Train, read, and tell what came of both."""
+    boot = read_boot(guest)
     try:
-        told = train()
+        told = {"private": train(), "volume": read_volume(boot)}
     except SealwrightError as error:
-        told = {"refused": error.what}
-    sys.stdout.write(json.dumps({"private": told}) + "\n")
+        told = {"refused": {"what": error.what}}
+    sys.stdout.write(json.dumps({"site": told}) + "\n")
     sys.stdout.flush()
     return 0
 
@@ -71,3 +94,22 @@ def train() -> dict[str, object]:
         "moved": {name: float(abs(array - before[name]).max()) for name, array in sorted(trained.items())},
         "sha256": hashlib.sha256(raw).hexdigest(),
     }
+
+
+def read_volume(boot: Boot) -> dict[str, object]:
+    """A sandboxed script reads the data volume, as one of an approved job would."""
+    key = bytes.fromhex(tomllib.loads(boot.init_data.decode())["user_data"]["key"])
+    with opened_user_data(boot.disks["user-data"], key) as (folder, header):
+        data = SiteData()
+        data.folder = folder
+        sandbox = Sandbox({"client.py": READING}, "client.py", [], data, limits=Limits(), require_cgroup=True)
+        ours, theirs = socket.socketpair()
+        with ours, theirs, sandbox.start(theirs) as process:
+            theirs.close()
+            ours.settimeout(120)
+            said = b""
+            while piece := ours.recv(65536):
+                said += piece
+            outcome = process.wait(120)
+        ended = "still runs" if outcome is None else f"{outcome.sentence} {outcome.log.decode(errors='replace')[-300:]}"
+        return {"ended": ended.strip(), "said": json.loads(said or b"{}"), "generation": header.generation}
