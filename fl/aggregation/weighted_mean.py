@@ -82,7 +82,8 @@ class WeightedMean:
                 dtype = _sum_dtype(spec)
                 for start in range(0, spec.elements, BLOCK):
                     end = min(start + BLOCK, spec.elements)
-                    mean = sums.block(name, start, end - start) / dtype.type(self._total)
+                    mean = sums.block(name, start, end - start)
+                    mean /= dtype.type(self._total)  # in place: the sums are not needed any more
                     if step is not None and spec.dtype in FLOATS:
                         current = model.block(name, start, end).astype(dtype, copy=False)
                         difference = mean if self._params_type is ParamsType.DIFF else mean - current
