@@ -23,6 +23,7 @@ from fl.edge.simulation.population import PopulationSettings
 from fl.edge.simulation.processors import TaskProcessor
 from fl.edge.simulation.torch_processors import DataOf, ExecuTorchProcessor, TorchProcessor
 from fl.edge.training_graph import export_training_graph
+from fl.environments.poc import PocEnv
 from fl.environments.sim import SimEnv
 from fl.errors import RecipeUnusable
 from fl.recipes.recipe import Environment, InitialModel, Recipe, make_settings, selection_of
@@ -198,7 +199,11 @@ class EdgeFedBuffRecipe(Recipe):
         return {} if options is None else dict(getattr(options, "config", {}))
 
     def execute(self, env: Environment) -> Run:
-        """Run the job in `env`; in SimEnv with simulated devices, to its end."""
+        """Run the job in `env`; in SimEnv with simulated devices, to its end. Raises RecipeUnusable for PocEnv."""
+        if isinstance(env, PocEnv):
+            raise RecipeUnusable(
+                "PocEnv has sites and no gateways", where="PocEnv", do="Simulate devices in SimEnv, or use ProdEnv."
+            )
         return super().execute(_SimulatedDevices(env) if isinstance(env, SimEnv) else env)
 
 

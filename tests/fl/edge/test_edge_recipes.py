@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fl.edge.device_model import DeviceModel
 from fl.edge.recipes import GRAPH_FILE, EdgeFedBuffRecipe, ETFedBuffRecipe, SimulationConfig
 from fl.edge.settings import DeviceManagerConfig, EvaluatorConfig, ModelManagerConfig
+from fl.environments.poc import PocEnv
 from fl.environments.sim import SimEnv
 from fl.errors import JobFailed, RecipeUnusable
 from fl.jobs.bundle import parse_bundle
@@ -172,6 +173,8 @@ def test_what_only_an_environment_can_tell_is_told(tmp_path: Path) -> None:
         EdgeFedBuffRecipe(model=Xor(), **arguments(evaluator_config=vision)).execute(env)
     with pytest.raises(RecipeUnusable, match="shapes"):
         EdgeFedBuffRecipe(model=Xor(), **arguments(input_shape=None)).bundle()
+    with pytest.raises(RecipeUnusable, match="PocEnv"):
+        EdgeFedBuffRecipe(model=Xor(), **arguments()).execute(PocEnv(num_clients=2))
     with pytest.raises(RecipeUnusable, match="num_workers"):
         SimulationConfig(examples, num_workers=0)
     assert list(tmp_path.iterdir()) == []
