@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import uvloop
 from edge_world import FAST
-from federation_world import now
+from federation_world import now, wait_until
 
+from appliance.node import SERVICES
 from appliance.node import Lease as NodeLease
 from attestation.connection import BrokerClient
 from attestation.errors import BrokerRefused
@@ -30,8 +31,16 @@ from fl.party import Party
 from fl.server.certificates import ServerCertificates, TlsContexts
 from policies.charter import Changes
 from policies.charter.proposal import files_of
-from policies.documents import BrokerAddress, Enrolment, ImageReference, InitData, ReferenceMeasurement, write_init_data
-from policies.errors import Refused
+from policies.documents import (
+    BrokerAddress,
+    Enrolment,
+    ImageReference,
+    InitData,
+    ReferenceMeasurement,
+    ServerAddress,
+    write_init_data,
+)
+from policies.errors import Refused, Unusable
 from policies.ready_made import release_policy
 
 pytestmark = pytest.mark.long
@@ -62,6 +71,8 @@ def trial(
             role="gateway",
             name="gate",
             brokers=tuple(BrokerAddress(name=entry.name, url=entry.url) for entry in world.entries),
+            listen="127.0.0.1:0",
+            server=ServerAddress(name="hub", address="127.0.0.1:1"),
             resources={"group": GROUP},
         )
     )
@@ -136,6 +147,39 @@ def test_a_gateway_has_its_place_and_its_key_from_k_brokers_and_shows_both_to_de
         assert (proof.name, proof.group_key) == ("gate", keys.public)
     finally:
         session.close()
+
+
+def test_the_role_gateway_of_an_image_serves_devices(trial: Trial, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the node starts it: init-data, lease, the keys that brokers released; its parent is not there yet."""
+    session, stop = trial.world.guest("gateway", "gate", measurement=MEASUREMENT), threading.Event()
+    lease = NodeLease(session, stop)
+    nothing: Any = None
+    arguments = (session.init, nothing, lease, {"group": lease.release(GROUP)}, stop)
+    thread = threading.Thread(target=SERVICES["gateway"], args=arguments)
+    thread.start()
+    said: list[dict[str, Any]] = []
+    try:
+
+        def serving() -> bool:
+            said.extend(json.loads(line) for line in capsys.readouterr().out.splitlines())
+            return any(one["event"] == "serving" for one in said)
+
+        assert wait_until(serving, 20), said
+        address = next(one["address"] for one in said if one["event"] == "serving")
+        connection = GatewayConnection(f"https://{address}", timeout=10.0)
+        trust = Trust(trial.world.root, production=False)
+        files = connection.charter(None)
+        assert files is not None
+        trust.follow(files, now())
+        assert trust.appraise(connection.proof("1" * 32), "1" * 32, now()).name == "gate"
+        connection.close()
+    finally:
+        stop.set()
+        thread.join(20)
+        session.close()
+    assert not thread.is_alive()
+    with pytest.raises(Unusable, match="for the purpose `group`"):
+        SERVICES["gateway"](session.init, nothing, lease, {}, stop)
 
 
 def test_a_bare_host_or_another_image_gets_neither_credential_nor_key(trial: Trial) -> None:
