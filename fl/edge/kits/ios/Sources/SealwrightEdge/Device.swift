@@ -196,6 +196,7 @@ public final class Device {
 
     private func train() throws -> Double {
         let task = standing.task!
+        _ = try gateway()  // a device that was restarted has no charter yet that could approve its task
         let encoded: Bytes
         let examples: Int
         do {

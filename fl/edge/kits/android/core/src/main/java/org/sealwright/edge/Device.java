@@ -197,6 +197,7 @@ public final class Device {
 
     private double train() {
         Task task = standing.task;
+        gateway(); // a device that was restarted has no charter yet that could approve its task
         byte[] encoded;
         int examples;
         try {
