@@ -187,12 +187,44 @@ def seal_file(
         draft.replace(path)
 
 
+def entries_of(total: int, chunks: Iterator[bytes], *, where: str) -> Iterator[tuple[str, int, Iterator[memoryview]]]:
+    """The entries of what `opened` opens, one after the other: each one's name, its size, and its pieces, to be taken
+    before the next entry. Nothing holds before the iterator has ended. Raises SealedDataRefused, also for an index that
+    does not end in the first chunk.
+    """
+    first = next(chunks)
+    index = read_index(first, total, where=where)
+    rest = memoryview(first)[index[0][1] :]
+
+    def pieces(size: int) -> Iterator[memoryview]:
+        nonlocal rest
+        while size:
+            if not rest:
+                rest = memoryview(next(chunks))
+            piece, rest = rest[:size], rest[size:]
+            size -= len(piece)
+            yield piece
+
+    for name, _, size in index:
+        yield name, size, pieces(size)
+    for _ in chunks:
+        raise SealedDataRefused("the sealed file holds bytes that no entry names", where=where)
+
+
 def open_file(path: Path, key: bytes, *, max_bytes: int = MAX_PLAINTEXT) -> dict[str, bytes]:
     """The entries (name → plaintext) of the sealed file at `path`; the plaintext is in memory only.
 
     In a virtual machine the file is a disk of its own (a block device). Raises SealedDataRefused as `unseal` does, and
     for a path that is neither a readable regular file nor a disk.
     """
+    with stream_of(path) as (file, size, sector):
+        return unseal(file, key, where=str(path), max_bytes=max_bytes, file_size=size, sector=sector)
+
+
+@contextmanager
+def stream_of(path: Path) -> Iterator[tuple[BinaryIO, int, int]]:
+    """The sealed file at `path`, its size, and of what its size is a multiple. Raises SealedDataRefused as `open_file`
+    does for a path."""
     where = str(path)
     try:
         # Not blocking: a pipe put in the file's place would keep its opener waiting for ever.
@@ -201,10 +233,11 @@ def open_file(path: Path, key: bytes, *, max_bytes: int = MAX_PLAINTEXT) -> dict
             if stat.S_ISBLK(status.st_mode):
                 size = file.seek(0, os.SEEK_END)
                 file.seek(0)
-                return unseal(file, key, where=where, max_bytes=max_bytes, file_size=size, sector=SECTOR)
-            if not stat.S_ISREG(status.st_mode):
+                yield file, size, SECTOR
+            elif stat.S_ISREG(status.st_mode):
+                yield file, status.st_size, 1
+            else:
                 raise SealedDataRefused("this is neither a regular file nor a disk", where=where)
-            return unseal(file, key, where=where, max_bytes=max_bytes, file_size=status.st_size)
     except OSError as error:
         raise SealedDataRefused(f"the sealed file cannot be read: {error.strerror}", where=where) from error
 

@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from attestation.hybrid import HybridPrivateKey
 from attestation.hybrid import seal as seal_to_key
 from fl.errors import SealedDataRefused
-from fl.guard.sealed_data import KEY_SIZE, SALT_SIZE, opened, read_index, seal, sealed_size, unseal
+from fl.guard.sealed_data import KEY_SIZE, SALT_SIZE, entries_of, opened, seal, sealed_size, unseal
 from fl.tensors import Buffer
-from fl.transport.drafts import ModelDraft
+from fl.transport.drafts import ModelDraft, written
 from fl.transport.memory import SealedMemory
 from fl.transport.spool import PIECE, Spool, Spooled
 from fl.transport.stored import Stored
@@ -41,16 +41,14 @@ def open_first_model(
     parts = sealed.pieces(0, PIECE) if isinstance(sealed, Stored) else iter([memoryview(sealed)])
     file_size = sealed.size if isinstance(sealed, Stored) else len(sealed)
     total, chunks = opened(_Stream(parts), key, where=where, max_bytes=max_bytes + 4096, file_size=file_size)
-    first = next(chunks)
-    entries = read_index(first, total, where=where)
-    _, start, size = entries[0]
-    if [name for name, _, _ in entries] != [FIRST_MODEL] or not size:
-        raise SealedDataRefused("it holds something else than one model", where=where)
-    with ModelDraft(size, spool) as draft:
-        draft.append(memoryview(first)[start:])
-        for chunk in chunks:
-            draft.append(chunk)
-        return draft.seal()
+    found: SealedMemory | Spooled | None = None
+    for name, size, pieces in entries_of(total, chunks, where=where):
+        if name != FIRST_MODEL or not size:
+            raise SealedDataRefused("it holds something else than one model", where=where)
+        found = written(size, pieces, spool)
+    if found is None:
+        raise SealedDataRefused("it holds no model", where=where)
+    return found
 
 
 class _Stream:

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attestation.canonical import b64, unb64
 from fl.errors import SealedDataRefused
-from fl.guard.sealed_data import open_file, seal_file
+from fl.guard.sealed_data import entries_of, open_file, opened, seal_file, stream_of
 from fl.jobs.progress import JobEvent, Status
 from fl.jobs.record import JobId
 from fl.jobs.results import JobHistory
@@ -37,7 +37,8 @@ from fl.jobs.sealing import SealedResult
 from fl.jobs.statement import SignedStatement
 from fl.model import params_of, tensors_of
 from fl.server.federation import Federation, Saved
-from fl.tensors import Buffer, encode, parse
+from fl.tensors import Buffer, encode
+from fl.transport.drafts import written
 from fl.transport.memory import SealedMemory
 from fl.transport.spool import PIECE, Spool
 from fl.transport.stored import Stored
@@ -190,10 +191,15 @@ class JobStore:
         """What keeps one job's state from round to round; its `federation` has the best model."""
         return JobKeeper(self, job, history, federation)
 
-    def read_round(self, job: str) -> dict[str, bytes] | None:
-        """The entries of a job's last whole round; None if there was none. Raises SealedDataRefused."""
+    def read_round(self, job: str) -> dict[str, Stored] | None:
+        """The entries of a job's last whole round; None if there was none. Raises SealedDataRefused, SpoolFailed."""
         path = self._path(job, "round")
-        return open_file(path, self._key) if path.exists() else None
+        if not path.exists():
+            return None
+        with stream_of(path) as (file, size, sector):
+            total, chunks = opened(file, self._key, where=path.name, file_size=size, sector=sector)
+            parts = entries_of(total, chunks, where=path.name)
+            return {name: written(length, pieces, self.spool) for name, length, pieces in parts}
 
     def write_round(self, job: str, entries: Mapping[str, Buffer | Stored]) -> None:
         """Keep a job's last whole round. Raises SealedDataRefused if that cannot be."""
@@ -250,10 +256,10 @@ class JobKeeper:
         if entries is None:
             return None
         try:
-            index = _Index.model_validate(json.loads(entries["index"]))
+            index = _Index.model_validate(json.loads(bytes(entries["index"].view)))
             started = datetime.fromisoformat(index.started)
-            state = params_of(parse(entries["state"], max_size=len(entries["state"])), "numpy")
-            model = SealedMemory.of(entries["model"])
+            state = params_of(entries["state"].tensors(), "numpy")
+            model = entries["model"]
             if index.job != self._job:
                 raise ValueError("it is of another job")
         except (KeyError, ValueError, ValidationError, RecursionError, SealwrightError) as error:
@@ -262,7 +268,7 @@ class JobKeeper:
         self._history.best = dict(index.best)
         self._history.started = started
         if "best" in entries:
-            self._federation().best = SealedMemory.of(entries["best"])
+            self._federation().best = entries["best"]
         return Saved(index.round, model, state, index.judged)
 
     def save(self, saved: Saved) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self, TypeAlias
 
@@ -20,6 +21,14 @@ def draft_of(size: int, spool: Spool | None) -> Draft:
 def stored(draft: Draft, digest: str | None = None) -> SealedMemory | Spooled:
     """A draft that is whole, sealed; `digest` is its content address, where it is known."""
     return draft.seal(digest) if isinstance(draft, SpoolDraft) else SealedMemory(*draft.seal(), digest)
+
+
+def written(size: int, pieces: Iterable[Buffer], spool: Spool | None) -> SealedMemory | Spooled:
+    """A file of `size` bytes, which `pieces` are, named. Raises SpoolFailed."""
+    with ModelDraft(size, spool) as draft:
+        for piece in pieces:
+            draft.append(piece)
+        return draft.seal()
 
 
 class ModelDraft:

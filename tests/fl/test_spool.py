@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from fl.aggregation.weighted_mean import WeightedMean
-from fl.errors import JobFailed, MalformedMessage, SpoolFailed, UpdateRefused
+from fl.errors import JobFailed, MalformedMessage, SealedDataRefused, SpoolFailed, UpdateRefused
 from fl.guard.gate import admit_update
 from fl.model import ParamsType, schema_of, tensors_of
 from fl.server.federation import Federation, Task
+from fl.server.job_store import JobStore
 from fl.tensors import BLOCK, encode
 from fl.transport import spool as spools
 from fl.transport.chunks import Assembly, assemble, serve_chunks
@@ -333,3 +334,25 @@ def test_a_job_whose_model_was_changed_in_the_spool_fails_and_says_so(
         report = client.report(job)
     assert report.status.value == "failed"
     assert "changed on its disk" in "".join([*report.reasons, *report.sites.values(), *world.told])
+
+
+def test_a_kept_round_is_read_back_into_the_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spools, "MEMORY_PART", 1 << 62)
+    store = JobStore(tmp_path, bytes(32), lambda _: None)
+    model = encode(tensors_of(MODEL))
+    with spooled(store.spool, model) as kept:
+        store.write_round("job-1", {"index": b"{}", "model": kept, "state": encode({})})
+    found = store.read_round("job-1")
+    assert found is not None
+    assert {name: bytes(entry.view) for name, entry in found.items()} == {
+        "index": b"{}",
+        "model": model,
+        "state": encode({}),
+    }
+    assert isinstance(found["model"], Spooled)
+    (path,) = tmp_path.glob("*.round")
+    raw = path.read_bytes()
+    for changed in (raw[:-1], raw + b"\0", raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:]):
+        path.write_bytes(changed)
+        with pytest.raises(SealedDataRefused):
+            store.read_round("job-1")
