@@ -22,7 +22,7 @@ from fl.edge.exchange import InnerNode, Reply, Report
 from fl.edge.parent import TreeCalls, TreeJob
 from fl.edge.task import DeviceTask
 from fl.edge.tree_frames import Offer
-from fl.errors import PeerLost
+from fl.errors import LeaseLapsed
 from fl.jobs.bundle import Bundle
 from fl.jobs.settings import FedBuffOptions
 from fl.party import Party
@@ -66,7 +66,7 @@ class InnerJob:
             self._node.take(report)
             due = self._built + 1
             if report.claims and not self._changed.wait_for(lambda: self._answered >= due, CLAIM_SECONDS):
-                raise PeerLost("the parent has not answered claims in time", where="tree")
+                raise LeaseLapsed("the parent has not answered claims in time", where="tree")
             return self._node.reply_to(report, self._duplicates.get(due, {})), self._versions
 
     def model(self, sha256: str) -> bytes | None:
@@ -103,6 +103,11 @@ class _InnerNodes:
 
     def __init__(self) -> None:
         self._jobs: dict[str, InnerJob] = {}
+        self._known = False
+
+    def connected(self) -> None:
+        """The parent has said which jobs run, and they run here."""
+        self._known = True
 
     def begin(self, offer: Offer, bundle: Bundle, task: DeviceTask) -> NodeJob:
         """A job that was checked begins here."""
@@ -114,7 +119,12 @@ class _InnerNodes:
         self._jobs.pop(job, None)
 
     def all(self) -> Mapping[str, TreeJob]:
-        """Those that run, by id."""
+        """Those that run, by id.
+
+        Raises LeaseLapsed (come back) until the parent has said which: children would end theirs.
+        """
+        if not self._known:
+            raise LeaseLapsed("this node has not heard from its parent since it started", where="tree")
         return dict(self._jobs)
 
 
@@ -178,4 +188,6 @@ def serve_inner(
         ends.callback(port.close)
         party.tell(f"inner node {party.identity().name} listens on {port.address}")
         ready(port.address)
-        TreeLink(party, node, parent=parent, parent_name=parent_name).run(stop, patience=patience)
+        TreeLink(party, node, parent=parent, parent_name=parent_name).run(
+            stop, patience=patience, connected=jobs.connected
+        )

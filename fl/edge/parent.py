@@ -45,7 +45,7 @@ class TreeJob(Protocol):
     def exchange(self, child: str, report: Report) -> tuple[Reply, Mapping[int, ModelVersion]]:
         """Take the report of the node `child`; the reply, and the versions that it names. Waits, but not for long.
 
-        Raises PeerLost if whoever is above does not answer.
+        Raises LeaseLapsed (come back) if whoever is above does not answer.
         """
 
     def drop(self, origin: str) -> None:

@@ -316,6 +316,18 @@ def test_an_inner_node_that_starts_anew_is_found_again_and_nothing_counts_twice(
         )
         assert wait_until(lambda: tree.root.made == 1, 15), world.told
         assert weights(tree.root) == pytest.approx(2.5)
+        assert gateway.branches()["job-1"] is branch  # a node that knows of no jobs yet ends none of its children's
+
+
+def test_an_inner_node_without_a_parent_has_its_children_wait(world: FederationWorld) -> None:
+    with grown(world, bundle_of()) as tree:
+        lost = Tree(world, tree.ends, tree.bundle, tree.root, "127.0.0.1:1", [])
+        address, stop = lost.inner()
+        gateway, _ = tree.gateway("gate-1", address, "north")
+        assert wait_until(lambda: any("has not heard from its parent" in line for line in world.told)), world.told
+        assert not gateway.branches()
+        assert not tree.errors  # it goes on trying
+        stop.set()
 
 
 def test_who_is_not_attested_as_a_node_gets_nothing(world: FederationWorld) -> None:
