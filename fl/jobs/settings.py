@@ -6,8 +6,8 @@ from typing import Annotated, Final, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from fl.edge.settings import EdgeSettings
 from fl.aggregation.deltas import SCALE, Delta, encoded_schema
+from fl.edge.settings import EdgeSettings
 from fl.jobs.outputs import Outputs
 from fl.jobs.privacy import DpSgd
 from fl.tensors import FLOATS, ITEM_SIZE, MAX_NAME, MAX_RANK, Schema, TensorSpec
