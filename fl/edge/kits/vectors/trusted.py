@@ -62,9 +62,10 @@ Store = dict[str, bytes]
 
 @dataclass(frozen=True)
 class _Founded:
-    """A consortium of three members and three brokers, two of whom must vouch."""
+    """A consortium of three members and three brokers, two of whom must vouch. `owner`: whose keys they are."""
 
     platform: Literal["virtual", "hardware"]
+    owner: str = ""
 
     @cached_property
     def consortium(self) -> Consortium:
@@ -73,8 +74,8 @@ class _Founded:
             name="trial",
             platform=self.platform,
             trust_domain="virtual.trial" if virtual else "trial.example",
-            members=tuple(Member(name=name, public_key=public_pem(ed25519(name))) for name in MEMBERS),
-            brokers=tuple(_broker(name) for name in BROKERS),
+            members=tuple(Member(name=name, public_key=public_pem(self._key(name))) for name in MEMBERS),
+            brokers=tuple(_broker(name, public_pem(self._key(f"broker {name}"))) for name in BROKERS),
             threshold=2,
             broker_threshold=2,
             virtual_roots=(VirtualRoot(product="Genoa", ark_spki_sha256="00" * 32),) if virtual else (),
@@ -98,6 +99,7 @@ class _Founded:
         guests: tuple[tuple[Role, str, tuple[str, ...] | None], ...] = (
             ("gateway", "gate", None),
             ("gateway", "chip", ("cd" * 64,)),
+            ("gateway", "turin", ("ef" * 8,)),
             ("server", "hub", None),
         )
         places = [
@@ -115,8 +117,8 @@ class _Founded:
             TaskApproval(task=_TASK.digest, job=JOB, expires=AT + timedelta(days=30)),
             TaskApproval(task=_LAPSED.digest, job=JOB, expires=AT),
         ]
-        keys = [ed25519(name) for name in MEMBERS]
-        return found(self.consortium, files_of([*documents, *places, *tasks]), keys, _broker_keys(), AT)
+        files = files_of([*documents, *places, *tasks])
+        return found(self.consortium, files, self._member_keys(), self._broker_keys(), AT)
 
     @cached_property
     def second(self) -> Store:
@@ -139,7 +141,17 @@ class _Founded:
         return sha256(self.root).hexdigest()
 
     def _amended(self, store: Store, changes: Changes) -> Store:
-        return amend(store, changes, [ed25519(name) for name in MEMBERS], _broker_keys(), AT)
+        return amend(store, changes, self._member_keys(), self._broker_keys(), AT)
+
+    def _key(self, name: str) -> Ed25519PrivateKey:
+        return ed25519(self.owner + name)
+
+    def _member_keys(self) -> list[Ed25519PrivateKey]:
+        return [self._key(name) for name in MEMBERS]
+
+    def _broker_keys(self) -> list[Ed25519PrivateKey]:
+        """Of those who put the time on a charter: as many as are needed, since one more would begin another version."""
+        return [self._key(f"broker {name}") for name in BROKERS[:2]]
 
 
 def _measured(measurement: str) -> ReferenceMeasurement:
@@ -150,12 +162,7 @@ def _init_data(role: str, name: str) -> str:
     return sha256(f"{role}/{name}".encode()).hexdigest()
 
 
-def _broker_keys() -> list[Ed25519PrivateKey]:
-    """Of those who put the time on a charter: as many as are needed, since one more would begin another version."""
-    return [ed25519(f"broker {name}") for name in BROKERS[:2]]
-
-
-def _broker(name: str) -> BrokerEntry:
+def _broker(name: str, signing_key: str) -> BrokerEntry:
     key = p256(f"issuer {name}")
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} issuer")])
     certificate = (
@@ -173,7 +180,7 @@ def _broker(name: str) -> BrokerEntry:
         name=name,
         member=MEMBERS[BROKERS.index(name)],
         url=f"https://{name}.example",
-        signing_key=public_pem(ed25519(f"broker {name}")),
+        signing_key=signing_key,
         issuer_certificate=certificate.public_bytes(Encoding.PEM).decode(),
     )
 
@@ -193,6 +200,8 @@ class _Gateway:
     keys: Mapping[str, str] = field(default_factory=dict)
     status: str = "affirming"
     claims: Mapping[str, Any] = field(default_factory=dict)
+    other: Mapping[str, Any] = field(default_factory=dict)
+    """What broker two claims otherwise."""
     subject: Mapping[str, str] = field(default_factory=dict)
     word: Mapping[str, Any] = field(default_factory=dict)
     typ: str = PROOF_TYPE
@@ -222,6 +231,7 @@ class _Gateway:
             "host_data": _init_data(self.role, self.name),
             "chip_id": "ab" * 64,
             **self.claims,
+            **(self.other if broker == "two" else {}),
         }
         document = {
             "eat_profile": "urn:sealwright:ear:1",
@@ -260,11 +270,15 @@ def trust() -> dict[str, Any]:
         "hardware-2": hardware.second,
         "hardware-3": hardware.current,
         "virtual-1": virtual.first,
+        # A root that its own signers alone have signed, and all that follows from it.
+        "usurped": {**_Founded("hardware", "usurper ").current, "metadata/1.root.json": hardware.root},
     }
     changes = _store_changes(hardware)
     charters = [_charter_case(hardware, "hardware-3", {}, stores)]
     charters += [_charter_case(hardware, "hardware-3", change, stores) for change in changes]
-    charters += [_charter_case(hardware, name, {}, stores) for name in ("hardware-1", "hardware-2", "virtual-1")]
+    charters += [
+        _charter_case(hardware, name, {}, stores) for name in ("hardware-1", "hardware-2", "virtual-1", "usurped")
+    ]
     charters += [
         _charter_case(hardware, "hardware-2", {}, stores, known="hardware-3"),
         _charter_case(hardware, "hardware-3", {}, stores, known="hardware-2"),
@@ -384,6 +398,8 @@ def _proofs(hardware: _Founded, virtual: _Founded) -> dict[str, str]:
         "other init-data": _Gateway(hardware, claims={"host_data": "00" * 32}).proof(),
         "another chip": _Gateway(hardware, name="chip").proof(),
         "its chip": _Gateway(hardware, name="chip", claims={"chip_id": "cd" * 64}).proof(),
+        "its short chip": _Gateway(hardware, name="turin", claims={"chip_id": "ef" * 8 + "0" * 112}).proof(),
+        "two guests": _Gateway(hardware, other={"chip_id": "cd" * 64}).proof(),
         "not affirming": _Gateway(hardware, status="warning").proof(),
         "EARs of another key": _Gateway(hardware, keys={"sign": "00" * 32}).proof(),
         "a word of another key": _Gateway(hardware, signer="other").proof(),
