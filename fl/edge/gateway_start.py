@@ -21,7 +21,7 @@ from fl.server.certificates import ServerCertificates, TlsContexts
 from fl.transport.route import Route
 from policies.errors import SealwrightError
 
-ROTATION_SECONDS: Final = 600.0
+ROTATION_SECONDS: Final = 3600.0
 """How often a gateway asks the brokers for the group key again, to hear that it was rotated."""
 _PACE: Final = Pace()
 _STOP_SECONDS: Final = 10.0

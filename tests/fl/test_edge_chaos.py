@@ -177,6 +177,30 @@ def test_devices_train_a_job_of_the_server_through_a_gateway(world: EdgeWorld, t
         np.testing.assert_allclose(result_of(client, job, tmp_path / "result"), 1.0, rtol=1e-6)
 
 
+def test_a_gateway_hears_that_its_key_was_rotated(
+    world: EdgeWorld, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It asks again and again; while the brokers do not release it, the keys that it has stay good."""
+    monkeypatch.setattr("fl.edge.gateway_start.ROTATION_SECONDS", 0.05)
+    told = world.federation.told
+    with job_under_way(world, bundle_of(versions=2, updates=3)) as (address, _, _):
+        gateway = RunningGateway(world, "gate-1", address).start()
+        connection = GatewayConnection(f"https://{gateway.address}", timeout=10.0)
+        try:
+            device = world.device(connection, tmp_path, settings=DeviceSettings(jobs=(JOB,), wait_seconds=1.0))
+            assert wait_until(lambda: device.step() >= 0 and device.standing.state == "joined", 20)
+            world.group_value, good = b"not a key", world.group_value
+            assert wait_until(lambda: any("the group key was not renewed" in line for line in told))
+            assert wait_until(lambda: device.step() >= 0 and device.standing.state == "training", 20)
+            world.group_value = good
+            world.rotate()
+            assert wait_until(lambda: any("the group key was rotated" in line for line in told))
+            assert wait_until(lambda: device.step() >= 0 and device.standing.state == "joined", 20)
+        finally:
+            connection.close()
+            gateway.kill()
+
+
 @pytest.mark.long
 def test_a_job_goes_on_whatever_gateways_and_devices_die(world: EdgeWorld, tmp_path: Path) -> None:
     """Twelve devices and two gateways behind one name; every moment one of them is killed and comes again."""
