@@ -204,8 +204,7 @@ class _Simulation:
 
     def _run_workflow(self, federation: Federation) -> None:
         settings = self._recipe.settings
-        many = len(self._env.clients) > len(os.sched_getaffinity(0))
-        preload = ["torch", *(["fl.environments.torch_optimizers"] if many else [])]
+        preload = ["torch", *(["fl.environments.torch_optimizers"] if self._optimizers_wanted() else [])]
         preload = preload if settings.framework == "pytorch" else []
         with self._processes(preload) as processes:
             self._started = processes
@@ -223,6 +222,13 @@ class _Simulation:
                 for client in clients:
                     client.stop()
             processes.wait_for_exits(END_SECONDS)  # after a failure nobody is waited for: leaving ends them all
+
+    def _optimizers_wanted(self) -> bool:
+        """Whether what torch imports at an optimizer's making is best imported once, for all clients."""
+        if len(self._env.clients) > len(os.sched_getaffinity(0)):
+            return True
+        scripts = (self._code / path for path in self._recipe.settings.scripts)
+        return any(b"optim" in script.read_bytes() for script in scripts if script.is_file())
 
     def _processes(self, preload: Sequence[str]) -> ClientProcesses | RayClients:
         if self._env.backend == "ray":
