@@ -176,6 +176,40 @@ def test_a_task_that_is_not_approved_does_not_run(world: EdgeWorld, connect: Any
         assert (device.standing.state, trainer.trained) == ("joined", 0)
 
 
+def test_filters_are_the_app_s_own_and_those_of_its_that_the_task_names(
+    world: EdgeWorld, connect: Any, tmp_path: Path
+) -> None:
+    task = type(world.task)(JOB, "executorch", b"graph", {"filters_in": ["zero"], "filters_out": ["twice", "twice"]})
+    approval = TaskApproval(task=task.digest, job=JOB, expires=now() + timedelta(days=1))
+    world.federation.change(Changes(put=files_of([approval])))
+    branch = world.branch()
+    branch.advance([], {})
+    branch.advance([version_of(1, task)], {task.digest: task})
+    seen: list[Any] = []
+
+    def zero(model: Any) -> Any:
+        seen.append(model["a.bias"][0])
+        return {name: 0 * array for name, array in model.items()}
+
+    def twice(delta: Any) -> Any:
+        return {name: 2 * array for name, array in delta.items()}
+
+    def last(delta: Any) -> Any:
+        seen.append(delta["a.bias"][0])
+        return delta
+
+    with world.serving(world.gateway(branch)) as (url, _):
+        connection = connect(url)
+        device = world.device(connection, tmp_path / "one", filters={"zero": zero, "twice": twice}, filters_out=[last])
+        steps(device, "reporting")
+        assert seen == [1.0, 2.0], "the model's own number; then the difference of 0.5, twice doubled"
+        other = world.device(connection, tmp_path / "two", filters={"twice": twice})
+        steps(other, "training")
+        other.step()
+        assert "no filter zero for filters_in" in world.events[-1][1]["why"]
+        assert other.standing.state == "joined"
+
+
 def test_an_approval_for_another_job_or_that_has_expired_is_none(
     world: EdgeWorld, connect: Any, tmp_path: Path
 ) -> None:

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from policies.errors import Refused
+
 Arrays = dict[str, npt.NDArray[np.float32]]
 Filter = Callable[[Arrays], Arrays]
 """Turns a model (before training) or a difference (before it is sent) into another with the same names and shapes."""
+MAX_FILTERS: Final = 16
 Event = Callable[[str, Mapping[str, Any]], None]
 """Hears of `joined`, `task`, `trained`, `dropped`, `reported`, `refused`, `waiting`, `over`, with details."""
 Condition = Callable[[], str | None]
 """Why a device shall not work now (battery, network, use); None if it may."""
+
+
+def named_filters(config: Mapping[str, Any], place: str, known: Mapping[str, Filter]) -> list[Filter]:
+    """The filters that a task's configuration names under `place`, in their order; a list of names of at most
+    MAX_FILTERS. Raises Refused for a name that the app does not have: nothing is loaded or guessed."""
+    names = config.get(place, [])
+    if not isinstance(names, list) or len(names) > MAX_FILTERS:
+        names = [None]
+    missing = [name for name in names if not isinstance(name, str) or name not in known]
+    if missing:
+        raise Refused(
+            f"this app has no filter {missing[0]!s:.80} for {place}",
+            where="task",
+            do="Name filters that the app has, or give devices an app that has it.",
+        )
+    return [known[name] for name in names]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from fl.edge.deltas import encode_delta
 from fl.edge.kits.python.connection import GatewayConnection, GatewayUnavailable, KeyRotated
-from fl.edge.kits.python.data import Arrays, Condition, DataSource, Event, Filter
+from fl.edge.kits.python.data import Arrays, Condition, DataSource, Event, Filter, named_filters
 from fl.edge.kits.python.memory import Memory, Standing
 from fl.edge.kits.python.trainer import Trainer, TrainingStopped
 from fl.edge.kits.python.trust import GatewayProof, Trust
@@ -52,6 +53,7 @@ LONGEST_PAUSE: Final = 900.0
 PROOF_MARGIN: Final = timedelta(seconds=2)
 UPLOAD_FROM: Final = 4 << 20
 """Bytes of a sealed result from which on it is sent in pieces."""
+_NO_FILTERS: Final[Mapping[str, Filter]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +86,17 @@ class Device:
         *,
         filters_in: Sequence[Filter] = (),
         filters_out: Sequence[Filter] = (),
+        filters: Mapping[str, Filter] = _NO_FILTERS,
         condition: Condition = lambda: None,
         event: Event = lambda _name, _details: None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         rng: np.random.Generator | None = None,
     ) -> None:
-        """`token` and `key`: what the consortium's issuer gave this device; `folder`: its own, private."""
+        """`token` and `key`: what the consortium's issuer gave this device; `folder`: its own, private.
+
+        `filters_in` and `filters_out` are always applied; `filters` are those that a task's configuration, which the
+        charter approves, may name in lists of the same names.
+        """
         self._connection = connection
         self._trust = trust
         self._token = token
@@ -100,6 +107,7 @@ class Device:
         self._settings = settings
         self._filters_in = tuple(filters_in)
         self._filters_out = tuple(filters_out)
+        self._filters = dict(filters)
         self._condition = condition
         self._event = event
         self._clock = clock
@@ -245,15 +253,17 @@ class Device:
             if self.standing.name != task.name:
                 raise Refused("the task is for another job", where="task", do="Ask again.")
             self._trust.admit(task, self._clock())
+            filters_in = [*self._filters_in, *named_filters(task.config, "filters_in", self._filters)]
+            filters_out = [*named_filters(task.config, "filters_out", self._filters), *self._filters_out]
             graph, model = self._content(task.graph), self._model(self._content(task.model))
             dataset = self._source.dataset(task.name, task.config)
-            for filter_in in self._filters_in:
+            for filter_in in filters_in:
                 model = filter_in(model)
             trained = self._trainer.train(graph, task.config, model, dataset, self._rng, self._go_on())
             delta: Arrays = {
                 name: trained[name] - model[name] if name in trained else 0 * model[name] for name in model
             }
-            for filter_out in self._filters_out:
+            for filter_out in filters_out:
                 delta = filter_out(delta)
             encoded = encode_delta(delta, self._settings.encoding, self._rng, compressed=self._settings.compressed)
         except GatewayUnavailable:
