@@ -98,6 +98,7 @@ def test_virtual_devices_report_to_a_real_gateway_once_each(world: EdgeWorld, tm
     assert [row["version"] for row in trace.versions] == [1]
 
 
+@pytest.mark.long
 def test_devices_that_vanish_do_not_report(world: EdgeWorld, tmp_path: Path) -> None:
     branch, people = world.branch(), population(10, dropout=0.5)
     with world.serving(world.gateway(branch)) as (url, _):
