@@ -463,4 +463,4 @@ def test_a_device_lives_through_anything(world: EdgeWorld) -> None:
 @pytest.mark.long
 def test_a_device_lives_through_anything_for_long(world: EdgeWorld) -> None:
     Lives.world = world
-    run_state_machine_as_test(Lives, settings=settings(max_examples=300, stateful_step_count=50, deadline=None))
+    run_state_machine_as_test(Lives, settings=settings(max_examples=100, stateful_step_count=50, deadline=None))
