@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import zlib
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from fl.edge.messages import ANSWERS, Answer
 from fl.edge.protocol import SENDS, STATUSES, Message, State, Status, next_state
 from fl.edge.task import DeviceTask
 from fl.tensors import TensorSpec
+from policies.charter import Changes
+from policies.charter.proposal import files_of
+from policies.devices import TaskApproval
 from policies.errors import Refused
 
 PROJECT = Path(__file__).parents[2]
@@ -178,6 +182,24 @@ def test_a_kit_runs_no_task_that_the_charter_does_not_approve(phone: Phone, worl
         heard = phone.converse(url, until="refused")
         assert any("approves no device task" in reason for reason in heard[-1]["reasons"]), heard
         assert "trained" not in names(heard)
+
+
+@pytest.mark.parametrize(("named", "event"), [("double", "reported"), ("none", "refused")])
+def test_a_kit_applies_the_filters_that_its_task_names(phone: Phone, world: EdgeWorld, named: str, event: str) -> None:
+    task = DeviceTask(JOB, "executorch", b"graph", {"batch_size": 4, "lr": 0.5, "filters_out": [named]})
+    approval = TaskApproval(task=task.digest, job=JOB, expires=world.moment() + timedelta(days=1))
+    world.federation.change(Changes(put=files_of([approval])))
+    branch = world.branch()
+    branch.advance([version_of(2, task)], {task.digest: task})
+    with world.serving(world.gateway(branch)) as (url, call):
+        heard = phone.converse(url, until=event)
+        assert names(heard)[-1] == event, heard
+        if event == "refused":
+            assert heard[-1]["why"] == "this app has no filter none"
+            return
+        call(lambda _: branch.claims())
+        call(lambda _: branch.settle(()))
+        assert np.allclose(call(lambda _: branch.take()).versions[2].sums["a.weight"], 2 * 0.5 * 8)
 
 
 def test_a_kit_that_is_killed_after_every_step_goes_on(phone: Phone, world: EdgeWorld) -> None:

@@ -23,7 +23,9 @@ enum Conversation {
             connection: GatewayConnection(transport),
             trust: Trust(root: Bytes(settings.text("root", .any)), production: settings.bool("production")),
             token: settings.text("token", .any), key: testKey(Bytes.fromHex(settings.text("key", .any))),
-            source: Source(), components: ComponentResolver(trainers: ["executorch": AddingTrainer()]),
+            source: Source(), components: ComponentResolver(
+                trainers: ["executorch": AddingTrainer()],
+                filters: ["double": { $0.mapValues { Tensor(shape: $0.shape, values: $0.values.map { $0 * 2 }) } }]),
             folder: URL(fileURLWithPath: folder), settings: own,
             event: { name, details in
                 let said = Json.object(details.merging(["event": .string(name)]) { _, new in new })

@@ -10,6 +10,10 @@ public struct DeviceSettings {
     public var waitSeconds = 20.0
     /// While it trains, a device asks so often whether its version is still trained.
     public var selectionSeconds = 30.0
+    /// What the app applies to every model before training, before what a task's configuration names,
+    public var filtersIn: [Filter] = []
+    /// and to every difference before it is sent, after what a task's configuration names.
+    public var filtersOut: [Filter] = []
 
     public init(jobs: [String]) { self.jobs = jobs }
 }
@@ -225,11 +229,12 @@ public final class Device {
         guard task.name == standing.name else { throw Refused("the task is for another job") }
         try trust.admit(task, at: clock())
         let trainer = try components.trainer(of: task)
-        let filtersOut = try components.filters(of: task, "filters_out")
+        let filtersIn = settings.filtersIn + (try components.filters(of: task, "filters_in"))
+        let filtersOut = try components.filters(of: task, "filters_out") + settings.filtersOut
         let graph = try content(task.graph)
         var model = try Safetensors.floats(content(task.model))
         guard model.values.allSatisfy({ $0.values.allSatisfy(\.isFinite) }) else { throw Refused("the model is not finite") }
-        for filter in try components.filters(of: task, "filters_in") { model = try filter(model) }
+        for filter in filtersIn { model = try filter(model) }
         let dataset = try source.dataset(job: task.name, config: task.config)
         let after = try trainer.train(
             graph: graph, params: TrainingParams(task.config), model: model, dataset: dataset, goOn: goOn())

@@ -4,6 +4,7 @@ import java.nio.file.Path;
 import java.security.SecureRandom;
 import java.time.Clock;
 import java.time.Instant;
+import java.util.ArrayList;
 import java.util.Collections;
 import java.util.HashMap;
 import java.util.LinkedHashMap;
@@ -204,10 +205,13 @@ public final class Device {
             if (!task.name.equals(standing.name)) throw new Refused("the task is for another job");
             trust.admit(task, clock.instant());
             Trainer trainer = components.trainerOf(task);
+            List<Filter> filtersIn = new ArrayList<>(settings.filtersIn);
+            filtersIn.addAll(components.filtersOf(task, "filters_in"));
             List<Filter> filtersOut = components.filtersOf(task, "filters_out");
+            filtersOut.addAll(settings.filtersOut);
             byte[] graph = content(task.graph);
             Map<String, Tensor> model = finite(Safetensors.floats(content(task.model)));
-            for (Filter filter : components.filtersOf(task, "filters_in")) model = filter.apply(model);
+            for (Filter filter : filtersIn) model = filter.apply(model);
             Dataset dataset = source.dataset(task.name, task.config);
             examples = dataset.size();
             Map<String, Tensor> trained =

@@ -14,6 +14,10 @@ public final class DeviceSettings {
     public double waitSeconds = 20;
     /** While it trains, a device asks so often whether its version is still trained. */
     public double selectionSeconds = 30;
+    /** What the app applies to every model before training, before what a task's configuration names, */
+    public List<Filter> filtersIn = Collections.emptyList();
+    /** and to every difference before it is sent, after what a task's configuration names. */
+    public List<Filter> filtersOut = Collections.emptyList();
 
     public DeviceSettings(List<String> jobs) { this.jobs = jobs; }
 }

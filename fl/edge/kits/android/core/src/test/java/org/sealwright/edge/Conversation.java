@@ -38,12 +38,24 @@ public final class Conversation {
         Device device = new Device(
                 new GatewayConnection(new UrlTransport(settings.text("url", Fields.ANY))), trust,
                 settings.text("token", Fields.ANY), VectorTests.key(settings.text("key", Fields.ANY)),
-                (job, config) -> new Examples(), new ComponentResolver().trainer("executorch", Conversation::trained),
+                (job, config) -> new Examples(), components(),
                 folder, own, () -> null, event, Clock.systemUTC());
         for (long step = settings.integer("steps", 1, 1000); step > 0 && !heard[0]; step--) {
             Thread.sleep((long) (1000 * Math.min(device.step(), 0.2)));
         }
         if (!heard[0]) System.exit(1);
+    }
+
+    private static ComponentResolver components() {
+        return new ComponentResolver().trainer("executorch", Conversation::trained).filter("double", tensors -> {
+            Map<String, Tensor> found = new LinkedHashMap<>();
+            tensors.forEach((name, tensor) -> {
+                float[] values = tensor.values.clone();
+                for (int at = 0; at < values.length; at++) values[at] *= 2;
+                found.put(name, new Tensor(tensor.shape, values));
+            });
+            return found;
+        });
     }
 
     /** Adds 0.5 to every number: it shows what a device does around training, not training. */
