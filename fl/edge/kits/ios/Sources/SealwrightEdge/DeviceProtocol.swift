@@ -1,4 +1,4 @@
-/// The device protocol's state table; tests hold it against the one of the reference (docs/reference/device-protocol.md).
+/// The device protocol's state table; tests hold it against the reference's (docs/reference/device-protocol.md).
 public enum DeviceProtocol {
     public enum Message: String, CaseIterable { case job, task, selection, result }
 

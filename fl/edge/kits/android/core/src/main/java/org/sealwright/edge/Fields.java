@@ -9,7 +9,6 @@ import java.util.regex.Pattern;
 
 /** The fields of one JSON object, read strictly: each has its type and bounds, and {@link #end} refuses all others. */
 public final class Fields {
-    public static final Pattern HEX16 = Pattern.compile("[0-9a-f]{32}");
     public static final Pattern HEX32 = Pattern.compile("[0-9a-f]{64}");
     public static final Pattern NAME = Pattern.compile("[a-z0-9][a-z0-9._-]{0,62}");
     public static final Pattern JOB = Pattern.compile("[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}");

@@ -1,11 +1,16 @@
 package org.sealwright.edge;
 
 import java.util.EnumMap;
+import java.util.Locale;
 import java.util.Map;
 
-/** The device protocol's state table; tests hold it against the one of the reference (docs/reference/device-protocol.md). */
+/** The device protocol's state table; tests hold it against the reference's (docs/reference/device-protocol.md). */
 public final class Protocol {
-    public enum Message { JOB, TASK, SELECTION, RESULT; public String word() { return name().toLowerCase(java.util.Locale.ROOT); } }
+    public enum Message {
+        JOB, TASK, SELECTION, RESULT;
+
+        public String word() { return name().toLowerCase(Locale.ROOT); }
+    }
 
     public enum Status { OK, RETRY, NO_TASK, NO_JOB, DONE, ERROR, INVALID_REQUEST }
 
@@ -18,19 +23,17 @@ public final class Protocol {
 
         State(Message sends) { this.sends = sends; }
 
-        public String word() { return name().toLowerCase(java.util.Locale.ROOT); }
+        public String word() { return name().toLowerCase(Locale.ROOT); }
     }
 
     /** An answer leads to {@code then}; {@code waits}: the device waits as long as the answer says. */
     public static final class Rule {
         public final Message message;
-        public final Status status;
         public final State then;
         public final boolean waits;
 
-        Rule(Message message, Status status, State then, boolean waits) {
+        Rule(Message message, State then, boolean waits) {
             this.message = message;
-            this.status = status;
             this.then = then;
             this.waits = waits;
         }
@@ -83,6 +86,6 @@ public final class Protocol {
 
     private static void rule(Message message, Status status, State then, boolean waits) {
         RULES.computeIfAbsent(message, unused -> new EnumMap<>(Status.class))
-                .put(status, new Rule(message, status, then, waits));
+                .put(status, new Rule(message, then, waits));
     }
 }
