@@ -61,7 +61,7 @@ def encode_delta(tensors: Tensors, encoding: Encoding, rng: np.random.Generator,
     """Write finite float32 `tensors`. Raises MalformedTensors for a number that is not finite."""
     parts: dict[str, tuple[TensorSpec, Buffer]] = {}
     for name, values in tensors.items():
-        array = np.ascontiguousarray(values, dtype="<f4")
+        array = np.asarray(values, dtype="<f4", order="C")
         if not np.isfinite(array).all():
             raise MalformedTensors(f"tensor {name!r} holds a number that is not finite", where="difference")
         spec = TensorSpec(DTYPE[encoding], array.shape)

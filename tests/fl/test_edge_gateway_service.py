@@ -80,6 +80,15 @@ def test_a_device_trains_a_version_and_counts_once(world: EdgeWorld, connect: An
         assert device.standing.task.version == 2
 
 
+def test_a_device_that_is_restarted_with_a_task_goes_on_with_it(world: EdgeWorld, connect: Any, tmp_path: Path) -> None:
+    with world.serving(world.gateway(world.branch())) as (url, _):
+        steps(world.device(connect(url), tmp_path), "training")
+        again = world.device(connect(url), tmp_path)
+        assert again.standing.state == "training"
+        again.step()
+        assert again.standing.state == "reporting", "the charter that approves its task is fetched first"
+
+
 def test_a_task_is_waited_for(world: EdgeWorld, connect: Any, tmp_path: Path) -> None:
     branch = world.branch(permits=0)
     with world.serving(world.gateway(branch)) as (url, call):

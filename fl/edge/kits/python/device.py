@@ -249,6 +249,7 @@ class Device:
 
     def _train(self) -> float:
         task = cast(Task, self.standing.task)
+        self._gateway()  # which brings the charter, where the device was restarted with its task
         try:
             if self.standing.name != task.name:
                 raise Refused("the task is for another job", where="task", do="Ask again.")
