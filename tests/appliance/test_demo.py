@@ -267,7 +267,7 @@ def kill(folder: Path, *marks: str) -> None:
     ("marks", "named"),
     [
         (("broker run", "broker-acme-broker"), "acme-broker was ended by SIGKILL"),
-        (("rego_worker.py",), "rego_worker, process"),
+        pytest.param(("rego_worker.py",), "rego_worker, process", marks=pytest.mark.long),
         (("site-borealis-site/local/run/guest", "/init"), "borealis-site ended with exit status 137"),
         pytest.param(("vm launch", "server-acme-server"), "acme-server was ended by SIGKILL", marks=pytest.mark.long),
         pytest.param(
@@ -290,7 +290,7 @@ def test_killing_any_one_process_ends_all_and_names_it(
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
+    "number", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.long) for one in (signal.SIGTERM, signal.SIGKILL))]
 )
 def test_interrupted_it_leaves_no_process_behind(
     telling: tuple[Path, subprocess.Popen[str]], number: signal.Signals

@@ -73,7 +73,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 @pytest.fixture(scope="module")
 def server(world: FederationWorld) -> Iterator[str]:
-    with world.server() as address:
+    with pytest.MonkeyPatch.context() as patch, world.server() as address:
+        patch.setattr("fl.guard.command_log.BURST", 10_000)  # one user of many tests, which follow fast on each other
         yield address
 
 
