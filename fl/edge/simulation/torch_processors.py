@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ DataOf = Callable[[int], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 """A device's examples by its number: inputs and labels, one row each."""
 
 
-class _OneByOne:
+class _OneByOne(ABC):
     """Trains device after device, each on its examples in an order that follows from its number and the version."""
 
     def __init__(self, data_of: DataOf) -> None:
@@ -44,8 +45,9 @@ class _OneByOne:
             weights.append(float(len(inputs)))
         return {name: np.stack([each[name] for each in differences]) for name in own}, np.array(weights)
 
+    @abstractmethod
     def _trained(self, model: Tensors, dataset: ArrayDataset, rng: np.random.Generator) -> Tensors:
-        raise NotImplementedError
+        """The model after one device's training."""
 
 
 class TorchProcessor(_OneByOne):
