@@ -30,7 +30,7 @@ class _OneByOne(ABC):
         """One core is one worker's."""
         torch.set_num_threads(1)
 
-    def shutdown(self) -> None:
+    def shutdown(self) -> None:  # noqa: B027 - most have nothing to do
         """Nothing is to be done."""
 
     def train(self, devices: Devices, model: Tensors, version: int) -> tuple[Tensors, npt.NDArray[np.float64]]:
