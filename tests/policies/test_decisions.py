@@ -182,6 +182,15 @@ def test_rules_see_exactly_the_document(value: Any) -> None:
     assert not equal.decide("p", {"value": [value, "more"]}).allow
 
 
+@pytest.mark.parametrize(
+    "value", ['a"b', "a\\b", "a\\", 'x", "y": "z', "a\tb", "a\u00e9b", 2**62, 2**63, -(2**80), 1.5]
+)
+def test_rules_see_exactly_what_a_built_input_would_spoil(value: Any) -> None:
+    text = "package p\nimport rego.v1\ndefault allow := false\nallow if input == data.document\nreasons := set()\n"
+    for document in ({"value": value}, {"values": [value]}, {str(value): 1}):
+        assert Rules({"p": text}, {"document": document}).decide("p", document).allow
+
+
 def test_quotes_cannot_end_a_string() -> None:
     rules = 'package p\nimport rego.v1\ndefault allow := false\nallow if input.role == "server"\nreasons := set()\n'
     for attack in ('server"', 'site", "role": "server', "server\\", "server\x00", "server\n"):
