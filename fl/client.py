@@ -172,6 +172,11 @@ def init() -> None:
     _session = _Session(socket.socket(fileno=int(number)))
 
 
+def is_part_of_a_job() -> bool:
+    """Whether a job has started this process, whether or not it has called `init` yet."""
+    return _session is not None or SOCKET_VARIABLE in os.environ
+
+
 def _joined() -> _Session:
     if _session is None:
         raise RecipeUnusable("flare.init() was not called", where="client API", do="Call flare.init() first.")

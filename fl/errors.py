@@ -140,6 +140,19 @@ class JobAborted(Refused):
         super().__init__(f"job {job} was stopped by {by}", where="job", do="Submit it again to run it again.")
 
 
+class SimulationRefused(Refused):
+    """A simulation that would come near released keys, a site's data or another machine."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str,
+        do: str = "Simulate with data of your own, in folders of this machine; ProdEnv has the sites'.",
+    ) -> None:
+        super().__init__(what, where=where, do=do)
+
+
 class ScriptFailed(Refused):
     """A training script that ended, or was ended, before its job did.
 

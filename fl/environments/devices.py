@@ -22,9 +22,10 @@ from fl.edge.fedbuff import FIRST_VERSION, FedBuff, Step
 from fl.edge.settings import EvaluatorConfig
 from fl.edge.simulation.engine import Evaluate, Simulation, Trace
 from fl.edge.simulation.pool import TrainingPool
-from fl.edge.simulation.population import Population, PopulationSettings
+from fl.edge.simulation.population import Population, always_there
 from fl.edge.simulation.report import document, page
 from fl.environments.display import Display
+from fl.environments.keeping_out import refuse_kit
 from fl.errors import JobAborted, JobFailed, RecipeUnusable
 from fl.guard.keystream import KEY_SIZE, Keystream
 from fl.jobs.progress import JobEvent, Status, line_of
@@ -48,6 +49,7 @@ def simulate_job(env: SimEnv, recipe: EdgeFedBuffRecipe) -> Run:
     """Run the job to its end. An interrupt ends its processes and is raised again. Raises RecipeUnusable."""
     if env.resume is not None or env.backend != "processes":
         raise RecipeUnusable("an edge job has the processes backend and is not resumed", where="SimEnv")
+    refuse_kit(recipe.folder, where="train_script")
     started = datetime.now(UTC)
     job_id = f"{recipe.name}-{started:%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
     folder = env.workspace_root / job_id
@@ -61,9 +63,9 @@ class _Job:
     """One edge job of SimEnv; afterwards the handle of its Run."""
 
     def __init__(self, env: SimEnv, recipe: EdgeFedBuffRecipe, job_id: str, folder: Path, started: datetime) -> None:
-        options, simulation = recipe.settings.options, recipe.simulation_config
-        if not isinstance(options, FedBuffOptions) or simulation is None:
-            raise RecipeUnusable("SimEnv simulates devices: give a SimulationConfig", where="simulation_config")
+        options, simulation = recipe.settings.options, recipe.simulation()
+        if not isinstance(options, FedBuffOptions):
+            raise TypeError("only an edge job has devices")
         self._env = env
         self._recipe = recipe
         self._edge = options.edge
@@ -71,14 +73,7 @@ class _Job:
         self._processor = recipe.processor()
         self._evaluate = None if recipe.evaluator_config is None else evaluation(recipe, recipe.evaluator_config)
         devices = simulation.num_devices * len(env.clients)
-        self._population = simulation.population or PopulationSettings.model_validate(
-            {
-                "devices": devices,
-                "dropout": 0.0,
-                "speed": {"median_seconds": 5.0, "sigma": 0.5},
-                "availability": {"mean": 1.0, "amplitude": 0.0},
-            }
-        )
+        self._population = simulation.population or always_there(devices, median_seconds=5.0)
         self._folder = folder
         self._events: list[JobEvent] = []
         self._observers: list[Callable[[JobEvent], None]] = [self._events.append]

@@ -27,6 +27,13 @@ from fl.aggregation.robust import robust_aggregation
 from fl.environments.checkpoint import FolderKeeper
 from fl.environments.clients import ClientProcesses
 from fl.environments.display import Display
+from fl.environments.keeping_out import (
+    on_this_machine,
+    refuse_in_guest,
+    refuse_kit,
+    refuse_remote_cluster,
+    refuse_site_data,
+)
 from fl.environments.logging_modes import LogMode, read_log_config
 from fl.errors import (
     JobAborted,
@@ -41,6 +48,8 @@ from fl.errors import (
 from fl.guard.disclosure import LoggedLines, LoggedNumbers, disclose, error_feedback
 from fl.guard.gate import max_update_size
 from fl.guard.watermark import Marker, watermark_key
+from fl.jobs.lock import LOCK_FILE, own_lock, refuse_broken
+from fl.jobs.packages import packages_here
 from fl.jobs.progress import JobEvent, Status, line_of
 from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, JobHistory, write_file, write_json
 from fl.jobs.settings import NAME_PATTERN, JobSettings
@@ -94,8 +103,10 @@ class SimEnv:
         - `data`: what `flare.data_path` finds: a folder with one subfolder per client, or a folder for each client.
         - `workspace_root`: where results go (default: `~/.local/share/sealwright/runs`).
 
-        Raises RecipeUnusable with the argument that is wrong.
+        Raises RecipeUnusable with the argument that is wrong, and SimulationRefused in a guest and in a job's script,
+        for a site's sealed data, for a kit, and for an address of another machine.
         """
+        refuse_in_guest()
         names = client_names(clients, num_clients, most=MAX_CLIENTS, where="SimEnv")
         if backend not in ("processes", "ray"):
             raise RecipeUnusable(f'backend is {backend!r}, not "processes" or "ray"', where="backend")
@@ -111,8 +122,17 @@ class SimEnv:
         self.clients = names
         self.at_once = max(1, num_threads if num_threads is not None else cores)
         self.threads_each = max(1, cores // min(self.at_once, len(names)))
+        if backend == "ray":
+            refuse_remote_cluster(os.environ.get("RAY_ADDRESS"))
+        for one in data.values() if isinstance(data, Mapping) else [data]:
+            if one is not None:
+                refuse_site_data(on_this_machine(one, where="data"), where="data")
         self.data = {name: data_folder(data, name) for name in names}
-        self.workspace_root = (Path(workspace_root) if workspace_root is not None else default_workspace()).absolute()
+        root = (
+            default_workspace() if workspace_root is None else on_this_machine(workspace_root, where="workspace_root")
+        )
+        self.workspace_root = root.absolute()
+        refuse_kit(self.workspace_root, where="workspace_root")
 
     def execute(self, recipe: Recipe) -> Run:
         """Run the job to its end. An interrupt ends its processes and is raised again."""
@@ -121,6 +141,8 @@ class SimEnv:
                 f"the recipe needs {recipe.settings.min_clients} clients, the simulation has {len(self.clients)}",
                 where="min_clients",
             )
+        refuse_kit(recipe.folder, where="train_script")
+        _check_own_lock(recipe)
         started = datetime.now(UTC)
         job_id = self.resume or f"{recipe.name}-{started:%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
         folder = self.workspace_root / job_id
@@ -482,6 +504,14 @@ def _code_of(recipe: Recipe, folder: Path) -> tuple[Path, str]:
     for name, content in files.items():
         write_file(code / name, content)
     return code, script
+
+
+def _check_own_lock(recipe: Recipe) -> None:
+    """Raises RecipeUnusable where a lock that the author keeps is not what is installed; without one, all is well:
+    code and packages are of this machine."""
+    file = recipe.folder / LOCK_FILE
+    content = recipe.added.get(LOCK_FILE) or (file.read_bytes() if file.is_file() else None)
+    refuse_broken(own_lock(content), packages_here())
 
 
 def _link_entries(folder: Path, code: Path) -> None:
