@@ -68,7 +68,10 @@ def put_files(put: Iterable[str] | None) -> dict[str, bytes]:
         path, equals, file = item.partition("=")
         if not equals or not file:
             raise Unusable(f"{item!r} is not PATH=FILE", where="--put", do="For example images/demo.json=demo.toml.")
-        files[path] = written_target(path, read_file(Path(file)), file)
+        folder = Path(file).parent
+        files[path] = written_target(
+            path, read_file(Path(file)), file, lambda name, folder=folder: read_file(folder / name)
+        )
         _check_rules(path, files[path], file)
     return files
 

@@ -86,7 +86,8 @@ class PeerFacts(Somebody):
 
 
 class JobFacts(_Input):
-    """A job's record, as its submitter signed it."""
+    """A job's record, as its submitter signed it. `devices`, in a job of devices alone: how many each aggregate is of
+    at least."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -98,6 +99,7 @@ class JobFacts(_Input):
     recipients: list[str]
     rounds: int
     min_sites: int
+    devices: int = 0
     submitter: str
 
 

@@ -158,8 +158,9 @@ def appraisal_document(
 def admission_reasons(charter: Charter, job: Mapping[str, Any], role: Role, name: str, at: datetime) -> tuple[str, ...]:
     """Return what the consortium's further demands (`policies/admission.rego`) say against a job at one guest.
 
-    `job` is the record as a mapping (job, name, bundle, roster, server, recipients, rounds, min_sites, submitter);
-    `role` and `name` are the guest that asks: the server or one of the sites.
+    `job` is the record as a mapping (job, name, bundle, roster, server, recipients, rounds, min_sites, submitter;
+    in a job of devices also how many each aggregate is of: devices); `role` and `name` are the guest that asks: the
+    server or one of the roster.
     """
     return _against(ask(charter, "admission", admission_document(charter, job, role, name, at)))
 

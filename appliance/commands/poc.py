@@ -22,14 +22,20 @@ WATCH_SECONDS = 0.5
 @app.command(epilog="Example: seal poc build/poc --site site-1 --site site-2 --bundle build/bundle/job.bundle")
 def poc(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where everything goes; made, or empty.")],
-    site: Annotated[list[str], typer.Option("--site", help="A site's name; once for each.")],
     bundle: Annotated[list[Path], typer.Option("--bundle", metavar="FILE", help="A job.bundle that is approved.")],
+    site: Annotated[list[str] | None, typer.Option("--site", help="A site's name; once for each.")] = None,
+    gateway: Annotated[
+        list[str] | None, typer.Option("--gateway", help="A gateway's name, for jobs of devices; once for each.")
+    ] = None,
+    inner: Annotated[
+        list[str] | None, typer.Option("--inner", help="An inner node's name, above gateways; once for each.")
+    ] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", metavar="SITE=DIR", help="A site's folder of data.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when everything runs.")] = False,
 ) -> int:
-    """Start a broker, a server and sites on the virtual platform, from a charter of one member that is made anew.
+    """Start a broker, a server and sites, or gateways, on the virtual platform, from a charter that is made anew.
 
     It tells the kit with which jobs are submitted, and runs until its standard input ends or it is interrupted.
     """
@@ -39,17 +45,19 @@ def poc(
     found: dict[str, Path] = {}
     for word in data or []:
         name, equals, path = word.partition("=")
-        if not equals or name not in site or not Path(path).is_dir():
+        if not equals or name not in (site or []) or not Path(path).is_dir():
             raise Unusable(f"{word!r} is not SITE=FOLDER of a site", where="--data", do="Name a site and its folder.")
         found[name] = Path(path).absolute()
     folder = folder.absolute()
     if folder.exists() and any(folder.iterdir()):
         raise Unusable(f"{folder} is not empty", where="FOLDER", do="Name a folder that is to be made.")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    setup = Poc(folder, site, found, [path.absolute() for path in bundle])
-    with setup.running() as processes:
+    setup = Poc(folder, site or [], found, [path.absolute() for path in bundle], gateway or [], inner or [])
+    with setup.running() as (processes, gateways):
         if as_json:
-            print_json({"kit": str(setup.kit), "server": "poc-server", "sites": site})
+            print_json(
+                {"kit": str(setup.kit), "server": "poc-server", "sites": site or [], **setup.for_devices(gateways)}
+            )
         else:
             sys.stdout.write(f"everything runs; submit with --kit {setup.kit}\n")
         sys.stdout.flush()

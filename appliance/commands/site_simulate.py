@@ -104,6 +104,8 @@ def _over_http(
 ) -> Trace:
     import tempfile
 
+    import numpy as np
+
     from appliance.charter_files import read_file
     from fl.edge.kits.python.trainer import ExecuTorchTrainer
     from fl.edge.simulation.over_http import Issuer, simulate_over_http
@@ -113,14 +115,19 @@ def _over_http(
 
     pool, _ = digits()
     data = SoftmaxRegression(pool, description.data, description.training, description.population.seed)
+
+    def data_of(number: int) -> tuple[Any, Any]:
+        inputs, labels = data.data_of(np.array([number]))
+        return inputs[0], labels[0]
+
     with tempfile.TemporaryDirectory(prefix="sealwright-devices-") as folder:
         return simulate_over_http(
-            url,
+            [url],
             read_file(trust),
             Issuer(issuer[0], load_private_key(issuer[1])),
             job,
             Population(description.population),
-            data,
+            data_of,
             ExecuTorchTrainer,
             Path(folder),
             seconds=seconds,

@@ -168,10 +168,10 @@ class TreeLink:
             role=_role(identity.role),
             received=signed.record.created_at,
         )
-        settings, options = bundle.settings, bundle.settings.options
+        options = bundle.settings.options
         if not isinstance(options, FedBuffOptions):
             raise ApprovalRefused(offer.job, ("it is no edge job",))
-        task = DeviceTask(settings.name, "executorch", bundle.files[settings.train_script], options.config)
+        task = DeviceTask.of(bundle)
         self._party.record("job", {"event": "taken", "job": offer.job, "record": offer.record})
         return _Job(self._node.begin(offer, bundle, task), task, options.edge.models.update_timeout)
 

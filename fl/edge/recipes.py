@@ -20,10 +20,9 @@ from fl.edge.device_model import DeviceModel
 from fl.edge.kits.python.trainer import training_params
 from fl.edge.settings import DeviceManagerConfig, DevicePrivacy, EdgeSettings, EvaluatorConfig, ModelManagerConfig
 from fl.edge.simulation.population import PopulationSettings
-from fl.edge.simulation.processors import TaskProcessor
-from fl.edge.simulation.torch_processors import DataOf, ExecuTorchProcessor, TorchProcessor
+from fl.edge.simulation.processors import DataOf, TaskProcessor
+from fl.edge.simulation.torch_processors import ExecuTorchProcessor, TorchProcessor
 from fl.edge.training_graph import export_training_graph
-from fl.environments.poc import PocEnv
 from fl.environments.sim import SimEnv
 from fl.errors import RecipeUnusable
 from fl.recipes.recipe import Environment, InitialModel, Recipe, make_settings, selection_of
@@ -39,13 +38,14 @@ DEFAULTS: Final[Mapping[str, Any]] = {"epoch": 1, "batch_size": 32, "lr": 0.1}
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """The simulated devices, for SimEnv.
+    """The simulated devices, for SimEnv and PocEnv.
 
-    - `task_processor`: a function of a device's number that gives its inputs and labels; or an object that trains
-      devices in a way of its own (`fl.edge.simulation.processors.TaskProcessor`).
-    - `job_timeout`: real seconds after which the job ends as it is.
+    - `task_processor`: a function of a device's number that gives its inputs and labels; or, for SimEnv alone, an
+      object that trains devices in a way of its own (`fl.edge.simulation.processors.TaskProcessor`).
+    - `job_timeout`: real seconds after which the job ends as it is (in PocEnv: devices go, and the job is aborted if
+      nothing else ends it).
     - `num_devices`: devices of each leaf: the environment's clients are the leaves.
-    - `num_workers`: processes that train.
+    - `num_workers`: processes that train (in PocEnv: threads).
     - `population`: what the devices are like; by default all are always there, and none vanishes.
     """
 
@@ -181,11 +181,15 @@ class EdgeFedBuffRecipe(Recipe):
         with tempfile.TemporaryDirectory() as nothing:
             return make_bundle(Path(nothing), self.settings, {GRAPH_FILE: self.training_graph(), **self.added})
 
+    def simulation(self) -> SimulationConfig:
+        """The simulated devices. Raises RecipeUnusable without them."""
+        if self.simulation_config is None:
+            raise RecipeUnusable("devices are simulated here: give a SimulationConfig", where="simulation_config")
+        return self.simulation_config
+
     def processor(self) -> TaskProcessor:
         """What trains the simulated devices."""
-        if self.simulation_config is None:
-            raise RecipeUnusable("SimEnv simulates devices: give a SimulationConfig", where="simulation_config")
-        given = self.simulation_config.task_processor
+        given = self.simulation().task_processor
         if isinstance(given, TaskProcessor):
             return given
         return self._processor_of(given, self._config)
@@ -199,11 +203,8 @@ class EdgeFedBuffRecipe(Recipe):
         return {} if options is None else dict(getattr(options, "config", {}))
 
     def execute(self, env: Environment) -> Run:
-        """Run the job in `env`; in SimEnv with simulated devices, to its end. Raises RecipeUnusable for PocEnv."""
-        if isinstance(env, PocEnv):
-            raise RecipeUnusable(
-                "PocEnv has sites and no gateways", where="PocEnv", do="Simulate devices in SimEnv, or use ProdEnv."
-            )
+        """Run the job in `env`: in SimEnv with simulated devices, to its end; in PocEnv simulated devices speak with
+        its gateways while it goes on; ProdEnv has devices of its own. Raises RecipeUnusable."""
         return super().execute(_SimulatedDevices(env) if isinstance(env, SimEnv) else env)
 
 

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from attestation.canonical import canonical_bytes
 from policies.errors import Unusable
+
+if TYPE_CHECKING:
+    from fl.jobs.bundle import Bundle
 
 GraphFormat = Literal["executorch"]
 """`executorch`: a training program (.pte) with a loss, gradients and named parameters (fl.edge.training_graph)."""
@@ -37,6 +40,16 @@ class DeviceTask:
                 where=f"task of {self.job}",
                 do=f"Stay below {MAX_GRAPH} and {MAX_CONFIG} bytes.",
             )
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Self:
+        """What the devices of an edge job run. Raises ValueError for another job's bundle."""
+        from fl.jobs.settings import FedBuffOptions
+
+        settings, options = bundle.settings, bundle.settings.options
+        if not isinstance(options, FedBuffOptions):
+            raise ValueError("only an edge job has a tree")
+        return cls(settings.name, "executorch", bundle.files[settings.train_script], options.config)
 
     @cached_property
     def digest(self) -> str:

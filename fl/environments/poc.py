@@ -18,8 +18,9 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
+from fl.environments.poc_devices import PocDevices
 from fl.environments.prod import ProdEnv
 from fl.environments.sim import client_names, data_folder
 from fl.errors import PeerLost, RecipeUnusable
@@ -48,7 +49,8 @@ class PocEnv:
     ) -> None:
         """Arguments:
 
-        - `clients` or `num_clients`: the sites' names, or how many (then `site-1`, `site-2`, ...).
+        - `clients` or `num_clients`: the sites' names, or how many (then `site-1`, `site-2`, ...). For a job of devices
+          these are its gateways.
         - `gpu_ids`: must be empty: a site's sandbox has no GPU on the virtual platform.
         - `data`: what `flare.data_path` finds: a folder with a subfolder per site, or a folder for each; it is sealed.
         - `workspace_root`: where results go (default: `~/.local/share/sealwright/runs`).
@@ -65,6 +67,7 @@ class PocEnv:
         self._data = {name: folder for name in self.clients if (folder := data_folder(data, name)) is not None}
         self._workspace = workspace_root
         self._services: _Services | None = None
+        self._devices: PocDevices | None = None
 
     def execute(self, recipe: Recipe) -> Run:
         """Start the services, if they do not run with this recipe's bundle already, and submit the job.
@@ -76,18 +79,32 @@ class PocEnv:
                 f"the recipe needs {recipe.settings.min_clients} clients, there are {len(self.clients)}",
                 where="min_clients",
             )
+        edge = recipe.settings.recipe == "fedbuff"
+        devices = PocDevices(recipe, len(self.clients)) if edge else None
         digest = recipe.bundle().digest
         if self._services is None or self._services.bundle != digest or not self._services.alive:
             self.stop()
             self._services = _Services(self.clients, self._data, recipe)
+        self._leave()
         env = ProdEnv(self._services.kit, workspace_root=self._workspace, sites=self.clients)
-        return env.execute(recipe)
+        run = env.execute(recipe)
+        if devices is not None:
+            devices.play(env, run, self._services.told)
+            self._devices = devices
+        return run
 
     def stop(self) -> None:
         """End the services; a job that runs ends with them. Results that were fetched stay."""
+        self._leave()
         services, self._services = self._services, None
         if services is not None:
             services.stop()
+
+    def _leave(self) -> None:
+        """Simulated devices of an earlier job go."""
+        devices, self._devices = self._devices, None
+        if devices is not None:
+            devices.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -102,7 +119,8 @@ class _Services:
     def __init__(self, sites: Sequence[str], data: Mapping[str, Path], recipe: Recipe) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="sealwright-poc-"))
         self.bundle = recipe.export(self._folder / "bundle")
-        words = [word for site in sites for word in ("--site", site)]
+        option = "--gateway" if recipe.settings.recipe == "fedbuff" else "--site"
+        words = [word for site in sites for word in (option, site)]
         words += [word for site, folder in data.items() for word in ("--data", f"{site}={folder}")]
         words += ["--bundle", str(self._folder / "bundle" / "job.bundle"), "--json"]
         self._said = self._folder / "seal-poc.log"
@@ -115,7 +133,9 @@ class _Services:
                 start_new_session=True,
             )
         self._end = weakref.finalize(self, _end, self._process, self._folder)
-        self.kit = self._await_kit(START_SECONDS * (1 + len(sites) / 2))
+        self.told = self._await_told(START_SECONDS * (1 + len(sites) / 2))
+        """What `seal poc` has said: the kit, and of gateways where they are, and how devices are let in."""
+        self.kit = Path(self.told["kit"])
 
     @property
     def alive(self) -> bool:
@@ -126,7 +146,7 @@ class _Services:
         """End them."""
         self._end()
 
-    def _await_kit(self, seconds: float) -> Path:
+    def _await_told(self, seconds: float) -> dict[str, Any]:
         output, deadline = self._process.stdout, time.monotonic() + seconds
         raw = b""
         while output is not None and (left := deadline - time.monotonic()) > 0:
@@ -135,7 +155,9 @@ class _Services:
             piece = os.read(output.fileno(), 1 << 16)
             raw += piece
             try:
-                return Path(json.loads(raw)["kit"])
+                told: dict[str, Any] = json.loads(raw)
+                _ = told["kit"]
+                return told
             except (ValueError, KeyError, TypeError):
                 if not piece:
                     break

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from attestation.jws import ed25519_public_key, read_jws, read_jws_header
 from fl.errors import ApprovalRefused
 from fl.jobs.bundle import Bundle
 from fl.jobs.record import RECORD_TYPE, JobRecord, parse_record
+from fl.jobs.settings import FedBuffOptions
 from policies.errors import SealwrightError
 from policies.questions import admission_reasons
 
@@ -85,9 +86,16 @@ def approve(
     )
     if not reasons:
         here: tuple[Role, str] = ("server", server) if site is None else (role, site)
-        reasons = admission_reasons(charter, record.model_dump(mode="json"), *here, at)
+        reasons = admission_reasons(charter, job_facts(record, bundle), *here, at)
     if reasons:
         raise ApprovalRefused(record.job, reasons)
+
+
+def job_facts(record: JobRecord, bundle: Bundle) -> dict[str, Any]:
+    """What the consortium's rules see of a job: its record, and of a job of devices how many an aggregate is of."""
+    options = bundle.settings.options
+    devices = {"devices": options.edge.models.num_updates_for_model} if isinstance(options, FedBuffOptions) else {}
+    return {**record.model_dump(mode="json"), **devices}
 
 
 _ROLE_WORDS: Final = {"inner": "an inner node"}

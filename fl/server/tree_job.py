@@ -25,7 +25,7 @@ def root_of(job: str, record: str, bundle: Bundle, model: SealedMemory, observe:
     settings, options = bundle.settings, bundle.settings.options
     if not isinstance(options, FedBuffOptions):
         raise ValueError("only an edge job has a tree")
-    task = DeviceTask(settings.name, "executorch", bundle.files[settings.train_script], options.config)
+    task = DeviceTask.of(bundle)
     noise = None if options.edge.privacy is None else Keystream(os.urandom(KEY_SIZE)).normal
     offer = Offer(job=job, record=record, bundle=bundle.digest, bundle_size=len(bundle.raw))
     return RootJob(offer, bundle.raw, settings.schema_of_model, model, options.edge, task.digest, observe, noise)

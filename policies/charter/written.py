@@ -59,12 +59,13 @@ def _with_files(table: dict[str, Any], where: str, read: Callable[[str], bytes])
     return filled
 
 
-def written_target(path: str, raw: bytes, where: str) -> bytes:
+def written_target(path: str, raw: bytes, where: str, read: Callable[[str], bytes] | None = None) -> bytes:
     """Return what stands at the target `path` when a person wrote `raw`: documents in canonical form, others as is.
 
     A document may be written as TOML (a file that ends in .toml) or as JSON in any form; what the path says may be left
-    out, and a user's `rights` may be the name of a ready-made set. Raises MalformedDocument if it
-    is not what `path` demands, or if nothing of a charter stands at `path`.
+    out, and a user's `rights` may be the name of a ready-made set. With `read`, which returns a file's content, a key
+    in TOML may stand in a file of its own: `signing_key_file = "phones.pub"`. Raises MalformedDocument if it is not
+    what `path` demands, or if nothing of a charter stands at `path`.
     """
     if role_of(path) is None:
         raise MalformedDocument(f"no file of a charter stands at {path}", where=where, do=_DO)
@@ -73,6 +74,8 @@ def written_target(path: str, raw: bytes, where: str) -> bytes:
         return raw
     kind, words = target
     table = _table(raw, where) if where.endswith(".toml") else _object(raw, where)
+    if read is not None and where.endswith(".toml"):
+        table = _with_files(table, where, read)
     if kind is User and isinstance(table.get("rights"), str):
         table["rights"] = _rights(table["rights"], where)
     return from_table(kind, {**words, **table}, where).to_bytes()

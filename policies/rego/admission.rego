@@ -3,8 +3,10 @@ package sealwright.admission
 
 import rego.v1
 
-# An aggregate over fewer sites would be one site's own update.
+# An aggregate over fewer sites would be one site's own update; in a job of devices, over fewer devices one device's.
 min_sites := 2
+
+min_devices := 2
 
 max_rounds := 1000
 
@@ -31,7 +33,7 @@ sites_approved if {
 reasons contains "this guest has no part in the job" if not takes_part
 
 takes_part if {
-	input.here.role == "site"
+	input.here.role in {"site", "gateway", "inner"}
 	input.here.name in input.job.roster
 }
 
@@ -63,6 +65,12 @@ downloads(name) if {
 reasons contains "too few sites take part in each round" if not enough_sites
 
 enough_sites if {
+	input.job.devices >= min_devices
+	input.job.min_sites <= count(input.job.roster)
+}
+
+enough_sites if {
+	not input.job.devices
 	input.job.min_sites >= min_sites
 	input.job.min_sites <= count(input.job.roster)
 }

@@ -55,19 +55,23 @@ def population(devices: int, dropout: float = 0.0) -> Population:
     return Population(PopulationSettings.model_validate(described))
 
 
-def data(samples: int = 8) -> SoftmaxRegression:
-    return SoftmaxRegression(digits()[0], Skew(samples=samples), LocalTraining(), 1)
+DATA = SoftmaxRegression(digits()[0], Skew(samples=8), LocalTraining(), 1)
+
+
+def data_of(number: int) -> tuple[Any, Any]:
+    inputs, labels = DATA.data_of(np.array([number]))
+    return inputs[0], labels[0]
 
 
 def play(world: EdgeWorld, url: str, people: Population, folder: Path, **changes: Any) -> Any:
     arguments: dict[str, Any] = {"seconds": 4.0, "workers": 2, "production": False, "capabilities": {"os": "linux"}}
     return simulate_over_http(
-        url,
+        [url],
         changes.pop("root", world.root),
         Issuer(changes.pop("issuer", "phones"), world.issuer_key),
         "heart-*",
         people,
-        data(),
+        data_of,
         CountingTrainer,
         folder,
         **{**arguments, **changes},

@@ -75,6 +75,17 @@ def test_a_job_beyond_the_demands_is_not(charter: Charter, change: dict[str, Any
     assert all(reason.startswith("policies/admission.rego: ") for reason in reasons)
 
 
+def test_a_job_of_devices_runs_at_the_nodes_of_its_tree(charter: Charter) -> None:
+    """One gateway may be all of its roster: an aggregate is of devices, and of so many at least."""
+    job = {**JOB, "min_sites": 1, "devices": 2}
+    for role in ("gateway", "inner"):
+        assert admission_reasons(charter, job, role, "borealis", NOW) == ()
+        assert admission_reasons(charter, job, role, "elsewhere", NOW)
+    for worse in ({"devices": 1}, {"devices": 1, "min_sites": 2}, {"devices": 0}, {"min_sites": 3}):
+        reasons = admission_reasons(charter, {**job, **worse}, "gateway", "borealis", NOW)
+        assert reasons == ("policies/admission.rego: too few sites take part in each round",)
+
+
 def test_an_approval_lapses(charter: Charter) -> None:
     later = NOW + timedelta(days=30)
     assert admission_reasons(charter, JOB, "site", "borealis", later) == (

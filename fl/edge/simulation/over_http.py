@@ -1,4 +1,4 @@
-"""Virtual devices against a real gateway: each is a device of the Python kit, with key, token and attestation check.
+"""Virtual devices against real gateways: each is a device of the Python kit, with key, token and attestation check.
 
 They come and go, take their time and vanish as the description says, in real seconds now. Each worker is a thread with
 a connection of its own, which plays its share of the devices, one step at a time.
@@ -10,7 +10,7 @@ import heapq
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -28,7 +28,7 @@ from fl.edge.kits.python.trainer import Trainer
 from fl.edge.kits.python.trust import Trust
 from fl.edge.simulation.engine import Trace
 from fl.edge.simulation.population import Population
-from fl.edge.simulation.processors import SoftmaxRegression
+from fl.edge.simulation.processors import DataOf
 from fl.edge.tokens import issue_token
 from policies.charter import Charter
 from policies.errors import Unusable
@@ -60,12 +60,12 @@ class _Seen:
 
 
 def simulate_over_http(
-    url: str,
+    urls: Sequence[str],
     root: bytes,
     issuer: Issuer,
     job: str,
     population: Population,
-    data: SoftmaxRegression,
+    data_of: DataOf,
     trainer: Callable[[], Trainer],
     folder: Path,
     *,
@@ -74,24 +74,25 @@ def simulate_over_http(
     production: bool = True,
     capabilities: Mapping[str, str] | None = None,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    stop: threading.Event | None = None,
 ) -> Trace:
-    """Play the population for so many seconds, or until the job is over for all of it; what happened.
+    """Play the population for so many seconds, until `stop`, or until the job is over for all; what happened.
 
-    `root`: the charter's first root, which is all that the devices trust. `job`: the job's name, or its beginning and
-    `*`. `folder`: an empty one, for the devices' own. Raises Unusable, Refused (what answers is no gateway of the
-    charter).
+    `urls`: the gateways; devices take them in turn, each its own for good. `root`: the charter's first root, which is
+    all that devices trust. `job`: the job's name, or its beginning and `*`. `folder`: an empty one, for the devices'
+    own. Raises Unusable, Refused (what answers is no gateway of the charter).
     """
     if population.size > MAX_DEVICES:
         raise Unusable(
             f"{population.size} devices, more than {MAX_DEVICES}", where="population.devices", do="Describe fewer."
         )
-    charter = _charter(url, root, clock, production)
+    charter = _charter(urls[0], root, clock, production)
     seen, began = _Seen(), time.monotonic()
     settings = DeviceSettings(jobs=(job,), capabilities=dict(capabilities or {}), wait_seconds=0.0)
-    stop = threading.Event()
+    stop = threading.Event() if stop is None else stop
 
     def play(share: range) -> None:
-        connection = GatewayConnection(url)
+        connections = [GatewayConnection(url) for url in urls]
         try:
             trust = Trust(root, production=production)
             worker = _Worker(population, seen, began, stop)
@@ -99,11 +100,11 @@ def simulate_over_http(
                 key = generate_private_key(SECP256R1())
                 token = _token(charter, issuer, key.public_key(), number, population.settings.seed, clock())
                 device = Device(
-                    connection,
+                    connections[number % len(connections)],
                     trust,
                     token,
                     key,
-                    _Source(data, number),
+                    _Source(data_of, number),
                     trainer(),
                     folder / f"device-{number}",
                     settings,
@@ -118,10 +119,11 @@ def simulate_over_http(
                 seen.errors.append(error)
             stop.set()
         finally:
-            connection.close()
+            for connection in connections:
+                connection.close()
 
     threads = [
-        threading.Thread(target=play, args=(range(at, population.size, workers),), name=f"devices {at}")
+        threading.Thread(target=play, args=(range(at, population.size, workers),), name=f"devices {at}", daemon=True)
         for at in range(min(workers, population.size))
     ]
     for thread in threads:
@@ -207,12 +209,11 @@ class _Worker:
 class _Source:
     """A device's examples, whatever the job."""
 
-    data: SoftmaxRegression
+    data_of: DataOf
     number: int
 
     def dataset(self, job: str, config: Mapping[str, Any]) -> Dataset:
-        x, y = self.data.data_of(np.array([self.number]))
-        return ArrayDataset(x[0], y[0])
+        return ArrayDataset(*self.data_of(self.number))
 
 
 def _charter(url: str, root: bytes, clock: Callable[[], datetime], production: bool) -> Charter:

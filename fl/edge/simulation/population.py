@@ -47,6 +47,16 @@ class PopulationSettings(Settings):
     availability: Availability = Availability()
 
 
+def always_there(devices: int, *, median_seconds: float) -> PopulationSettings:
+    """Devices of which none sleeps or vanishes."""
+    return PopulationSettings(
+        devices=devices,
+        dropout=0.0,
+        speed=Speed(median_seconds=median_seconds, sigma=0.5),
+        availability=Availability(mean=1.0, amplitude=0.0),
+    )
+
+
 class Population:
     """The devices 0 to `size` - 1, and what they do now."""
 

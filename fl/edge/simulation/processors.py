@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,8 @@ from fl.errors import RecipeUnusable
 from fl.tensors import Schema, TensorSpec
 
 Floats = npt.NDArray[np.float32]
+DataOf = Callable[[int], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+"""A device's examples by its number: inputs and labels, one row each."""
 
 
 @runtime_checkable

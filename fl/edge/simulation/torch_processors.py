@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,7 @@ from fl.edge.device_model import DeviceModel
 from fl.edge.kits.python.data import ArrayDataset
 from fl.edge.kits.python.trainer import ExecuTorchTrainer, training_params
 from fl.edge.simulation.population import Devices
-
-DataOf = Callable[[int], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
-"""A device's examples by its number: inputs and labels, one row each."""
+from fl.edge.simulation.processors import DataOf
 
 
 class _OneByOne(ABC):

@@ -173,8 +173,11 @@ def test_what_only_an_environment_can_tell_is_told(tmp_path: Path) -> None:
         EdgeFedBuffRecipe(model=Xor(), **arguments(evaluator_config=vision)).execute(env)
     with pytest.raises(RecipeUnusable, match="shapes"):
         EdgeFedBuffRecipe(model=Xor(), **arguments(input_shape=None)).bundle()
-    with pytest.raises(RecipeUnusable, match="PocEnv"):
-        EdgeFedBuffRecipe(model=Xor(), **arguments()).execute(PocEnv(num_clients=2))
+    own = SimulationConfig(EdgeFedBuffRecipe(model=Xor(), **arguments()).processor())
+    with pytest.raises(RecipeUnusable, match="function of a device's number"):
+        EdgeFedBuffRecipe(model=Xor(), **arguments(simulation_config=own)).execute(PocEnv(num_clients=2))
+    with pytest.raises(RecipeUnusable, match="SimulationConfig"):
+        EdgeFedBuffRecipe(model=Xor(), **arguments(simulation_config=None)).execute(PocEnv(num_clients=2))
     with pytest.raises(RecipeUnusable, match="num_workers"):
         SimulationConfig(examples, num_workers=0)
     assert list(tmp_path.iterdir()) == []
