@@ -7,14 +7,16 @@ and no status but those in sealed answers says anything of a device.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
+import socket
 import ssl
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
+from weakref import WeakSet
 
 from aiohttp import web
 
@@ -82,9 +84,11 @@ class GatewayService:
             "upload": self._upload,
         }
         self._server: web.Server | None = None
-        self._listener: asyncio.AbstractServer | None = None
+        self._greeting: set[asyncio.Task[None]] = set()
+        """Handshakes that are not over."""
+        self._connections: WeakSet[socket.socket] = WeakSet()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._port: Port | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.address = ""
         """Where it listens."""
 
@@ -93,8 +97,14 @@ class GatewayService:
 
         What a stranger may make wait before it has said hello is bounded by the port, as at every server of ours.
         """
-        loop = asyncio.get_running_loop()
-        server = self._server = web.Server(
+        self.open()
+        self._port = Port(listen, {"https": self.take}, tell=self._tell)
+        self.address = self._port.address
+
+    def open(self) -> None:
+        """Be ready to `take` connections, in the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._server = web.Server(
             self._handled,
             handler_cancellation=True,
             keepalive_timeout=IDLE_SECONDS,
@@ -104,33 +114,50 @@ class GatewayService:
             read_bufsize=1 << 18,
             auto_decompress=False,
         )
-        self._folder = tempfile.TemporaryDirectory(prefix="sealwright-")
-        path = f"{self._folder.name}/https"
-        self._listener = await loop.create_unix_server(
-            lambda: server() if len(server.connections) < MAX_CONNECTIONS else _Refusing(),
-            path,
-            ssl=self._tls,
-            ssl_handshake_timeout=HANDSHAKE_SECONDS,
-            ssl_shutdown_timeout=1.0,
-            backlog=1024,
-        )
-        self._port = Port(listen, {"https": path}, tell=self._tell)
-        self.address = self._port.address
+
+    def take(self, connection: socket.socket) -> None:
+        """Serve a connection that has said hello. From any thread; never waits. Raises OSError when it is over."""
+        if self._loop is None or self._loop.is_closed():
+            raise ConnectionAbortedError("the gateway stops")
+        self._loop.call_soon_threadsafe(self._taken, connection)
+
+    def _taken(self, connection: socket.socket) -> None:
+        if self._server is None or len(self._server.connections) + len(self._greeting) >= MAX_CONNECTIONS:
+            connection.close()
+            return
+        self._connections.add(connection)
+        task = asyncio.ensure_future(self._greet(connection, self._server))
+        self._greeting.add(task)
+        task.add_done_callback(self._greeting.discard)
+
+    async def _greet(self, connection: socket.socket, server: web.Server) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                server,
+                connection,
+                ssl=self._tls,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                ssl_shutdown_timeout=1.0,
+            )
+        except OSError:  # TLS and its time limit included: nobody is there to be told
+            connection.close()
 
     async def stop(self) -> None:
         """End it and every connection."""
         self.news()
-        if self._port is not None:  # with it every connection ends, handshakes too, so that the loop can be closed
+        if self._port is not None:
             await asyncio.to_thread(self._port.close)
-        if self._listener is not None:
-            self._listener.close()
         if self._server is not None:
-            self._server.pre_shutdown()
+            server, self._server = self._server, None
+            server.pre_shutdown()
             await asyncio.sleep(0)
-            await self._server.shutdown(1.0)
+            await server.shutdown(1.0)
+        for connection in list(self._connections):  # handshakes too: a loop with open ones cannot be closed
+            with contextlib.suppress(OSError):  # it has ended already
+                connection.shutdown(socket.SHUT_RDWR)
+        if self._greeting:
+            await asyncio.wait(self._greeting, timeout=1.0)
         await asyncio.sleep(0.1)  # for what the ends of connections have still to call
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def news(self) -> None:
         """There is a new version, or a job is over: whoever waits for a task is answered."""
@@ -285,13 +312,6 @@ class _Unread(Exception):
     def __init__(self, status: int, what: str) -> None:
         super().__init__(what)
         self.status = status
-
-
-class _Refusing(asyncio.Protocol):
-    """Closes a connection for which there is no room."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
 
 
 def _sealed(body: bytes) -> web.Response:

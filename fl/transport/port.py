@@ -2,7 +2,8 @@
 
 A ClientHello is read with MSG_PEEK, so that it stays where it is; by the protocol that it offers (ALPN) the connection
 is then tied to the UNIX socket on which that protocol's server terminates TLS, and the kernel moves the bytes
-(splice(2)): they never enter this process's memory. Nothing here decides who a peer is.
+(splice(2)): they never enter this process's memory. A server that takes connections itself is handed the socket
+instead. Nothing here decides who a peer is.
 
 Everything a stranger can make wait is bounded in time and number. A connection that has said what it wants lives as
 long as both ends do: the kernel's keep-alive closes one whose peer is gone without a word.
@@ -72,18 +73,23 @@ def protocol_of(head: bytes) -> Protocol | None:
 _HTTP_METHODS: Final = frozenset(b"GPHO")  # GET, POST, PUT, PATCH, HEAD, OPTIONS: the first letter
 
 
+Server = str | Callable[[socket.socket], None]
+"""A protocol's server: the path of its UNIX socket, or what takes a connection, and bounds and ends it from then on. It
+is called in the port's thread, must not wait, and may raise OSError if it cannot have one more."""
+
+
 class Port:
     """A listening address and the servers behind it. `close` ends it and every connection."""
 
     def __init__(
         self,
         listen: str,
-        servers: Mapping[Protocol, str],
+        servers: Mapping[Protocol, Server],
         *,
         tell: Callable[[str], None],
         hello_seconds: float = HELLO_SECONDS,
     ) -> None:
-        """Listen on `listen` (host:port; port 0 takes a free one); `servers`: each protocol's UNIX socket.
+        """Listen on `listen` (host:port; port 0 takes a free one), with each protocol's server.
 
         Raises PeerLost if the address cannot be had.
         """
@@ -198,12 +204,29 @@ class Port:
             protocol = protocol_of(head)
             if protocol is None:
                 return
-            path = self._servers.get(protocol)
-            if path is None:
+            to = self._servers.get(protocol)
+            if to is None:
                 raise MalformedMessage(f"this port does not serve {protocol}", where="hello")
         except MalformedMessage as error:
             self._drop(waiting, f"was refused: {error.what}")
             return
+        if isinstance(to, str):
+            self._splice(waiting, to)
+        else:
+            self._hand_on(waiting, to)
+
+    def _hand_on(self, waiting: _Waiting, take: Callable[[socket.socket], None]) -> None:
+        del self._waiting[waiting.client.fileno()]
+        self._epoll.unregister(waiting.client)
+        try:
+            take(waiting.client)
+        except OSError as error:
+            waiting.client.close()
+            self._told.tell(
+                waiting.host, f"the connection of {waiting.who} could not be served: {error.strerror or error}"
+            )
+
+    def _splice(self, waiting: _Waiting, path: str) -> None:
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             server.setblocking(False)
