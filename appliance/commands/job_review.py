@@ -80,6 +80,9 @@ def _tell(found: Review, bundle: Bundle, verdict: str | None) -> None:
     say("\nSettings" + (" that changed" if found.against else ""))
     for line in found.settings:
         say(f"  {line}")
+    say("\nPackages that the code was made with" + (": what changed" if found.against else ""))
+    for line in found.lock or ("none",):
+        say(f"  {line}")
     say("\nWhat the code reaches for (found by reading it; what is hidden on purpose may be missing)")
     for one in found.findings:
         if one.kind != "import":

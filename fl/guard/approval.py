@@ -6,6 +6,7 @@ The rules, all of which are checked and every broken one told:
 - the bundle has the record's digest, the charter's `code` role approves that digest for this job's name and all the
   roster's sites, bounds what its jobs may let out, and has not expired;
 - rounds and the least number of sites are those of the approved bundle;
+- the bundle's lock goes with the packages that are installed here (`check_lock`, before a start);
 - the charter's further demands (`policies/admission.rego`, if it has any) are met.
 """
 
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 from attestation.jws import ed25519_public_key, read_jws, read_jws_header
 from fl.errors import ApprovalRefused
 from fl.jobs.bundle import Bundle
+from fl.jobs.lock import lock_reasons
+from fl.jobs.packages import Packages
 from fl.jobs.record import RECORD_TYPE, JobRecord, parse_record
 from fl.jobs.settings import FedBuffOptions
 from policies.errors import SealwrightError
@@ -96,6 +99,14 @@ def job_facts(record: JobRecord, bundle: Bundle) -> dict[str, Any]:
     options = bundle.settings.options
     devices = {"devices": options.edge.models.num_updates_for_model} if isinstance(options, FedBuffOptions) else {}
     return {**record.model_dump(mode="json"), **devices}
+
+
+def check_lock(record: JobRecord, bundle: Bundle, packages: Packages) -> None:
+    """Check that the bundle's code finds here the packages that its lock names. Raises ApprovalRefused with every
+    package that is another one."""
+    reasons = tuple(lock_reasons(bundle.files, bundle.settings, packages))
+    if reasons:
+        raise ApprovalRefused(record.job, reasons)
 
 
 _ROLE_WORDS: Final = {"inner": "an inner node"}

@@ -23,6 +23,8 @@ import rfc8785
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fl.errors import MalformedMessage, RecipeUnusable
+from fl.jobs.lock import LOCK_FILE, make_lock, own_lock
+from fl.jobs.packages import Packages, packages_here
 from fl.jobs.settings import Digest, JobSettings
 
 MAGIC: Final = b"SEALBNDL"
@@ -91,12 +93,17 @@ class Bundle:
         return self.manifest.job
 
 
-def make_bundle(folder: Path, settings: JobSettings, added: Mapping[str, bytes] | None = None) -> Bundle:
-    """The bundle of every file under `folder` but hidden ones and `__pycache__`, and of `added`, by path.
+def make_bundle(
+    folder: Path, settings: JobSettings, added: Mapping[str, bytes] | None = None, packages: Packages | None = None
+) -> Bundle:
+    """The bundle of every file under `folder` but hidden ones and `__pycache__`, of `added`, by path, and of the lock
+    (`fl.jobs.lock`) of what is installed: `packages` (None: here).
 
-    Raises RecipeUnusable for links, special files, paths that are not allowed, and what is over a limit.
+    Raises RecipeUnusable for links, special files, paths that are not allowed, what is over a limit, and imports or an
+    author's own lock that do not go with what is installed.
     """
     files = {**{path: _read(folder, path) for path in _listed(folder)}, **(added or {})}
+    files[LOCK_FILE] = make_lock(files, settings, packages or packages_here(), own_lock(files.get(LOCK_FILE)))
     manifest: dict[str, Any] = {
         "version": VERSION,
         "files": [

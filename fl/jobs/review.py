@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from fl.errors import RecipeUnusable
+from fl.errors import MalformedMessage, RecipeUnusable
 from fl.jobs.bundle import Bundle
+from fl.jobs.lock import LOCK_FILE, differences, parse_lock
 from fl.jobs.outputs import Capacity, capacity
 
 Kind = Literal[
@@ -89,6 +90,8 @@ class Review:
     changed: tuple[str, ...]
     settings: tuple[str, ...]
     """Settings that differ from the earlier version's, or all that are not the defaults."""
+    lock: tuple[str, ...]
+    """The packages that the code was made with, or how they differ from the earlier version's."""
     difference: str
     findings: tuple[Finding, ...]
     capacity: Capacity
@@ -120,6 +123,7 @@ def review(bundle: Bundle, against: Bundle | None = None) -> Review:
         removed=tuple(removed),
         changed=tuple(changed),
         settings=tuple(_settings(bundle, against)),
+        lock=tuple(_lock(new, None if against is None else old)),
         difference="" if against is None else _difference(old, new)[:MAX_DIFF],
         findings=tuple(sorted(set(found), key=lambda one: (one.file, one.line, one.kind, one.what)))[:MAX_FINDINGS],
         capacity=capacity(bundle),
@@ -222,6 +226,17 @@ def _settings(bundle: Bundle, against: Bundle | None) -> Iterator[str]:
             yield f"{name}: {_short(value)}"
         elif against is not None and old.get(name) != value:
             yield f"{name}: {_short(old.get(name))} → {_short(value)}"
+
+
+def _lock(new: Mapping[str, bytes], old: Mapping[str, bytes] | None) -> Iterator[str]:
+    if LOCK_FILE not in new:
+        yield f"there is no {LOCK_FILE}: server and sites refuse this bundle"
+        return
+    try:
+        before = None if old is None else parse_lock(old[LOCK_FILE]) if LOCK_FILE in old else {}
+        yield from differences(parse_lock(new[LOCK_FILE]), before)
+    except MalformedMessage as error:
+        yield f"a {LOCK_FILE} is malformed, and refused by server and sites: {error.what}"
 
 
 def _short(value: object) -> str:

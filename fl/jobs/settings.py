@@ -361,6 +361,13 @@ class JobSettings(BaseModel):
         own = {site.train_script for site in self.sites.values() if site.train_script is not None}
         return frozenset({self.train_script, *own, *([] if self.aggregator is None else [self.aggregator])})
 
+    @property
+    def filter_modules(self) -> frozenset[str]:
+        """The top-level modules, of the bundle as a rule, that hold the filters."""
+        return frozenset(
+            name.partition(":")[0].partition(".")[0] for name in (*self.filters.receive, *self.filters.send)
+        )
+
     def script_of(self, site: str) -> tuple[str, tuple[str, ...]]:
         """A site's script and its command line."""
         own = self.sites.get(site, SiteSettings())

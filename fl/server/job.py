@@ -17,13 +17,14 @@ from fl.aggregation.mask_talk import Step, parts
 from fl.aggregation.notary import AttestedNotary
 from fl.aggregation.robust import robust_aggregation
 from fl.errors import ApprovalRefused, JobAborted, MalformedMessage, PeerLost, UpdateRefused
-from fl.guard.approval import SignedRecord, approve
+from fl.guard.approval import SignedRecord, approve, check_lock
 from fl.guard.command import SignedCommand
 from fl.guard.export import ExportGate
 from fl.guard.gate import admit_update
 from fl.guard.watermark import Marker, watermark_key
 from fl.jobs.bundle import Bundle
 from fl.jobs.log_lines import rewritten
+from fl.jobs.packages import packages_here
 from fl.jobs.progress import JobEvent, Status
 from fl.jobs.record import record_digest
 from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, JobHistory, rfc3339
@@ -408,6 +409,7 @@ class ServerJob:
             if self._stopped_by is not None:
                 raise JobAborted(self.id, self._stopped_by)
             self._check()
+            check_lock(self.signed.record, self.bundle, packages_here())
             self._party.record("job", self._entry("resumed" if self._again else "started"))
             self._history.started = self._party.clock()
             self._set_status(Status.RUNNING)

@@ -15,7 +15,7 @@ from fl.aggregation.mask_talk import MaskingSite, Step
 from fl.aggregation.mask_turns import MaskingTurns
 from fl.aggregation.notary import AttestedNotary
 from fl.errors import ApprovalRefused, MalformedMessage, RoundOver, ScriptFailed, UpdateRefused
-from fl.guard.approval import SignedRecord, approve, read_record
+from fl.guard.approval import SignedRecord, approve, check_lock, read_record
 from fl.guard.command_log import CommandLog
 from fl.guard.disclosure import Disclosure
 from fl.guard.failure_place import failure_place
@@ -23,6 +23,7 @@ from fl.guard.gate import max_update_size
 from fl.guard.limits import Limits
 from fl.guard.sandbox import Sandbox
 from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
+from fl.jobs.packages import packages_here
 from fl.jobs.record import record_digest
 from fl.jobs.settings import JobSettings
 from fl.local.dp_sgd import what_runs
@@ -196,6 +197,7 @@ class SiteJob:
         with self._link.fetch(request, size=prepare.bundle_size, seconds=60) as memory:
             bundle = parse_bundle(bytes(memory.view))
         self._approve(signed, bundle, self._party.clock())
+        check_lock(signed.record, bundle, packages_here())
         return signed, bundle
 
     def _approve(self, signed: SignedRecord, bundle: Bundle, received: datetime) -> None:

@@ -59,7 +59,7 @@ def document(**changes: Any) -> dict[str, Any]:
 
 def test_a_bundle_is_every_plain_file_and_the_same_every_time(folder: Path) -> None:
     bundle = make_bundle(folder, SETTINGS)
-    assert sorted(bundle.files) == ["client.py", "parts/net.py"]
+    assert sorted(bundle.files) == ["client.py", "parts/net.py", "requirements.lock"]
     assert bundle.settings == SETTINGS
     assert make_bundle(folder, SETTINGS).raw == bundle.raw
     assert parse_bundle(bundle.raw).digest == bundle.digest
