@@ -38,6 +38,8 @@ __all__ = ["Aggregation", "Federation", "Keeper", "Saved", "Site", "Task", "Upda
 
 ASK_SECONDS: Final = 30.0
 """How long a site may take for one step of secure aggregation."""
+TURN_SECONDS: Final = 60.0
+"""How long a transfer waits for its site's word that it is back, and for the round."""
 
 
 class Federation:
@@ -83,10 +85,12 @@ class Federation:
         self._at_once = at_once
         self._absences = Absences(min_sites, pause_seconds)
         self._lock = threading.Lock()
+        self._turns = threading.Condition(self._lock)
         self._sites: dict[str, Site] = {}
         self._lost: dict[str, str] = {}
         self._round: int | None = None
         self._begun: int | None = None  # the round that was last announced
+        self._undealt: set[str] = set()  # are to get the task that is on
         self._pending: set[str] = set()  # have the task and have not answered
         self._checking: set[str] = set()  # have answered; the check is under way
         self._task: Task | None = None
@@ -103,6 +107,7 @@ class Federation:
             if site.name in self._sites or site.name in self._lost:
                 raise UpdateRefused(site.name, ("a site of this name has joined this job before",))
             self._sites[site.name] = site
+            self._turns.notify_all()
         self.observe(JobEvent(kind="joined", site=site.name))
         self._inbox.put(site.name)
 
@@ -117,6 +122,7 @@ class Federation:
             self._checking.discard(name)
             site = self._sites.pop(name, None)
             self._absences.come_back(name, time.monotonic())
+            self._turns.notify_all()
         self.observe(JobEvent(kind="refused" if kind == "refused" else "lost", site=name, text=reason))
         if site is not None:
             site.end(reason)
@@ -138,6 +144,7 @@ class Federation:
                 return False
             self._absences.come_back(site.name, time.monotonic())
             self._sites[site.name] = site
+            self._turns.notify_all()
             task = self._task if site.name in self._pending else None
             round_, step, unanswered = self._asked
             body = unanswered.get(site.name)
@@ -148,6 +155,24 @@ class Federation:
             site.give(task)
         self._inbox.put(site.name)
         return True
+
+    def await_turn(self, name: str, round_: int | None, alive: Callable[[], bool]) -> None:
+        """Wait until a site is in the job and has its task, or its update of this round was taken before.
+
+        Waits while `alive`, TURN_SECONDS at most.
+
+        A transfer that goes on after a cut, or with a server that took the job up, may come before its site's word.
+        """
+        deadline = time.monotonic() + TURN_SECONDS
+        with self._turns:
+            while name not in self._lost:
+                here = name in self._sites and name not in self._absences.names
+                given = self._round is not None and name not in self._undealt
+                taken = round_ is not None and round_ <= self._admitted.get(name, -1)
+                left = deadline - time.monotonic()
+                if (here and (given or taken)) or left <= 0 or not alive():
+                    return
+                self._turns.wait(min(left, 0.5))
 
     def is_settled(self, name: str, round_: int) -> bool:
         """Whether nothing of this round is asked any more of a site that was away in it.
@@ -318,6 +343,7 @@ class Federation:
             left = len(self._sites)
             chosen = self._sites.keys() if among is None else self._sites.keys() & among
             waiting = deque(sorted(chosen) if only is None else [only] if only in self._sites else [])
+            self._undealt = set(waiting)
         if task.round != self._begun and task.round < task.total_rounds:
             self._begun = task.round
             self.observe(JobEvent(kind="round", round=task.round))
@@ -440,10 +466,13 @@ class Federation:
             with self._lock:
                 if self._at_once is not None and len(self._pending) >= self._at_once:
                     return
-                site = self._sites.get(waiting.popleft())
+                name = waiting.popleft()
+                self._undealt.discard(name)
+                self._turns.notify_all()
+                site = self._sites.get(name)
                 if site is None:
                     continue
-                self._pending.add(site.name)
+                self._pending.add(name)
             site.give(task)
 
     def _miss(self, names: Set[str], round_: int) -> None:

@@ -238,6 +238,13 @@ class ServerJob:
         if self.status is Status.RUNNING and name in self.signed.record.roster:
             self._federation.suspend(name, reason, cut=cut)
 
+    def await_turn(self, attendance: Attendance, round_: int | None) -> None:
+        """Wait, within bounds, until a site that attends again is back in the job and has its task.
+
+        A transfer that goes on after a cut, or with a server that took the job up, may come before its site's word.
+        """
+        self._federation.await_turn(attendance.name, round_, lambda: not (attendance.ended or self.status.over))
+
     def is_settled(self, name: str, round_: int) -> bool:
         """Whether a site that was away in this round has nothing to deliver for it any more."""
         return self._federation.is_settled(name, round_)

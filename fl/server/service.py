@@ -229,6 +229,8 @@ class FederationService:
         attendance, job = self._attending(caller, head.job)
         if head.what == "bundle" and head.sha256 == job.bundle.digest:
             return _while_attending(attendance, serve_chunks(job.bundle.raw, head.offset))
+        if head.what == "model":
+            job.await_turn(attendance, None)
         model = job.model(head.sha256) if head.what == "model" else None
         if model is None and head.what == "model" and not job.status.over:
             raise RoundOver(f"job {head.job} serves another model now")
@@ -243,6 +245,7 @@ class FederationService:
         head = first_frame(requests, Deliver)
         attendance, job = self._attending(caller, head.job)
         name = attendance.name
+        job.await_turn(attendance, head.round)
         if job.is_settled(name, head.round):  # it came whole before a cut, its verdict did not; or it comes too late
             yield pack(Verdict(accepted=True))
             return

@@ -337,8 +337,12 @@ class _About:
 
 def _has_result_for(job: ServerJob, signed: SignedCommand) -> None:
     if job.result is None:
-        kept = "; its result is not kept any more" if job.status is Status.FINISHED else ""
-        raise PeerLost(f"job {job.id} has no result: it is {job.status.value}{kept}", where="job")
+        why = (
+            "; its result is not kept any more"
+            if job.status is Status.FINISHED
+            else "".join(f": {reason[:300]}" for reason in job.report().reasons[:8])
+        )
+        raise PeerLost(f"job {job.id} has no result: it is {job.status.value}{why}", where="job")
     if signed.command.user not in job.result[0].keys:
         raise ApprovalRefused(job.id, (f"{signed.command.user} is not among the result's recipients",))
 

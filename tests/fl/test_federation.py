@@ -261,6 +261,49 @@ def test_a_site_that_was_away_gets_its_open_task_again_and_the_clock_stood_still
     assert stage.told("lost") == []
 
 
+def test_a_transfer_that_is_quicker_than_its_site_s_word_waits_for_its_turn() -> None:
+    """After a cut a site delivers anew before the server has heard that it is back: the update is neither refused nor
+    counted twice. One that answers again without having been away is refused at once."""
+    stage = Stage(round_seconds=20.0)
+    turns: list[tuple[str, bool]] = []
+    finish = threading.Event()
+
+    def wait(name: str, round_: int) -> None:
+        stage.federation.await_turn(name, round_, lambda: True)
+        turns.append((name, stage.federation.is_settled(name, round_)))
+
+    def answer_and_leave(site: PlayedSite, task: Task) -> None:
+        stage.submit(site.name, task.round, memory_of(5.0))
+        stage.federation.suspend(site.name, "its connection broke", cut=True)
+        early = threading.Thread(target=wait, args=(site.name, task.round))
+        early.start()
+        early.join(0.3)
+        assert early.is_alive()
+        stage.federation.resume(PlayedSite("b", lambda _site, _task: None))
+        early.join(5)
+        assert turns == [("b", True)]
+        finish.set()
+
+    def late(site: PlayedSite, task: Task) -> None:
+        finish.wait(5)
+        stage.submit(site.name, task.round, memory_of(3.0))
+        wait(site.name, task.round)
+        assert turns[-1] == ("a", False)
+        refused(stage, site, task, memory_of(100.0))
+
+    stage.join("a", late)
+    first = threading.Thread(
+        target=stage.federation.await_turn, args=("b", 0, lambda: True)
+    )  # as with a server that took the job up
+    first.start()
+    first.join(0.2)
+    assert first.is_alive()
+    stage.join("b", answer_and_leave)
+    assert stage.run(rounds=1) == 4.0
+    first.join(5)
+    assert not first.is_alive()
+
+
 def test_a_site_that_has_answered_before_it_was_away_is_not_asked_again_and_counts_once() -> None:
     stage = Stage(round_seconds=5.0)
     given: list[int] = []
