@@ -95,7 +95,7 @@ class Served:
             async with listening(app, tls, self.listen):
                 up.set()
                 await self._ended.wait()
-            await asyncio.sleep(0.25)  # connections over TLS end in later turns of the loop
+            await connections_ended()
 
         key = load_private_key(self.folder / "keys/witness.pem")
         self.witness = Watched(key, open_store(self.folder / "state/witness.sqlite"), lambda: self.consortium, now)
@@ -110,6 +110,18 @@ class Served:
             self._thread.join(timeout=20)
             self.witness.close()
             self._loop = None
+
+
+async def connections_ended() -> None:
+    """Wait for connections over TLS, which end in later turns of the loop, when their peers say goodbye."""
+    transports = asyncio.get_running_loop()._transports  # type: ignore[attr-defined]
+    for _ in range(20):
+        if not any(transport._sock for transport in list(transports.values())):
+            return
+        await asyncio.sleep(0.05)
+    for transport in list(transports.values()):
+        transport.abort()
+    await asyncio.sleep(0.05)
 
 
 @dataclass
