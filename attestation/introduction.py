@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,7 +23,7 @@ from attestation.canonical import b64, unb64
 from attestation.ear import Ear
 from attestation.ears import MAX_EAR, MAX_EARS, verify_ears
 from attestation.errors import PeerRefused
-from attestation.identity import Identity, enrolment_reasons
+from attestation.identity import enrolment_reasons
 from attestation.jws import read_jws, sign_jws
 from policies.errors import Refused, SealwrightError
 
@@ -32,6 +32,26 @@ if TYPE_CHECKING:
 
 MAX_WORD = 16 << 10
 """Characters of the longest word."""
+
+
+class Introducing(Protocol):
+    """What of an `Identity` it takes to introduce oneself."""
+
+    @property
+    def role(self) -> str:
+        """The guest's role."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def sign_key(self) -> Ed25519PrivateKey:
+        """The attested signing key."""
+
+    @property
+    def ears(self) -> tuple[str, ...]:
+        """The EARs over it."""
 
 
 class Introduction(BaseModel):
@@ -55,7 +75,7 @@ class Introduced:
     word: Mapping[str, Any]
 
 
-def introduce(identity: Identity, payload: Mapping[str, Any], *, typ: str) -> str:
+def introduce(identity: Introducing, payload: Mapping[str, Any], *, typ: str) -> str:
     """The JSON with which this guest introduces itself, saying `payload`."""
     public = identity.sign_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     word = sign_jws(payload, identity.sign_key, kid=f"{identity.role}/{identity.name}", typ=typ)

@@ -12,10 +12,9 @@ answers as many bytes, and the cryptography of one update alone, on one core.
 
 from __future__ import annotations
 
-import asyncio
 import multiprocessing
+import os
 import random
-import resource
 import secrets
 import socket
 import ssl
@@ -31,15 +30,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvloop
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fl.edge.deltas import encode_delta
+from fl.edge.exchange import Reply
+from fl.edge.gateway_workers import GatewayWorkers
+from fl.edge.messages import ResultAnswer, ResultRequest, TaskAnswer, TaskRequest, read_words
+from fl.edge.permits import Demand
+from fl.edge.sealing import open_answer, seal_request
+from fl.edge.settings import DeviceManagerConfig, EdgeSettings, ModelManagerConfig
+from fl.edge.tokens import issue_token
+from fl.edge.tree_frames import Offer
+from fl.jobs.bundle import make_bundle
+from fl.jobs.settings import JobSettings
+from fl.party import Party
+from fl.transport.port import Port
+from policies.devices import DeviceIssuer
+
 sys.path.append(str(Path(__file__).parents[1] / "tests/fl"))
+from edge_world import FAST, found_edge, model_of, version_of
 
 BATCH = 500
 BATCHES = 12
 CONNECTIONS = 16
+PROCESSES = len(os.sched_getaffinity(0))
+MOMENT = 0.25
+"""Seconds between two exchanges with the parent."""
 SHAPES = {"a.weight": (250, 96), "a.bias": (250,), "b.weight": (3, 250)}
 """25,000 numbers: 100 KB as float32."""
 
@@ -97,50 +114,85 @@ def _measured(encoding: str) -> Mapping[str, object]:
 
 
 def _serve(pipe: Connection) -> None:
-    from edge_world import found_edge
-
     with tempfile.TemporaryDirectory() as folder:
-        uvloop.run(_served(pipe, found_edge(Path(folder))))
+        _served(pipe, found_edge(Path(folder)))
 
 
-async def _served(pipe: Connection, world: Any) -> None:
-    from fl.edge.gateway_service import GatewayService
-    from fl.transport.tls import server_context
+def _served(pipe: Connection, world: Any) -> None:
+    """A gateway of a process for each processor. A job of one version that never ends stands in the parent's place."""
+    federation, own = world.federation, world.identity()
+    party = Party(lambda: own, federation.charter, world.moment, federation.record, lambda _: None)
+    selection = DeviceManagerConfig(device_selection_size=100_000)
+    edge = EdgeSettings(max_norm=10.0, models=ModelManagerConfig(max_model_version=2), devices=selection)
+    said = {
+        "name": world.task.job,
+        "recipe": "fedbuff",
+        "options": {"recipe": "fedbuff", "edge": edge.model_dump(), "config": dict(world.task.config)},
+        "num_rounds": 1,
+        "min_clients": 1,
+        "train_script": "training.pte",
+        "framework": "pytorch",
+        "params_type": "DIFF",
+        "model": {name: {"dtype": "F32", "shape": shape} for name, shape in SHAPES.items()},
+    }
+    bundle = make_bundle(Path("/nonexistent-folder"), JobSettings.model_validate(said), {"training.pte": b"graph"})
+    offer = Offer(job="job-1", record="", bundle="0" * 64, bundle_size=1)
+    version = version_of(1, world.task, model_of(1.0, SHAPES))
+    workers = GatewayWorkers(
+        party, lambda: world.group_value, lambda: (federation.charter(), federation.store), PROCESSES, FAST
+    )
+    with workers:
+        port = Port("127.0.0.1:0", {"https": workers.take}, tell=lambda _: None)
+        job: Any = workers.begin(offer, bundle, world.task)
+        reply = Reply({}, 1 << 20, (1,))
 
-    branch = world.branch(shapes=SHAPES, max_norm=10.0)
-    gateway = world.gateway(branch)
-    own = gateway.identity()
-    tls = server_context(own.tls_key_pem, own.certificate_pem, world.federation.issuer.certificate_pem, strangers=True)
-    service = GatewayService(gateway, lambda: (world.federation.charter(), world.federation.store), tls)
-    await service.start("127.0.0.1:0")
-    charter, issuing = world.federation.charter().id, world.issuer_key.private_bytes_raw()
-    pipe.send((service.address, charter, world.keys().public, world.issuer.to_json(), issuing))
-    counted, began = 0, time.process_time()
-    while not pipe.poll():
-        await asyncio.sleep(0.05)
-        counted += _exchanged(branch)
-    counted += _exchanged(branch)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send((counted, peak, time.process_time() - began))
-    await service.stop()
+        def exchanged(waiting: int = 0) -> int:
+            """What a moment's exchange with the parent is to a gateway, without the network."""
+            partial = job.report().partial
+            if waiting:
+                for worker in workers._workers:
+                    job._node._deal.report(worker.origins["job-1"], Demand(0, waiting))
+            job.hear(reply, {1: version})
+            return 0 if partial is None else len(partial.encoded()) and partial.count
+
+        exchanged(1 << 17)  # as if so many devices had asked before: all that come are wanted
+        charter, issuing = federation.charter().id, world.issuer_key.private_bytes_raw()
+        pipe.send((port.address, charter, world.keys().public, world.issuer.to_json(), issuing))
+        counted, ids = 0, _children()
+        began = sum(map(_cpu_seconds, ids))
+        while not pipe.poll(MOMENT):
+            counted += exchanged()
+        for _ in range(2):  # the last claims are settled in one, and handed up in the next
+            counted += exchanged()
+        used = sum(map(_cpu_seconds, ids)) - began
+        pipe.send((counted, sum(map(_peak_bytes, ids)), used))
+        port.close()
 
 
-def _exchanged(branch: Any) -> int:
-    """What a moment's exchange with the parent is to a gateway, without the network."""
-    branch.claims()
-    branch.settle(())
-    partial = branch.take()
-    return 0 if partial is None else len(partial.encoded()) and partial.count
+def _children() -> list[int]:
+    own = os.getpid()
+    stats = {int(one.name): one / "stat" for one in Path("/proc").glob("[0-9]*")}
+    return [own, *(pid for pid, stat in stats.items() if stat.exists() and int(_fields(stat)[1]) == own)]
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = _fields(Path(f"/proc/{pid}/stat"))
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _fields(stat: Path) -> list[str]:
+    return stat.read_text().rpartition(")")[2].split()
+
+
+def _peak_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 class _Device:
     """A device's messages: everything but the training."""
 
     def __init__(self, encoding: str, charter: str, group_key: bytes, issuer: dict[str, Any], issuing: bytes) -> None:
-        from fl.edge.messages import TaskRequest
-        from fl.edge.tokens import issue_token
-        from policies.devices import DeviceIssuer
-
         self.key = ec.generate_private_key(ec.SECP256R1())
         known = DeviceIssuer.model_validate(issuer)
         signing, public = Ed25519PrivateKey.from_private_bytes(issuing), self.key.public_key()
@@ -152,8 +204,6 @@ class _Device:
 
     def trained(self) -> None:
         """Open the task's answer, and make the result."""
-        from fl.edge.messages import ResultRequest, TaskAnswer
-
         task = self._opened(TaskAnswer, "task").task
         assert task is not None
         self.asked, self.body = self._request(
@@ -170,21 +220,14 @@ class _Device:
 
     def check(self) -> None:
         """The result was counted."""
-        from fl.edge.messages import ResultAnswer
-
         done = self._opened(ResultAnswer, "result")
         assert (done.status, done.message) == ("OK", "counted"), done
 
     def _opened(self, kind: Any, message: str) -> Any:
-        from fl.edge.messages import read_words
-        from fl.edge.sealing import open_answer
-
         words = open_answer(self.answer, bytes.fromhex(self.asked.answer_key), self.asked.request)
         return read_words(kind, words, where=message)
 
     def _request(self, kind: Any, message: Any, tensors: bytes = b"", **words: Any) -> tuple[Any, bytes]:
-        from fl.edge.sealing import seal_request
-
         common = {"token": self.token, "request": secrets.token_hex(16), "answer_key": secrets.token_hex(32)}
         made = kind(**common, job="job-1", **words)
         sealed = seal_request(
@@ -195,8 +238,6 @@ class _Device:
 
 @cache
 def _delta(encoding: Any) -> bytes:
-    from fl.edge.deltas import encode_delta
-
     rng = np.random.default_rng(1)
     tensors = {name: rng.normal(size=shape).astype("<f4") for name, shape in SHAPES.items()}
     return encode_delta(tensors, encoding, rng, compressed=False)

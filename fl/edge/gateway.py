@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 from attestation.canonical import b64
-from attestation.introduction import introduce
+from attestation.introduction import Introducing, introduce
 from fl.edge.contract import Branch, EdgeJob, ModelVersion, Update, contribution_of
 from fl.edge.deltas import DeltaForm, decode_delta
 from fl.edge.messages import (
@@ -46,7 +46,6 @@ from policies.devices import job_matches
 from policies.errors import Refused
 
 if TYPE_CHECKING:
-    from attestation.identity import Identity
     from fl.edge.task import DeviceTask
     from policies.charter import Charter
 
@@ -88,7 +87,7 @@ class Gateway:
 
     keys: Callable[[], GroupKeys]
     charter: Callable[[], Charter]
-    identity: Callable[[], Identity]
+    identity: Callable[[], Introducing]
     clock: Callable[[], datetime]
     branches: Callable[[], Mapping[str, Branch]]
     pace: Pace = Pace()

@@ -63,14 +63,22 @@ class GatewayService:
     """A running service. All but `news` is for the loop in which it was started."""
 
     def __init__(
-        self, gateway: Gateway, store: CharterStore, tls: ssl.SSLContext, tell: Callable[[str], None] = lambda _: None
+        self,
+        gateway: Gateway,
+        store: CharterStore,
+        tls: ssl.SSLContext,
+        tell: Callable[[str], None] = lambda _: None,
+        *,
+        share: int = 1,
     ) -> None:
-        """`tell` takes lines for the guest's log."""
+        """`tell` takes lines for the guest's log. So many services `share` the gateway's bounds."""
         self._gateway = gateway
         self._store = store
         self._tls = tls
         self._tell = tell
-        self._uploads = Uploads(MAX_UPLOADS)
+        self._uploads = Uploads(MAX_UPLOADS // share)
+        self._most_bodies = MAX_BODIES // share
+        self._most_connections = MAX_CONNECTIONS // share
         self._bodies = 0
         self._waiting = 0
         self._changed = asyncio.Event()
@@ -122,7 +130,7 @@ class GatewayService:
         self._loop.call_soon_threadsafe(self._taken, connection)
 
     def _taken(self, connection: socket.socket) -> None:
-        if self._server is None or len(self._server.connections) + len(self._greeting) >= MAX_CONNECTIONS:
+        if self._server is None or len(self._server.connections) + len(self._greeting) >= self._most_connections:
             connection.close()
             return
         self._connections.add(connection)
@@ -296,7 +304,7 @@ class GatewayService:
             raise MalformedMessage("a body has to name its length", where="request")
         if length > most:
             raise _Unread(413, f"the body has {length} bytes, more than {most}")
-        if self._bodies and self._bodies + length > MAX_BODIES:
+        if self._bodies and self._bodies + length > self._most_bodies:
             raise _Unread(503, "too many requests are read at the moment")
         self._bodies += length
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fl.party import Party
 from fl.transport.tls import server_context
@@ -23,6 +23,13 @@ class TlsCredentials:
     chain: str
     trusted: str
     """The certificates that a client's may come from; what the client may do is decided later, by the charter."""
+
+
+class Certificates(Protocol):
+    """Whoever knows the newest credentials, from any thread."""
+
+    def current(self) -> TlsCredentials:
+        """The newest."""
 
 
 class ServerCertificates:
@@ -53,7 +60,7 @@ class ServerCertificates:
 class TlsContexts:
     """TLS contexts for the current credentials; a new one when they change."""
 
-    def __init__(self, certificates: ServerCertificates, *, strangers: bool) -> None:
+    def __init__(self, certificates: Certificates, *, strangers: bool) -> None:
         self._certificates = certificates
         self._strangers = strangers
         self._lock = threading.Lock()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -91,6 +93,7 @@ class RunningGateway:
     ready: threading.Event = field(default_factory=threading.Event)
     address: str = ""
     error: Exception | None = None
+    workers: int = 1
 
     def start(self) -> RunningGateway:
         identity = self.world.federation.identity("gateway", self.name, seconds=600, measurement=MEASUREMENT)
@@ -113,6 +116,7 @@ class RunningGateway:
                     stop=self.stop,
                     ready=listening,
                     pace=FAST,
+                    workers=self.workers,
                 )
             except Exception as error:
                 self.error = error
@@ -154,7 +158,7 @@ def result_of(client: Any, job: str, folder: Path) -> np.ndarray:
 def test_devices_train_a_job_of_the_server_through_a_gateway(world: EdgeWorld, tmp_path: Path) -> None:
     """Nothing is in the tests' hands but the devices' steps: submit, approve, tree, gateway, device, result."""
     with job_under_way(world, bundle_of(versions=3, updates=3)) as (address, client, job):
-        gateway = RunningGateway(world, "gate-1", address).start()
+        gateway = RunningGateway(world, "gate-1", address, workers=2).start()
         connection = GatewayConnection(f"https://{gateway.address}", timeout=10.0)
         try:
             devices = [
@@ -174,6 +178,57 @@ def test_devices_train_a_job_of_the_server_through_a_gateway(world: EdgeWorld, t
         finally:
             connection.close()
             gateway.kill()
+        np.testing.assert_allclose(result_of(client, job, tmp_path / "result"), 1.0, rtol=1e-6)
+
+
+def workers_of_this_process() -> list[int]:
+    """The ids of gateways' worker processes below this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue  # it has ended meanwhile
+        if parent == os.getpid() and b"gateway_worker" in command:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+@pytest.mark.long
+def test_a_gateway_of_two_processes_outlives_one_of_them(world: EdgeWorld, tmp_path: Path) -> None:
+    """Both serve devices on one port; one is killed with its connections and what it held, and is started again."""
+    told = world.federation.told
+    with job_under_way(world, bundle_of(versions=3, updates=4)) as (address, client, job):
+        gateway = RunningGateway(world, "gate-1", address, workers=2).start()
+        url = f"https://{gateway.address}"
+        connections = [GatewayConnection(url, timeout=10.0) for _ in range(4)]  # two for each worker
+        try:
+            workers = workers_of_this_process()
+            assert len(workers) == 2
+            devices = [
+                world.device(one, tmp_path / str(number), settings=DeviceSettings(jobs=(JOB,), wait_seconds=0.5))
+                for number, one in enumerate(connections)
+            ]
+            for device in devices:
+                assert wait_until(lambda device=device: device.step() >= 0 and device.standing.state == "reporting", 20)
+            os.kill(workers[0], signal.SIGKILL)
+            assert wait_until(lambda: any("a worker of the gateway has ended" in line for line in told), 20)
+            world.rotate()
+
+            def lived() -> bool:
+                for device in devices:
+                    device.step()
+                return bool(client.report(job).status.over)
+
+            assert wait_until(lived, 60), (told[-5:], world.events[-5:])
+            assert len(now_there := workers_of_this_process()) == 2
+            assert workers[1] in now_there
+        finally:
+            for one in connections:
+                one.close()
+            gateway.kill()
+        assert not workers_of_this_process(), "the processes end with their gateway"
         np.testing.assert_allclose(result_of(client, job, tmp_path / "result"), 1.0, rtol=1e-6)
 
 
