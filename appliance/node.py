@@ -317,6 +317,7 @@ def _gateway(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes]
         store=lease.charter_store,
         stop=stop,
         ready=lambda address: say("serving", address=address),
+        workers=len(os.sched_getaffinity(0)),
     )
 
 
