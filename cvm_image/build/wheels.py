@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 from cvm_image.build.apt import take_input
 from cvm_image.build.commands import run
-from cvm_image.build.errors import MissingInput
+from cvm_image.build.errors import BuildFailed, MissingInput
 from cvm_image.build.lock import LockedWheel
+from cvm_image.build.requirements import guest_environment, needed_by, read_requirements
 from cvm_image.build.store import Store, digest_file
 
 PLATFORMS = (
@@ -24,13 +27,17 @@ PLATFORMS = (
 )
 
 
+MAX_TRIES = 8
+"""How often what pip brought may turn out to need more in the guest."""
+
+
 def lock_wheels(
     names: Sequence[str], *, python: str, constraints: Path, provided: Sequence[str], store: Store, log: Path
 ) -> list[LockedWheel]:
     """Resolve `names` and all they need for the guest's Python under `constraints`, and put the wheels in the store.
 
     A name with a version of its own (`name==version`) is not under them. `provided` names what Debian's packages bring
-    (numpy, torch): those are left out of the result.
+    (numpy, torch): those are left out of the result. Raises BuildFailed where what they need cannot be had.
     """
     if not names:
         return []
@@ -39,29 +46,42 @@ def lock_wheels(
     with tempfile.NamedTemporaryFile("w", prefix="constraints-", dir=store.root) as others:
         others.write("\n".join(lines) + "\n")
         others.flush()
-        return _lock([*names, "--constraint", others.name], python=python, provided=provided, store=store, log=log)
+        under = ["--constraint", others.name]
+        asked = list(names)
+        for _ in range(MAX_TRIES):
+            with tempfile.TemporaryDirectory(prefix="wheels-", dir=store.root) as landing:
+                folder = Path(landing)
+                _download([*asked, *under], folder, python=python, log=log)
+                there = {_name_of(file): read_requirements(file) for file in folder.glob("*.whl")}
+                needed, missing = needed_by(names, there, guest_environment(python), provided)
+                if not missing:
+                    return _take(folder, needed, store)
+            asked += missing
+    raise BuildFailed("what the wheels need has no end", where=", ".join(missing), do="Name other wheels.")
 
 
 def lock_pinned(pins: Path, *, python: str, store: Store, log: Path) -> list[LockedWheel]:
     """Lock the wheels that the file `pins` lists (`name==version` a line), and nothing that they ask for besides."""
-    return _lock(["--no-deps", "--requirement", str(pins)], python=python, provided=(), store=store, log=log)
-
-
-def _lock(wanted: Sequence[str], *, python: str, provided: Sequence[str], store: Store, log: Path) -> list[LockedWheel]:
     with tempfile.TemporaryDirectory(prefix="wheels-", dir=store.root) as landing:
         folder = Path(landing)
-        _download(wanted, folder, python=python, log=log)
-        locked = []
-        for file in sorted(folder.glob("*.whl")):
-            name, version = file.name.split("-")[:2]
-            name = name.lower().replace("_", "-")
-            if name in provided:
-                continue
-            digest = digest_file(file)
-            size = file.stat().st_size
+        _download(["--no-deps", "--requirement", str(pins)], folder, python=python, log=log)
+        return _take(folder, {_name_of(file) for file in folder.glob("*.whl")}, store)
+
+
+def _take(folder: Path, wanted: Collection[str], store: Store) -> list[LockedWheel]:
+    """Put the wheels of these names into the store."""
+    locked = []
+    for file in sorted(folder.glob("*.whl")):
+        name, version = _name_of(file), file.name.split("-")[1]
+        if name in wanted:
+            digest, size = digest_file(file), file.stat().st_size
             take_input(store, file, digest, file.name)
             locked.append(LockedWheel(name=name, version=version, file=file.name, size=size, sha256=digest))
     return locked
+
+
+def _name_of(wheel: Path) -> str:
+    return canonicalize_name(wheel.name.partition("-")[0])
 
 
 def fetch_wheels(wheels: Sequence[LockedWheel], store: Store, *, online: bool, log: Path) -> None:
