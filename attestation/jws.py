@@ -35,7 +35,14 @@ def read_jws_header(token: str, *, typ: str) -> str:
     where = f"{typ} token"
     if len(token) > MAX_TOKEN or token.count(".") != 2:
         raise Unusable("this is no compact JWS", where=where, do="Send the token as it was made.")
-    header = read_canonical(unb64url(token.partition(".")[0], where=where), where=where, limit=1024)
+    return _kid(token.partition(".")[0], typ)
+
+
+@lru_cache(maxsize=256)
+def _kid(encoded: str, typ: str) -> str:
+    """The `kid` of a header, which all tokens of one signer for one purpose have in common."""
+    where = f"{typ} token"
+    header = read_canonical(unb64url(encoded, where=where), where=where, limit=1024)
     kid = header.get("kid")
     if header != {"alg": ALGORITHM, "kid": kid, "typ": typ} or not isinstance(kid, str):
         raise Unusable(

@@ -92,6 +92,11 @@ class TensorFile:
         self._starts = starts
 
     @property
+    def starts(self) -> Mapping[str, int]:
+        """At which byte of the file each tensor begins."""
+        return self._starts
+
+    @property
     def raw(self) -> memoryview:
         """The whole file's bytes."""
         return self._source if isinstance(self._source, memoryview) else self._source.read(0, self._source.size)

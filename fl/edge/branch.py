@@ -55,7 +55,7 @@ class TreeBranch:
         self._tasks: dict[str, DeviceTask] = {}
         self._sums: dict[int, VersionSum] = {}
         self._seen: dict[int, set[bytes]] = {}
-        self._held: dict[bytes, Update] = {}
+        self._held: dict[bytes, tuple[Update, float]] = {}  # with its scale
         self._size_of_held = 0
         self._asked: set[bytes] = set()  # of the held: those of which the parent was asked
         self._sequence = 0
@@ -98,9 +98,11 @@ class TreeBranch:
         if seen is None:
             self.permits.give_back()  # its device is free all the same
             return "stale"
-        why = self._why_refused(update)
-        if why is not None:
+        if (why := self._why_refused(update)) is not None:
             return f"refused: {why}"
+        norm = norm_of(update.tensors)
+        if not norm <= MAX_MAGNITUDE:
+            return "refused: it holds a number that is not finite, or too large"
         contribution = bytes.fromhex(update.contribution)
         if contribution in seen or contribution in self._held:
             return "duplicate"
@@ -108,7 +110,8 @@ class TreeBranch:
         if self._size_of_held + size > self._held_bytes or len(seen) >= MAX_IDS:
             return "busy"
         seen.add(contribution)
-        self._held[contribution] = update
+        most = self._job.bounds.max_norm
+        self._held[contribution] = update, 1.0 if most is None or norm <= most else most / norm
         self._size_of_held += size
         self.permits.give_back()
         return "counted"
@@ -124,8 +127,6 @@ class TreeBranch:
             array = update.tensors[name]
             if array.shape != spec.shape or array.dtype.kind != "f":
                 return f"tensor {name!r} is {array.dtype} {list(array.shape)}, not floats of {list(spec.shape)}"
-        if not norm_of(update.tensors) <= MAX_MAGNITUDE:
-            return "it holds a number that is not finite, or too large"
         return None
 
     # between this node and its parent
@@ -133,7 +134,7 @@ class TreeBranch:
     def claims(self) -> dict[int, list[bytes]]:
         """The contributions that wait, by version, ascending: ask the parent which of them were claimed before."""
         found: dict[int, list[bytes]] = {}
-        for contribution, update in self._held.items():
+        for contribution, (update, _) in self._held.items():
             found.setdefault(update.version, []).append(contribution)
             self._asked.add(contribution)
         return {version: sorted(ids) for version, ids in sorted(found.items())}
@@ -144,10 +145,9 @@ class TreeBranch:
         for contribution in list(self._held):  # in the order of arrival, so that equal runs have equal sums
             if contribution not in self._asked:
                 continue
-            update = self._held.pop(contribution)
+            update, scale = self._held.pop(contribution)
             self._size_of_held -= _size(update.tensors)
             if contribution not in others:
-                scale = self._scale(update.tensors)
                 weight = min(update.weight, self._job.bounds.max_weight)
                 self._sum_of(update.version).fold(contribution, update.tensors, weight, scale=scale)
         self._asked.clear()
@@ -157,11 +157,6 @@ class TreeBranch:
         if found is None:
             found = self._sums[version] = VersionSum(self.schema)
         return found
-
-    def _scale(self, tensors: Tensors) -> float:
-        most = self._job.bounds.max_norm
-        norm = 0.0 if most is None else norm_of(tensors)
-        return 1.0 if most is None or norm <= most else most / norm
 
     def merge(self, partial: PartialSum) -> None:
         """Add a child's partial sum, whose contributions the root has admitted; versions that are over are dropped."""
@@ -189,7 +184,7 @@ class TreeBranch:
             for contribution in self._seen.pop(version):
                 held = self._held.pop(contribution, None)
                 if held is not None:
-                    self._size_of_held -= _size(held.tensors)
+                    self._size_of_held -= _size(held[0].tensors)
                     self.dropped += 1
         self._asked &= self._held.keys()
         for version in alive.keys() - self._versions.keys():

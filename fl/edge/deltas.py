@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Self
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fl.edge.contract import Tensors
 from fl.edge.messages import Encoding
 from fl.errors import MalformedTensors
-from fl.tensors import Buffer, Schema, TensorSpec, encode, layout, narrow_bf16, parse, widen_bf16
+from fl.tensors import Buffer, Schema, TensorFile, TensorSpec, encode, layout, narrow_bf16, parse, widen_bf16
 
 LEVEL: Final = 1
 """zlib's level: the fastest, since weights compress little at any."""
@@ -29,6 +29,10 @@ DTYPE: Final[Mapping[Encoding, str]] = {"f32": "F32", "bf16": "BF16", "int8": "I
 SCALE: Final = "#scale"
 _SLACK: Final = 64 << 10
 """Bytes that another library's header may have beyond ours."""
+
+
+MAX_KNOWN_HEADERS: Final = 16
+MAX_KNOWN_HEADER: Final = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +45,16 @@ class DeltaForm:
     """The model's tensors of floats."""
     encoded: Schema
     most: int
+    data: int
+    """Bytes of its tensors."""
+    _starts: dict[bytes, Mapping[str, int]] = field(default_factory=dict, repr=False, compare=False)
+    """Headers that were read and found right, and where their tensors begin: devices of one kind write the same."""
 
     @classmethod
     def of(cls, schema: Schema, encoding: Encoding) -> Self:
         """The form for a model with these tensors of floats."""
         encoded = encoded_schema(schema, encoding)
-        return cls(encoding, schema, encoded, layout(encoded)[2] + _SLACK)
+        return cls(encoding, schema, encoded, layout(encoded)[2] + _SLACK, sum(one.size for one in encoded.values()))
 
 
 def encoded_schema(schema: Schema, encoding: Encoding) -> dict[str, TensorSpec]:
@@ -87,10 +95,7 @@ def decode_delta(raw: Buffer, form: DeltaForm, *, compressed: bool) -> dict[str,
     MalformedTensors for anything that is not exactly such a difference.
     """
     where, encoding = "difference", form.encoding
-    content: Buffer = _inflated(raw, form.most) if compressed else raw
-    file = parse(content, max_size=form.most, where=where)
-    if file.schema != form.encoded:
-        raise MalformedTensors(f"its tensors are not those of the model as {encoding}", where=where)
+    file = _read(_inflated(raw, form.most) if compressed else raw, form)
     found: dict[str, npt.NDArray[np.float32]] = {}
     for name in form.schema:
         array = file.array(name)
@@ -103,6 +108,22 @@ def decode_delta(raw: Buffer, form: DeltaForm, *, compressed: bool) -> dict[str,
             array = array.astype(np.float32) * scale
         found[name] = array
     return found
+
+
+def _read(content: Buffer, form: DeltaForm) -> TensorFile:
+    """The file in `content`, whose header is read once for all that have the same."""
+    view = memoryview(content).cast("B")
+    size = 8 + int.from_bytes(view[:8], "little")
+    header = bytes(view[:size]) if size <= MAX_KNOWN_HEADER else b""
+    starts = form._starts.get(header)
+    if starts is not None and len(view) == size + form.data:
+        return TensorFile(view, form.encoded, starts, {})
+    file = parse(content, max_size=form.most, where="difference")
+    if file.schema != form.encoded:
+        raise MalformedTensors(f"its tensors are not those of the model as {form.encoding}", where="difference")
+    if header and len(form._starts) < MAX_KNOWN_HEADERS:
+        form._starts[header] = file.starts
+    return file
 
 
 def _inflated(raw: Buffer, most: int) -> bytes:

@@ -56,6 +56,7 @@ COOKIE_SECONDS: Final = 7 * 86400
 REMEMBERED: Final = 1 << 16
 """Devices of which this gateway knows what they reported last."""
 MAX_BLOBS: Final = 64
+OfJob = TaskRequest | SelectionRequest | ResultRequest
 _ENCODINGS: Final[tuple[Encoding, ...]] = get_args(Encoding)
 
 
@@ -93,7 +94,7 @@ class Gateway:
     pace: Pace = Pace()
     randomness: Callable[[int], bytes] = os.urandom
     _reported: OrderedDict[tuple[str, str], int] = field(default_factory=OrderedDict, repr=False)
-    """The newest version for which each device reported: (job, device) → version."""
+    """The newest version for which each device reported: (the job's beginning here, device) → version."""
     _blobs: OrderedDict[str, tuple[Blob, bytes]] = field(default_factory=OrderedDict, repr=False)
     """By the group key's id and what they are of."""
     _forms: OrderedDict[tuple[str, Encoding], DeltaForm] = field(default_factory=OrderedDict, repr=False)
@@ -167,19 +168,19 @@ class Gateway:
     def decide(self, call: Call) -> Answer:
         """What to answer."""
         request = call.request
-        if isinstance(request, JobRequest):
-            return self._job(call.device, request)
-        branch = self.branches().get(_job_of(request))
+        if call.message == "job":
+            return self._job(call.device, cast(JobRequest, request))
+        branch = self.branches().get(cast(OfJob, request).job)
         if branch is None:
             return _answer(call.message, "NO_JOB", "this gateway does not have the job", self.pace.no_job)
         if not call.device.may(branch.job.name):
             return _refusal(call.message, f"the device's token is not for the job {branch.job.name}")
         if branch.over:
             return _answer(call.message, "DONE", "the job is over", self.pace.no_job)
-        if isinstance(request, TaskRequest):
+        if call.message == "task":
             return self._task(call.device, branch)
-        if isinstance(request, SelectionRequest):
-            return self._selection(branch, request)
+        if call.message == "selection":
+            return self._selection(branch, cast(SelectionRequest, request))
         return self._result(call.device, branch, cast(ResultRequest, request), call.tensors)
 
     def sealed(self, call: Call, answer: Answer) -> bytes:
@@ -212,7 +213,7 @@ class Gateway:
         current = branch.current()
         if not current:
             return _answer("task", "NO_TASK", "there is no version to train yet", self.pace.task)
-        if self._reported.get((branch.job.job, device.name), -1) >= current[-1].version:
+        if self._reported.get((branch.origin, device.name), -1) >= current[-1].version:
             return _answer("task", "RETRY", "the device has trained the newest version", self.pace.task)
         version = branch.select(device.name)
         if version is None:
@@ -259,7 +260,7 @@ class Gateway:
         contribution = contribution_of(branch.job, request.version, device.name)
         verdict = branch.add(Update(request.version, delta, weight, contribution))
         if verdict in ("counted", "duplicate"):
-            self._remember(request.job, device, request.version)
+            self._remember(branch.origin, device, request.version)
             return ResultAnswer(status="OK", message=verdict)
         if verdict == "stale":
             return _answer("result", "NO_TASK", "the version is trained no more", 0.0)
@@ -278,8 +279,8 @@ class Gateway:
     def _recent(self, at: int, seconds: int) -> bool:
         return -seconds < self.clock().timestamp() - at < seconds
 
-    def _remember(self, job: str, device: Device, version: int) -> None:
-        place = (job, device.name)
+    def _remember(self, origin: str, device: Device, version: int) -> None:
+        place = (origin, device.name)
         self._reported[place] = max(version, self._reported.get(place, -1))
         self._reported.move_to_end(place)
         while len(self._reported) > REMEMBERED:
@@ -311,12 +312,6 @@ class Gateway:
             while len(self._forms) > MAX_BLOBS:
                 self._forms.popitem(last=False)
         return found
-
-
-def _job_of(request: Request) -> str:
-    if isinstance(request, TaskRequest | SelectionRequest | ResultRequest):
-        return request.job
-    raise TypeError(type(request).__name__)
 
 
 def _able(job: EdgeJob, capabilities: Mapping[str, str]) -> bool:

@@ -17,7 +17,7 @@ from typing import Final
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -38,6 +38,7 @@ _REQUEST: Final = b"sealwright-edge-request-v1\0"
 _SIGNED: Final = b"sealwright-edge-signed-v1\0"
 _ANSWER: Final = b"sealwright-edge-answer-v1\0"
 _ZERO: Final = bytes(NONCE_SIZE)
+_BY_DIGEST: Final = ECDSA(Prehashed(hashes.SHA256()))
 
 
 def key_id(public: bytes) -> bytes:
@@ -57,7 +58,7 @@ def seal_request(
 ) -> bytes:
     """The body of a request: signed by the device's P-256 `key`, sealed to the raw public `group_key`."""
     content = struct.pack(">I", len(words)) + words + tensors
-    r, s = decode_dss_signature(key.sign(_signed(charter, message, content), ECDSA(hashes.SHA256())))
+    r, s = decode_dss_signature(key.sign(_purpose(charter, message) + content, ECDSA(hashes.SHA256())))
     signature = r.to_bytes(32, "big") + s.to_bytes(32, "big")
     identifier = key_id(group_key)
     return identifier + seal(content + signature, group_key, info=_info(charter, message, identifier))
@@ -99,18 +100,18 @@ class KeyGone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A request, opened. `signed` is what its `signature` is over, once the words have named whose it is."""
+    """A request, opened. `digest` is the SHA-256 that `signature` is over; the words name whose it is."""
 
     words: bytes
     tensors: memoryview
-    signed: bytes = field(repr=False)
+    digest: bytes = field(repr=False)
     signature: bytes
 
     def is_signed_by(self, key: EllipticCurvePublicKey) -> bool:
         """Whether the holder of `key` made this request."""
         r, s = int.from_bytes(self.signature[:32], "big"), int.from_bytes(self.signature[32:], "big")
         try:
-            key.verify(encode_dss_signature(r, s), self.signed, ECDSA(hashes.SHA256()))
+            key.verify(encode_dss_signature(r, s), self.digest, _BY_DIGEST)
         except InvalidSignature:
             return False
         return True
@@ -157,13 +158,10 @@ class GroupKeys:
         (length,) = struct.unpack_from(">I", content)
         if length > MAX_WORDS or length > len(content) - 4 - SIGNATURE_SIZE:
             raise MalformedMessage("a request's words are longer than it, or than they may be", where=message)
-        signed = content[:-SIGNATURE_SIZE]
-        return Opened(
-            signed[4 : 4 + length],
-            memoryview(signed)[4 + length :],
-            _signed(self._charter, message, signed),
-            content[-SIGNATURE_SIZE:],
-        )
+        signed = memoryview(content)[:-SIGNATURE_SIZE]
+        digest = sha256(_purpose(self._charter, message))
+        digest.update(signed)
+        return Opened(content[4 : 4 + length], signed[4 + length :], digest.digest(), content[-SIGNATURE_SIZE:])
 
     def seal_blob(self, content: bytes) -> tuple[Blob, bytes]:
         """A blob of `content`: what names and opens it, and its bytes; the same at every gateway with these keys."""
@@ -206,5 +204,6 @@ def seal_answer(words: bytes, answer_key: bytes, request: str, randomness: Calla
     return nonce + AESGCM(answer_key).encrypt(nonce, words, _ANSWER + bytes.fromhex(request))
 
 
-def _signed(charter: str, message: Message, content: bytes) -> bytes:
-    return b"".join((_SIGNED, bytes.fromhex(charter), message.encode(), b"\0", content))
+def _purpose(charter: str, message: Message) -> bytes:
+    """What a device's signature is over, before the content."""
+    return b"".join((_SIGNED, bytes.fromhex(charter), message.encode(), b"\0"))
