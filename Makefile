@@ -13,10 +13,10 @@ EXTRAS := demo,tracking,edge,dev,fuzz
 SLICE ?= 0/1
 SECONDS ?= 20
 
-.PHONY: help setup demo image demo-vm test coverage test-long vectors kits fuzz gpu-sdk lint format bench bench-peers docs lock clean
+.PHONY: help setup demo image demo-vm demo-vm-edge test coverage test-long vectors kits fuzz gpu-sdk lint format bench bench-peers docs lock clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## Make the virtual environment with pinned packages; system packages by apt where it may.
 
@@ -37,6 +37,9 @@ image: setup ## Build the FL image for the virtual platform into build/image (ne
 
 demo-vm: image ## The federated job of `make demo` with its guests booted as machines from build/image.
 	@$(VENV)/bin/seal demo --vm build/image --out build/demo-vm
+
+demo-vm-edge: image ## Devices train through a booted server, inner node and gateway; a gateway on a bare host is refused.
+	@$(VENV)/bin/seal demo --edge --vm build/image --out build/demo-vm-edge
 
 test: setup ## Run the tests in parallel.
 	-@appliance/setup.sh $(APT_TESTS)

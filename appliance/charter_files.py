@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -68,12 +69,13 @@ def put_files(put: Iterable[str] | None) -> dict[str, bytes]:
         path, equals, file = item.partition("=")
         if not equals or not file:
             raise Unusable(f"{item!r} is not PATH=FILE", where="--put", do="For example images/demo.json=demo.toml.")
-        folder = Path(file).parent
-        files[path] = written_target(
-            path, read_file(Path(file)), file, lambda name, folder=folder: read_file(folder / name)
-        )
+        files[path] = written_target(path, read_file(Path(file)), file, partial(_beside, Path(file).parent))
         _check_rules(path, files[path], file)
     return files
+
+
+def _beside(folder: Path, name: str) -> bytes:
+    return read_file(folder / name)
 
 
 def _check_rules(path: str, raw: bytes, where: str) -> None:

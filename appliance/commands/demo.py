@@ -28,6 +28,9 @@ def demo(
         Path | None,
         typer.Option("--vm", metavar="IMAGE", help="Boot the guests as machines from this image (`make image`)."),
     ] = None,
+    edge: Annotated[
+        bool, typer.Option("--edge", help="A job of devices: a server, an inner node, a gateway, and devices.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> int:
     """Run one attested federated job and its attacks, end to end.
@@ -35,7 +38,8 @@ def demo(
     Everything runs on this machine: brokers, a server and two sites as processes of their own, on virtual chips. A
     charter is founded, and everything started from signed kits, by the verbs of `seal`: OUT/commands.sh lists them.
 
-    With --vm they are machines that QEMU emulates, which takes minutes; the attacks are then left out.
+    With --vm they are machines that QEMU emulates, which takes minutes; the attacks are then left out. With --edge the
+    guests are a server, an inner node and a gateway, through which devices train; a gateway on a bare host is refused.
 
     Example: seal demo --out build/demo
     """
@@ -43,11 +47,31 @@ def demo(
     from appliance.demo.story import run_demo
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report = run_demo(out.absolute(), Display(), None if vm is None else vm.absolute())
+    image = None if vm is None else vm.absolute()
+    if edge:
+        return _edge(out, image, as_json=as_json)
+    report = run_demo(out.absolute(), Display(), image)
     if as_json:
         print_json(report.to_json())
     else:
         _print(report, out)
+    return 0
+
+
+def _edge(out: Path, image: Path | None, *, as_json: bool) -> int:
+    from appliance.demo.display import Display
+    from appliance.demo.edge_story import run_edge_demo
+
+    report = run_edge_demo(out.absolute(), Display(), image)
+    if as_json:
+        print_json(report.to_json())
+        return 0
+    sys.stdout.write(
+        f"\nCharter {report.charter[:16]}… on the {report.platform} platform: no hardware was involved.\n"
+        f"{report.devices} devices gave {report.updates} updates; accuracy {report.accuracy:.3f}. "
+        + "".join(f"Refused: {one.attack}: {'; '.join(one.reasons)}. " for one in report.attacks)
+        + f"\nEverything: {out}/report.json\n"
+    )
     return 0
 
 

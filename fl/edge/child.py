@@ -125,7 +125,9 @@ class TreeLink:
 
     def _exchange_all(self, talk: _Talk) -> None:
         offers = {offer.job: offer for offer in talk.look()}
-        for job_id in self._jobs.keys() - offers.keys():
+        for job_id, running in list(self._jobs.items()):
+            if offers.get(job_id) == running.offer:
+                continue
             del self._jobs[job_id]
             self._node.end(job_id)
         for job_id, offer in offers.items():
@@ -173,13 +175,14 @@ class TreeLink:
             raise ApprovalRefused(offer.job, ("it is no edge job",))
         task = DeviceTask.of(bundle)
         self._party.record("job", {"event": "taken", "job": offer.job, "record": offer.record})
-        return _Job(self._node.begin(offer, bundle, task), task, options.edge.models.update_timeout)
+        return _Job(offer, self._node.begin(offer, bundle, task), task, options.edge.models.update_timeout)
 
 
 class _Job:
     """A job of which reports go up."""
 
-    def __init__(self, node: NodeJob, task: DeviceTask, update_timeout: float) -> None:
+    def __init__(self, offer: Offer, node: NodeJob, task: DeviceTask, update_timeout: float) -> None:
+        self.offer = offer
         self.node = node
         self.task = task
         self.update_timeout = update_timeout

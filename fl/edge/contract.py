@@ -84,6 +84,10 @@ class Branch(Protocol):
         """The job."""
 
     @property
+    def origin(self) -> str:
+        """A random name of this beginning of the job here: with another, nothing of the one before counts."""
+
+    @property
     def over(self) -> bool:
         """Whether the job is over: devices are told DONE."""
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from fl.edge.contract import ID_BYTES
 from fl.edge.partial_sum import MAX_IDS, PartialSum
 
 _DELIVERED: Final = ""
@@ -19,11 +20,16 @@ _DELIVERED: Final = ""
 class Contributions:
     """Of the versions that are alive."""
 
-    def __init__(self, *, once: bool = False) -> None:
-        """`once`: an id counts once in the whole job, not once a version."""
+    def __init__(self, *, once: bool = False, used: bytes = b"") -> None:
+        """`once`: an id counts once in the whole job, not once a version; `used`: those that were, where it goes on."""
         self._claimed: dict[int, dict[bytes, str]] = {}
         self._once = once
-        self._used: set[bytes] = set()
+        self._used = {used[at : at + ID_BYTES] for at in range(0, len(used), ID_BYTES)}
+
+    @property
+    def used(self) -> bytes:
+        """The contributions of a job that takes each once, one after the other."""
+        return b"".join(sorted(self._used))
 
     def begin(self, version: int) -> None:
         """A version takes updates from now on."""

@@ -58,8 +58,12 @@ class FedBuff:
         settings: EdgeSettings,
         generator: np.random.Generator,
         noise: Noise | None = None,
+        *,
+        version: int = FIRST_VERSION,
+        used: bytes = b"",
     ) -> None:
-        """`model` becomes the first version, and its memory this object's. `generator` deals permits if they are dealt
+        """`model` becomes the version `version`, and its memory this object's. `used`: what `contributions.used` was
+        before, where a job goes on. `generator` deals permits if they are dealt
         at random; `noise` draws what `settings.privacy` asks for, and must not be guessable.
         """
         if settings.privacy is not None and noise is None:
@@ -68,12 +72,12 @@ class FedBuff:
         self._floats = float_schema(schema)
         self._settings = settings
         self._noise = noise
-        self.version = FIRST_VERSION
-        self.models = {FIRST_VERSION: model}
+        self.version = version
+        self.models = {version: model}
         """The models of the versions that are alive."""
         self._buffer: dict[int, VersionSum] = {}
-        self.contributions = Contributions(once=not settings.devices.device_reuse)
-        self.contributions.begin(FIRST_VERSION)
+        self.contributions = Contributions(once=not settings.devices.device_reuse, used=used)
+        self.contributions.begin(version)
         self._deal = Deal(settings.devices.device_sampling_strategy, generator)
         self._begun = False
         self.refused: list[str] = []
@@ -86,6 +90,11 @@ class FedBuff:
     def buffered(self) -> int:
         """Updates in the buffer."""
         return sum(one.count for one in self._buffer.values())
+
+    @property
+    def full(self) -> bool:
+        """Whether the buffer holds enough for the next version."""
+        return not self.over and self.buffered >= self._settings.models.num_updates_for_model
 
     @property
     def over(self) -> bool:
@@ -140,7 +149,7 @@ class FedBuff:
 
     def step(self) -> Step | None:
         """Make the next version if the buffer is full; None if it is not, or the last version is made."""
-        if self.over or self.buffered < self._settings.models.num_updates_for_model:
+        if not self.full:
             return None
         models = self._settings.models
         weight = sum(one.weight for one in self._buffer.values())

@@ -31,6 +31,11 @@ class GuardedBranch:
         return self._gateway.branch.job
 
     @property
+    def origin(self) -> str:
+        """A random name of this beginning of the job here."""
+        return self._gateway.branch.origin
+
+    @property
     def over(self) -> bool:
         """Whether the job is over."""
         return self._gateway.branch.over

@@ -8,23 +8,43 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
 from fl.edge.contract import ModelVersion
 from fl.edge.exchange import Reply, Report, root_reply
-from fl.edge.fedbuff import FIRST_VERSION, FedBuff, Noise
+from fl.edge.fedbuff import FIRST_VERSION, FedBuff, Noise, Step
+from fl.edge.judgement import Judgement
 from fl.edge.partial_sum import float_schema
 from fl.edge.settings import EdgeSettings
 from fl.edge.tree_frames import Offer
 from fl.jobs.progress import JobEvent
+from fl.jobs.settings import Selection
+from fl.server.task import Keeper, Saved
 from fl.tensors import Schema
 from fl.transport.memory import SealedMemory
 from policies.errors import SealwrightError
 
+USED: Final = "used"
+"""Among what is kept: the contributions of a job that takes each device once."""
+SHOW_SECONDS: Final = 2.0
+"""How long a child's report that completes a version waits for it."""
 FAREWELL_SECONDS: Final = 15.0
 """How long a job that is over stays, so that its nodes hear so."""
+
+
+class Evaluator(Protocol):
+    """What measures versions at the root."""
+
+    metric: str
+    frequency: int
+
+    def measure(self, model: SealedMemory) -> float:
+        """A version's metric. Raises JobFailed."""
+
+    def keep_best(self, model: SealedMemory) -> None:
+        """This is the best version so far."""
 
 
 class RootJob:
@@ -40,16 +60,35 @@ class RootJob:
         task_digest: str,
         observe: Callable[[JobEvent], None],
         noise: Noise | None = None,
+        *,
+        keeper: Keeper | None = None,
+        evaluator: Evaluator | None = None,
+        selection: Selection | None = None,
     ) -> None:
-        """`model` becomes the first version, and this object's."""
-        self.offer = offer
+        """`model` becomes the first version, and this object's; unless `keeper` knows a later one of a server before.
+
+        `evaluator` measures every so many versions, and `selection` says what follows. Raises SealedDataRefused if what
+        the keeper has does not fit.
+        """
+        self.offer = offer.model_copy(update={"start": os.urandom(16).hex()})
         self.bundle = bundle
         self.schema = float_schema(schema)
         self._settings = settings
         self._task_digest = task_digest
         self._observe = observe
+        self._keeper = keeper
+        self._evaluator = evaluator
+        saved = None if keeper is None else keeper.saved()
+        version, used = FIRST_VERSION, b""
+        if saved is not None:
+            model.close()
+            version += saved.round
+            with saved.model as kept:
+                model = kept.in_memory()
+            used = np.asarray(saved.state.get(USED, ()), np.uint8).tobytes()
+        self.judgement = Judgement(selection, None if saved is None else saved.judged)
         generator = np.random.default_rng(int.from_bytes(os.urandom(8), "big"))
-        self._buff = FedBuff(schema, model, settings, generator, noise)
+        self._buff = FedBuff(schema, model, settings, generator, noise, version=version, used=used)
         self._changed = threading.Condition()
         self._versions: dict[int, ModelVersion] = {}
         self._children: dict[str, str] = {}
@@ -64,7 +103,7 @@ class RootJob:
     # for children, from many threads
 
     def exchange(self, child: str, report: Report) -> tuple[Reply, Mapping[int, ModelVersion]]:
-        """Take a report; the reply at once."""
+        """Take a report; the reply, at once, or when the version that the report completes is there."""
         events: list[JobEvent] = []
         with self._changed:
             self._connected.add(report.origin)
@@ -85,30 +124,71 @@ class RootJob:
             while self._buff.refused:
                 why = self._buff.refused.pop()
                 events.append(JobEvent(kind="refused", site=child, text=f"a partial sum is refused: {why}"))
-            while (step := self._buff.step()) is not None:
-                self._show()
-                round_ = step.version - FIRST_VERSION - 1
-                for name, count in sorted(self._updates.items()):
-                    events.append(JobEvent(kind="update", site=name, round=round_, weight=float(count)))
-                self._updates.clear()
-                mean = sum(tau * count for tau, count in step.staleness.items()) / step.updates
-                values = {"updates": float(step.updates), "staleness": mean}
-                events.append(JobEvent(kind="aggregated", round=round_, values=values))
-                for origin, count in step.lost.items():
-                    text = f"{count} updates that it had counted never came"
-                    events.append(JobEvent(kind="lost", site=self._children.get(origin, origin), text=text))
-                if not self._buff.over:
-                    events.append(JobEvent(kind="round", round=round_ + 1))
+            if self._buff.full:
                 self._changed.notify_all()
-            over = self._over or self._buff.over
-            reply = Reply(reply.duplicates, reply.granted, tuple(sorted(self._buff.models)), over)
+                self._changed.wait_for(lambda: not self._buff.full and self._newest == self._buff.version, SHOW_SECONDS)
+            reply = Reply(reply.duplicates, reply.granted, tuple(sorted(self._versions)), self._ended)
             versions = dict(self._versions)
         self._tell(events)
         return reply, versions
 
+    @property
+    def _newest(self) -> int:
+        return max(self._versions)
+
+    @property
+    def _ended(self) -> bool:
+        return self._over or self._newest >= self._settings.models.max_model_version
+
+    # for the algorithm's thread
+
     def begin(self) -> None:
-        """The first version takes updates."""
-        self._tell([JobEvent(kind="round", round=0)])
+        """The first version takes updates, or the one with which a server before stopped."""
+        self._tell([JobEvent(kind="round", round=self._newest - FIRST_VERSION)])
+
+    def advance(self) -> bool:
+        """Make the next version if the buffer is full; whether it was.
+
+        It is told, judged and kept before any child hears of it: what devices have trained from is never made again
+        from other updates. Raises what evaluating, observing and keeping raise.
+        """
+        with self._changed:
+            step = self._buff.step()
+            if step is None:
+                return False
+            updates, self._updates = self._updates, Counter()
+            model = self._buff.models[self._buff.version].share()
+            used = self._buff.contributions.used
+        with model:
+            self._judge(step, updates, model)
+            if self._keeper is not None:
+                state = {USED: np.frombuffer(used, np.uint8)} if used else {}
+                self._keeper.save(Saved(step.version - FIRST_VERSION, model, state, self.judgement.saved))
+        with self._changed:
+            self._over = self._over or self.judgement.over is not None
+            self._show()
+            self._changed.notify_all()
+        if not self._ended:
+            self._observe(JobEvent(kind="round", round=step.version - FIRST_VERSION))
+        return True
+
+    def _judge(self, step: Step, updates: Mapping[str, int], model: SealedMemory) -> None:
+        round_ = step.version - FIRST_VERSION - 1
+        for name, count in sorted(updates.items()):
+            self._observe(JobEvent(kind="update", site=name, round=round_, weight=float(count)))
+        mean = sum(tau * count for tau, count in step.staleness.items()) / step.updates
+        values, evaluator, better = {"updates": float(step.updates), "staleness": mean}, self._evaluator, False
+        if evaluator is not None and (step.version - FIRST_VERSION) % evaluator.frequency == 0:
+            metric = evaluator.measure(model)
+            values[evaluator.metric] = metric
+            better = self.judgement.take(metric)
+        self._observe(JobEvent(kind="aggregated", round=round_, values=values))
+        if better and evaluator is not None:
+            evaluator.keep_best(model)
+            self._observe(JobEvent(kind="best", round=round_, values={evaluator.metric: values[evaluator.metric]}))
+        for origin, count in step.lost.items():
+            text = f"{count} updates that it had counted never came"
+            self._observe(JobEvent(kind="lost", site=self._children.get(origin, origin), text=text))
 
     def _tell(self, events: list[JobEvent]) -> None:
         """Tell of what happened; whoever hears of it may find that the job must end."""
@@ -137,15 +217,21 @@ class RootJob:
             text = f"its connection has ended; {missing} updates that it counted have not come yet"
             self._tell([JobEvent(kind="paused", site=name, text=text)])
 
-    # for the algorithm's thread
-
     def wait(self, seconds: float) -> bool:
-        """Wait for the last version, or `seconds`; whether it is made. Raises what observing has raised."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._buff.over or self._failure is not None, seconds)
-            if self._failure is not None:
-                raise self._failure
-            return self._buff.over
+        """Make versions as they are due, for `seconds`; whether the last is made. Raises what `advance` raises, and
+        what observing has raised elsewhere."""
+        ends = time.monotonic() + seconds
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._buff.full or self._ended or self._failure is not None, ends - time.monotonic()
+                )
+                if self._failure is not None:
+                    raise self._failure
+                if self._ended:
+                    return True
+            if not self.advance() and time.monotonic() >= ends:
+                return False
 
     def why_stopped(self) -> str | None:
         """Why the job ends without its last version, if no device has asked for `device_wait_timeout`."""

@@ -31,12 +31,17 @@ class Look(Frame):
 
 
 class Offer(Frame):
-    """A job that runs, and the version that is its newest. The bundle has the digest that the record names."""
+    """A job that runs. The bundle has the digest that the record names.
+
+    `start`: a random name of this start of the job's root. With another the job goes on after the server was started
+    anew, which knows of no claims, sums and permits from before: so a child begins it anew, too.
+    """
 
     job: JobId
     record: Token
     bundle: Digest
     bundle_size: Size
+    start: Origin = "0" * 32
 
 
 class Offered(Frame):

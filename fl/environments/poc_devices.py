@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from fl.recipes.recipe import Recipe
     from fl.run import Run
 
-NODES_SECONDS: Final = 120.0
-"""How long gateways may take to hear of the job."""
 END_SECONDS: Final = 30.0
 """How long a job may take to end once devices have left it."""
 STOP_SECONDS: Final = 30.0
@@ -55,7 +53,7 @@ class PocDevices:
         self._thread: threading.Thread | None = None
 
     def play(self, env: ProdEnv, run: Run, told: Mapping[str, Any]) -> None:
-        """Begin: the devices come when every gateway has the job. `told`: what `seal poc` has said."""
+        """Begin. `told`: what `seal poc` has said."""
         self._thread = threading.Thread(target=self._live, args=(env, run, dict(told)), name="devices", daemon=True)
         self._thread.start()
 
@@ -71,12 +69,6 @@ class PocDevices:
         from policies.keys import load_private_key
 
         try:
-            missing = set(told["gateways"])
-            with env.connected() as (client, _):
-                for event in client.watch(run.job_id, timeout=NODES_SECONDS):
-                    missing -= {event.site} if event.kind == "joined" else set()
-                    if not missing or self._stop.is_set():
-                        break
             with tempfile.TemporaryDirectory(prefix="sealwright-devices-") as folder:
                 simulate_over_http(
                     list(told["gateways"].values()),

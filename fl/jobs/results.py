@@ -65,6 +65,11 @@ class JobHistory:
         elif event.kind == "value" and len(self.values) < MAX_HISTORY:
             self.values.append({"site": event.site, "step": event.round, **event.values})
 
+    @property
+    def contributors(self) -> tuple[str, ...]:
+        """Who sent updates in the last round that has any: a job may end in the middle of one."""
+        return next((tuple(one["updates"]) for one in reversed(self.rounds) if one["updates"]), ())
+
     def end(self, status: Status, at: datetime, *, reasons: tuple[str, ...] = (), model: str | None = None) -> None:
         """The job is over."""
         self.status, self.finished, self.reasons, self.model = status, at, reasons, model

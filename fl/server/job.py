@@ -470,7 +470,8 @@ class ServerJob:
 
     def _run_tree(self, first: Stored) -> Stored:
         """Be the root of the job's tree; the last version."""
-        root = root_of(self.id, self.signed.token, self.bundle, first.in_memory(), self._observe)
+        keeper = self._federation.keeper
+        root = root_of(self.id, self.signed.token, self.bundle, first.in_memory(), self._observe, keeper)
         try:
             self.tree = root
             return run_root(root, lambda: self._stopped_by)
@@ -530,7 +531,7 @@ class ServerJob:
             bundle=record.bundle,
             server=self._server,
             roster=record.roster,
-            contributors=tuple(sorted(self._history.rounds[-1]["updates"])),
+            contributors=tuple(sorted(self._history.contributors)),
             rounds=record.rounds,
             first_model_sha256=record.model_sha256,
             model_sha256=model.digest,

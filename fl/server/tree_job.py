@@ -14,21 +14,43 @@ from fl.guard.keystream import KEY_SIZE, Keystream
 from fl.jobs.bundle import Bundle
 from fl.jobs.progress import JobEvent
 from fl.jobs.settings import FedBuffOptions
+from fl.server.task import Keeper
 from fl.transport.memory import SealedMemory
 
 LOOK_SECONDS: Final = 0.5
 """Between two looks whether the job was stopped."""
 
 
-def root_of(job: str, record: str, bundle: Bundle, model: SealedMemory, observe: Callable[[JobEvent], None]) -> RootJob:
-    """The root of an edge job's tree, which takes `model`. `record`: the signed record. Raises ValueError."""
+def root_of(
+    job: str,
+    record: str,
+    bundle: Bundle,
+    model: SealedMemory,
+    observe: Callable[[JobEvent], None],
+    keeper: Keeper | None = None,
+) -> RootJob:
+    """The root of an edge job's tree, which takes `model`. `record`: the signed record; `keeper`: keeps each version.
+
+    Raises ValueError; SealedDataRefused for a kept version that does not fit.
+    """
     settings, options = bundle.settings, bundle.settings.options
     if not isinstance(options, FedBuffOptions):
         raise ValueError("only an edge job has a tree")
     task = DeviceTask.of(bundle)
     noise = None if options.edge.privacy is None else Keystream(os.urandom(KEY_SIZE)).normal
     offer = Offer(job=job, record=record, bundle=bundle.digest, bundle_size=len(bundle.raw))
-    return RootJob(offer, bundle.raw, settings.schema_of_model, model, options.edge, task.digest, observe, noise)
+    return RootJob(
+        offer,
+        bundle.raw,
+        settings.schema_of_model,
+        model,
+        options.edge,
+        task.digest,
+        observe,
+        noise,
+        keeper=keeper,
+        selection=settings.selection,
+    )
 
 
 def run_root(root: RootJob, stopped_by: Callable[[], str | None]) -> SealedMemory:

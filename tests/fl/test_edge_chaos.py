@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -65,9 +68,9 @@ def bundle_of(versions: int, updates: int) -> Bundle:
     return make_bundle(Path("/nonexistent-folder"), settings, {"training.pte": b"graph"})
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> EdgeWorld:
-    made = found_edge(tmp_path_factory.mktemp("chaos"))
+def found_chaos(folder: Path) -> EdgeWorld:
+    """The consortium of `edge_world` with a place for each gateway."""
+    made = found_edge(folder)
     places = [
         Enrolment(
             role="gateway",
@@ -80,6 +83,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> EdgeWorld:
     ]
     made.federation.change(Changes(put=files_of(places)))
     return made
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> EdgeWorld:
+    return found_chaos(tmp_path_factory.mktemp("chaos"))
 
 
 @dataclass
@@ -254,6 +262,22 @@ def test_a_gateway_hears_that_its_key_was_rotated(
         finally:
             connection.close()
             gateway.kill()
+
+
+@pytest.mark.long
+def test_a_job_of_devices_goes_on_from_its_last_version_when_its_server_is_killed(tmp_path: Path) -> None:
+    """SIGKILL after the third of five versions: the next server makes the fourth and the fifth, and no other."""
+    script = Path(__file__).with_name("kill_edge_server.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["killed"]
+    assert found["status"] == "finished"
+    assert found["told"] == [0, 1, 2, 3]
+    assert found["rounds"] in ([2, 3], [3])  # what the next server began; the fourth version may be there already
+    np.testing.assert_allclose(found["model"], [2.0] * 3, rtol=1e-6)
 
 
 @pytest.mark.long

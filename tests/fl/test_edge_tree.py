@@ -207,8 +207,16 @@ def grown(world: FederationWorld, bundle: Bundle) -> Iterator[Tree]:
         port = Port("127.0.0.1:0", {"grpc": f"{folder}/grpc"}, tell=world.told.append)
         ends.callback(port.close)
         tree = Tree(world, ends, bundle, root, port.address, events)
+        tree._run(lambda stop: versions_made(root, stop))
         yield tree
     assert all(isinstance(error, tree.expected) for error in tree.errors)
+
+
+def versions_made(root: RootJob, stop: threading.Event) -> None:
+    """What the algorithm's thread does."""
+    while not stop.is_set():
+        if root.wait(0.2):
+            stop.wait()
 
 
 @contextmanager

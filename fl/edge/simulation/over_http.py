@@ -37,7 +37,7 @@ MAX_DEVICES: Final = 20_000
 """Each has a folder and a key."""
 LOOK_SECONDS: Final = 0.25
 AWAY_SECONDS: Final = 5.0
-"""Between two looks whether a device is back."""
+"""Between two looks whether a device is back, and at the most between two questions for a job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class _Worker:
                     self._seen.outcomes["vanished"] += 1
                 return None
             return float(population.seconds(here)[0])
-        return wait
+        return min(wait, AWAY_SECONDS) if device.standing.state == "idle" else wait
 
     def hears(self, number: int) -> Callable[[str, Mapping[str, Any]], None]:
         """What a device tells of itself."""
