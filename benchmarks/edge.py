@@ -27,12 +27,14 @@ from datetime import UTC, datetime
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from benchmarks.bare_gateway import Served, cryptography_ms
 from fl.edge.deltas import encode_delta
 from fl.edge.exchange import Reply
 from fl.edge.gateway_workers import GatewayWorkers
@@ -63,8 +65,34 @@ SHAPES = {"a.weight": (250, 96), "a.bias": (250,), "b.weight": (3, 250)}
 
 def measure() -> Mapping[str, object]:
     """Updates a second by encoding, and the most memory that the gateway had; beside them the machine's limits."""
-    found: dict[str, object] = {encoding: _measured(encoding) for encoding in ("f32", "bf16", "int8")}
-    return found
+    found: dict[str, object] = {encoding: _measured(encoding) for encoding in ("int8", "bf16", "f32")}
+    return {**found, "machine": _limits()}
+
+
+def _limits() -> Mapping[str, object]:
+    """Requests and answers of the sizes of an f32 update, to nothing but TLS; the cryptography of one, alone."""
+    updates = BATCH * BATCHES
+    with tempfile.TemporaryDirectory() as folder:
+        world = found_edge(Path(folder))
+        own = world.identity()
+        credentials = own.tls_key_pem, own.certificate_pem, world.federation.issuer.certificate_pem
+    bare = Served(credentials, dict(_SIZES.values()), PROCESSES)
+    try:
+        lines = [_Line(bare.addresses[number % PROCESSES]) for number in range(CONNECTIONS)]
+        work: list[tuple[str, Any]] = []
+        for message, (size, _) in _SIZES.items():
+            work += [(message, SimpleNamespace(body=bytes(size)))] * updates
+        random.Random(1).shuffle(work)  # noqa: S311 - an order, not a secret
+        seconds, spent = _sent(lines, work)
+        for line in lines:
+            line.close()
+    finally:
+        bare.close()
+    return {
+        "bare TLS, updates a second": round(updates / seconds),
+        "devices' CPU ms an update, TLS and HTTP alone": round(1e3 * spent / updates, 3),
+        "cryptography alone, ms an update": round(cryptography_ms([size for size, _ in _SIZES.values()]), 3),
+    }
 
 
 def _measured(encoding: str) -> Mapping[str, object]:
@@ -189,6 +217,10 @@ def _peak_bytes(pid: int) -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
+_SIZES: dict[str, tuple[int, int]] = {}
+"""Bytes of a request and of its answer, by message, as they were seen last."""
+
+
 class _Device:
     """A device's messages: everything but the training."""
 
@@ -204,6 +236,7 @@ class _Device:
 
     def trained(self) -> None:
         """Open the task's answer, and make the result."""
+        _SIZES["task"] = len(self.body), len(self.answer)
         task = self._opened(TaskAnswer, "task").task
         assert task is not None
         self.asked, self.body = self._request(
@@ -220,6 +253,7 @@ class _Device:
 
     def check(self) -> None:
         """The result was counted."""
+        _SIZES["result"] = len(self.body), len(self.answer)
         done = self._opened(ResultAnswer, "result")
         assert (done.status, done.message) == ("OK", "counted"), done
 
