@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -88,8 +89,12 @@ def bundle(
                 do="Run it in SimEnv first; it has to reach recipe.execute(...).",
             )
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in ("job.bundle", "model.safetensors"):
-            (out / name).write_bytes((Path(scratch) / name).read_bytes())
+        for path in sorted(Path(scratch).rglob("*")):
+            target = out / path.relative_to(scratch)
+            if path.is_dir():
+                target.mkdir(mode=0o700, exist_ok=True)
+            else:
+                shutil.copyfile(path, target)
     _show(parse_bundle((out / "job.bundle").read_bytes()), as_json=as_json)
 
 
@@ -121,6 +126,10 @@ def submit(
     file: BundleFile,
     model: Annotated[Path, typer.Option("--model", metavar="FILE", help="The first model (safetensors).")],
     kit: KitFolder,
+    files: Annotated[
+        Path | None,
+        typer.Option("--files", metavar="DIR", help="Large files by digest (default: files/ beside the bundle)."),
+    ] = None,
     site: Annotated[list[str] | None, typer.Option("--site", help="A site (default: all that may run it).")] = None,
     recipient: Annotated[
         list[str] | None, typer.Option("--recipient", metavar="MEMBER/USER", help="Who gets the result (default: you).")
@@ -130,6 +139,7 @@ def submit(
     """Submit an approved bundle with a first model; prints the job's id."""
     from fl.environments.prod import ProdEnv
     from fl.guard.gate import admit_update
+    from fl.recipes.recipe import FILES_FOLDER
     from fl.transport.memory import SealedMemory
 
     found = _read_bundle(file)
@@ -138,7 +148,8 @@ def submit(
     env = ProdEnv(kit, sites=site, recipients=recipient)
     with SealedMemory.of(model.read_bytes()) as memory:
         admit_update(memory.view, found.settings.schema_of_model, site=str(model))
-        run = env.submit(found, memory)
+        folder = file.parent / FILES_FOLDER if files is None else files
+        run = env.submit(found, memory, {one.sha256: folder / one.sha256 for one in found.settings.files})
     if as_json:
         print_json({"job": run.get_job_id()})
     else:
@@ -320,6 +331,7 @@ def _show(found: Bundle, *, as_json: bool) -> None:
         f"script   {settings.train_script} {' '.join(settings.train_args)}".rstrip(),
         f"model    {parameters} numbers in {len(settings.model)} tensors, {settings.framework}, {settings.params_type}",
         *(f"file     {file.sha256[:16]}  {file.size:>8}  {file.path}" for file in found.manifest.files),
+        *(f"large    {file.sha256[:16]}  {file.size:>8}  {file.path}" for file in settings.files),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -62,12 +62,15 @@ class ProdEnv:
         """Submit the job. Its bundle has to be approved in the charter."""
         bundle = recipe.bundle()
         with recipe.first_model() as model:
-            return self.submit(bundle, model)
+            return self.submit(bundle, model, recipe.large)
 
-    def submit(self, bundle: Bundle, model: SealedMemory) -> Run:
-        """Submit a bundle with a first model. Raises ApprovalRefused, PeerRefused, PeerLost, BrokerUnavailable."""
+    def submit(self, bundle: Bundle, model: SealedMemory, files: Mapping[str, Path] | None = None) -> Run:
+        """Submit a bundle with a first model, and its large files, by digest.
+
+        Raises RecipeUnusable for a file that is not there, ApprovalRefused, PeerRefused, PeerLost, BrokerUnavailable.
+        """
         with self.connected() as (client, _):
-            job = client.submit(bundle, model, roster=self._sites, recipients=self._recipients)
+            job = client.submit(bundle, model, roster=self._sites, recipients=self._recipients, files=files)
         return self.run(job)
 
     def run(self, job: str) -> Run:

@@ -485,15 +485,20 @@ def _tail(log: Path) -> str:
 def _code_of(recipe: Recipe, folder: Path) -> tuple[Path, str]:
     """The folder of what each client runs, and the script in it: the recipe's own, or the trusted loop's."""
     settings = recipe.settings
-    if settings.privacy is None and recipe.added:
+    if settings.privacy is None and (recipe.added or recipe.large):
         code = folder / "code"
         _link_entries(recipe.folder, code)
-        for path, content in recipe.added.items():
+        for path in (*recipe.added, *(file.path for file in settings.files)):
             for parent in reversed(Path(path).parents[:-1]):
                 if (code / parent).is_symlink():  # the folder has one of this name: both have to be seen
                     (code / parent).unlink()
                     _link_entries(recipe.folder / parent, code / parent)
+                (code / parent).mkdir(mode=0o700, exist_ok=True)
+        for path, content in recipe.added.items():
             write_file(code / path, content)
+        for file in settings.files:
+            if not (code / file.path).is_symlink():
+                (code / file.path).symlink_to(recipe.large[file.sha256])
         return code, settings.train_script
     if settings.privacy is None:
         return recipe.folder, settings.train_script

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,10 +26,11 @@ from fl.errors import ApprovalRefused, CallFailed, KitUnusable, MalformedMessage
 from fl.guard.approval import read_record
 from fl.jobs.bundle import Bundle
 from fl.jobs.command import SignedVerb, parse_command, sign_command
+from fl.jobs.large_files import found_in
 from fl.jobs.progress import JobEvent
 from fl.jobs.record import JobRecord, parse_record, record_digest, sign_record
 from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, rfc3339, write_file
-from fl.jobs.sealing import open_result, seal_first_model
+from fl.jobs.sealing import open_result, seal_file_of_job, seal_first_model
 from fl.jobs.statement import verify_statement
 from fl.transport.channel import ServerConnection, connect, peer_error
 from fl.transport.chunks import assemble, serve_chunks
@@ -49,6 +51,7 @@ from fl.transport.frames import (
     unpack,
 )
 from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 from policies.errors import SealwrightError
 
 if TYPE_CHECKING:
@@ -89,12 +92,20 @@ class UserClient:
             yield cls(kit, charter, at, connection)
 
     def submit(
-        self, bundle: Bundle, model: SealedMemory, *, roster: Sequence[str] | None, recipients: Sequence[str]
+        self,
+        bundle: Bundle,
+        model: SealedMemory,
+        *,
+        roster: Sequence[str] | None,
+        recipients: Sequence[str],
+        files: Mapping[str, Path] | None = None,
     ) -> str:
         """Submit a job; its id.
 
-        `roster` None: all sites for which the bundle is approved. Raises ApprovalRefused if the bundle is not approved
-        (before anything is sent), the server's own refusal with every reason, PeerLost.
+        `roster` None: all sites for which the bundle is approved. `files`: its large files, by digest.
+
+        Raises ApprovalRefused if the bundle is not approved (before anything is sent), RecipeUnusable for a file that
+        is not there, the server's own refusal with every reason, PeerLost.
         """
         approval = self._charter.bundle(bundle.digest)
         settings = bundle.settings
@@ -103,6 +114,7 @@ class UserClient:
             raise ApprovalRefused(job, (f"the bundle {bundle.digest} is not approved in the charter",))
         if self._kit.model_key is None:
             raise KitUnusable("the kit has no model.key: this user cannot seal first models", where="model.key")
+        large, model_key = found_in(settings.files, files or {}), self._kit.model_key
         record = JobRecord(
             charter=self._charter.id,
             job=job,
@@ -118,11 +130,12 @@ class UserClient:
             created=rfc3339(created),
             submitter=self._kit.user,
         )
-        sealed = seal_first_model(model.view, self._kit.model_key, job, random=os.urandom)
+        sealed = seal_first_model(model.view, model_key, job, random=os.urandom)
         head = Submit(
             record=sign_record(record, self._kit.signing_key), bundle_size=len(bundle.raw), model_size=len(sealed)
         )
-        self._send(head, bundle.raw, sealed)
+        parts = (seal_file_of_job(file, digest, model_key, job, random=os.urandom) for digest, file in large.items())
+        self._send(head, itertools.chain([bundle.raw, sealed], parts))
         return job
 
     def clone(self, job: str, *, roster: Sequence[str] | None = None, recipients: Sequence[str] | None = None) -> str:
@@ -143,7 +156,7 @@ class UserClient:
             "recipients": list(recipients or earlier.recipients),
         }
         record = parse_record({**earlier.model_dump(mode="json"), **changed})
-        self._send(Submit(record=sign_record(record, self._kit.signing_key), bundle_size=0, model_size=0, like=job))
+        self._send(Submit(record=sign_record(record, self._kit.signing_key), bundle_size=0, model_size=0, like=job), ())
         return clone
 
     def _new_job(self, name: str) -> tuple[str, datetime]:
@@ -151,7 +164,8 @@ class UserClient:
         created = self._now()
         return f"{name[:60]}-{created:%Y%m%d-%H%M%S}-{os.urandom(4).hex()}", created
 
-    def _send(self, head: Submit, *parts: bytes) -> None:
+    def _send(self, head: Submit, parts: Iterable[bytes | Stored]) -> None:
+        """Send a submission; its parts are made as they are sent."""
         pulled: SimpleQueue[bool] = SimpleQueue()
 
         def outgoing() -> Iterator[bytes]:
@@ -159,6 +173,8 @@ class UserClient:
             if pulled.get():
                 for part in parts:
                     yield from serve_chunks(part)
+                    if isinstance(part, Stored):
+                        part.close()
 
         call = self._connection.call("Submit", outgoing(), timeout=TRANSFER_SECONDS)
         try:

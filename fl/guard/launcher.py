@@ -48,12 +48,15 @@ def main(archive: int, channel: int, report: int, info: int, parent: int) -> Non
     if user is not None:
         _become(user)
         _die_with(parent)
+    for one in plan["large"]:  # never one of the low numbers that the sandbox's own descriptors will have
+        given, one[1] = one[1], _above(one[1])
+        os.close(given)
     arguments = _arguments(plan, sources, descriptors, info)
     inherited = {REPORT: report, CONFIGURATION: descriptors[plan["configuration"]]}
     inherited[CHANNEL] = os.open("/dev/null", os.O_RDWR) if channel < 0 else channel
     _place(inherited)
     passed = _memory_file_of(b"".join(os.fsencode(argument) + b"\0" for argument in arguments))
-    for descriptor in (*descriptors, info, passed):
+    for descriptor in (*descriptors, *(large for _, large in plan["large"]), info, passed):
         os.set_inheritable(descriptor, True)
     os.execve(plan["bubblewrap"], ["bwrap", "--args", str(passed), "--", *plan["command"]], {})  # noqa: S606
 
@@ -71,6 +74,8 @@ def _arguments(plan: dict[str, Any], sources: list[str], descriptors: list[int],
         arguments += ["--ro-bind", source, inside]
     for inside, blob in plan["files"]:
         arguments += ["--perms", "0444", "--file", str(descriptors[blob]), inside]
+    for inside, descriptor in plan["large"]:
+        arguments += ["--perms", "0444", "--file", str(descriptor), inside]
     return [*arguments, *plan["after"]]
 
 

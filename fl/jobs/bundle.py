@@ -67,13 +67,18 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         paths = [file.path for file in self.files]
-        if paths != sorted(set(paths)):
+        large = [file.path for file in self.job.files]
+        if paths != sorted(set(paths)) or large != sorted(set(large)):
             raise ValueError("the files are not sorted by path, each once")
+        for path in large:
+            if not PATH.fullmatch(path) or path in paths:
+                raise ValueError(f"path {path!r} is not allowed, or of two files")
+        paths = [*paths, *large]
         folders = {"/".join(path.split("/")[:depth]) for path in paths for depth in range(1, path.count("/") + 1)}
         if folders & set(paths):
             raise ValueError("a file's path is also a folder")
         for script in sorted(self.job.scripts):
-            if script not in paths:
+            if script not in paths or script in large:
                 raise ValueError(f"script {script!r} is not among the files")
         return self
 

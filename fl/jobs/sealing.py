@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from attestation.hybrid import HybridPrivateKey
 from attestation.hybrid import seal as seal_to_key
 from fl.errors import SealedDataRefused
-from fl.guard.sealed_data import KEY_SIZE, SALT_SIZE, entries_of, opened, seal, sealed_size, unseal
+from fl.guard.sealed_data import KEY_SIZE, SALT_SIZE, Long, entries_of, opened, seal, sealed_size, unseal
 from fl.tensors import Buffer
 from fl.transport.drafts import ModelDraft, written
 from fl.transport.memory import SealedMemory
@@ -21,6 +21,7 @@ from fl.transport.spool import PIECE, Spool, Spooled
 from fl.transport.stored import Stored
 
 FIRST_MODEL: Final = "model.safetensors"
+_FILE_PURPOSE: Final = b"sealwright-job-file-v1\0"
 _FIRST_MODEL_PURPOSE: Final = b"sealwright-first-model-v1\0"
 _RESULT_PURPOSE: Final = b"sealwright-result-v1\0"
 
@@ -37,17 +38,57 @@ def open_first_model(
 
     Raises SealedDataRefused, SpoolFailed.
     """
-    where, key = f"first model of {job}", _key_of_job(model_key, job)
+    key = _key_of_job(model_key, job)
+    return _open_one(sealed, key, FIRST_MODEL, where=f"first model of {job}", max_bytes=max_bytes, spool=spool)
+
+
+def seal_file_of_job(data: Long, sha256: str, model_key: bytes, job: str, *, random: Callable[[int], bytes]) -> Stored:
+    """A large file of `job` with this digest, sealed under the model key for this job alone."""
+    entries, key = {sha256: data}, _key_of_job(model_key, job, _FILE_PURPOSE)
+    return SealedMemory.of_pieces(sealed_size(entries), seal(entries, key, salt=random(SALT_SIZE)))
+
+
+def sealed_file_size(sha256: str, size: int) -> int:
+    """How many bytes `seal_file_of_job` makes of a file of `size` bytes."""
+    return sealed_size({sha256: _Sized(size)})
+
+
+def open_file_of_job(
+    sealed: Stored, sha256: str, size: int, model_key: bytes, job: str, *, spool: Spool | None = None
+) -> SealedMemory | Spooled:
+    """Open what `seal_file_of_job` made. Raises SealedDataRefused unless it is the file of this size and digest."""
+    key, where = _key_of_job(model_key, job, _FILE_PURPOSE), f"file {sha256} of {job}"
+    found = _open_one(sealed, key, sha256, where=where, max_bytes=size, spool=spool)
+    if found.size != size or found.digest != sha256:
+        found.close()
+        raise SealedDataRefused("it is not the file that the bundle names", where=where)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Sized:
+    """An entry of which the size alone is known."""
+
+    size: int
+
+    def pieces(self, offset: int, size: int) -> Iterator[memoryview]:
+        raise NotImplementedError(offset, size)
+
+
+def _open_one(
+    sealed: Buffer | Stored, key: bytes, entry: str, *, where: str, max_bytes: int, spool: Spool | None
+) -> SealedMemory | Spooled:
+    """The one entry, of this name, of a sealed file. Raises SealedDataRefused, SpoolFailed."""
     parts = sealed.pieces(0, PIECE) if isinstance(sealed, Stored) else iter([memoryview(sealed)])
     file_size = sealed.size if isinstance(sealed, Stored) else len(sealed)
     total, chunks = opened(_Stream(parts), key, where=where, max_bytes=max_bytes + 4096, file_size=file_size)
     found: SealedMemory | Spooled | None = None
     for name, size, pieces in entries_of(total, chunks, where=where):
-        if name != FIRST_MODEL or not size:
-            raise SealedDataRefused("it holds something else than one model", where=where)
+        if name != entry or not size or found is not None:
+            raise SealedDataRefused(f"it holds something else than {entry}", where=where)
         found = written(size, pieces, spool)
     if found is None:
-        raise SealedDataRefused("it holds no model", where=where)
+        raise SealedDataRefused("it holds nothing", where=where)
     return found
 
 
@@ -108,9 +149,7 @@ def _result_info(job: str, recipient: str) -> bytes:
     return _RESULT_PURPOSE + job.encode() + b"\0" + recipient.encode()
 
 
-def _key_of_job(model_key: bytes, job: str) -> bytes:
+def _key_of_job(model_key: bytes, job: str, purpose: bytes = _FIRST_MODEL_PURPOSE) -> bytes:
     if len(model_key) != KEY_SIZE:
         raise SealedDataRefused(f"a model key has {KEY_SIZE} bytes, this one {len(model_key)}", where="model key")
-    return HKDF(algorithm=SHA256(), length=KEY_SIZE, salt=None, info=_FIRST_MODEL_PURPOSE + job.encode()).derive(
-        model_key
-    )
+    return HKDF(algorithm=SHA256(), length=KEY_SIZE, salt=None, info=purpose + job.encode()).derive(model_key)

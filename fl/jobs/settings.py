@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from fl.aggregation.deltas import SCALE, Delta, encoded_schema
 from fl.edge.settings import EdgeSettings
+from fl.jobs.large_files import MAX_BYTES, MAX_LARGE, LargeFile
 from fl.jobs.outputs import Outputs
 from fl.jobs.privacy import DpSgd
 from fl.tensors import FLOATS, ITEM_SIZE, MAX_NAME, MAX_RANK, Schema, TensorSpec
@@ -268,6 +269,8 @@ class JobSettings(BaseModel):
     filters: Filters = Filters()
     aggregator: str | None = Field(default=None, min_length=1, max_length=1024)
     """A script of the bundle that folds the updates in the mean's place."""
+    files: Annotated[tuple[LargeFile, ...], Field(max_length=MAX_LARGE, strict=False)] = ()
+    """What is beside the scripts and too large for the bundle (`fl.jobs.large_files`)."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -293,6 +296,10 @@ class JobSettings(BaseModel):
             raise ValueError(
                 f"tensor {whole[0]!r} is {self.model[whole[0]].dtype}: only floats can be clipped or rounded"
             )
+        if sum(file.size for file in self.files) > MAX_BYTES:
+            raise ValueError(f"the job's large files have more than {MAX_BYTES} bytes")
+        if self.files and self.recipe == "fedbuff":
+            raise ValueError("devices get a model and a graph, and no large files")
         if self.privacy is not None:
             self._check_private()
         if self.delta is not None:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Required, TypeA
 from pydantic import ValidationError
 
 from fl.errors import RecipeUnusable
+from fl.jobs.large_files import LARGE, LargeFile, on_disk
 from fl.jobs.settings import JobSettings, TensorSettings
 from fl.model import Framework, tensors_of
 from fl.recipes.checkpoints import load_checkpoint, with_numbers
@@ -38,6 +40,8 @@ MoreTensors: TypeAlias = Callable[
 
 EXPORT_VARIABLE: Final = "SEAL_EXPORT_BUNDLE"
 """With this environment variable set, `execute` writes the job's bundle and first model there instead of running it."""
+FILES_FOLDER: Final = "files"
+"""Where an exported job has its large files, each under its digest."""
 EXPORT_FOLDER: Final = "exported-job"
 """Where `--export` writes them without `--export-dir`."""
 
@@ -85,6 +89,8 @@ class Recipe:
         self.folder = folder
         self.added: dict[str, bytes] = {}
         """Files of the job that are not in its folder, by their path in the bundle."""
+        self.large: dict[str, Path] = {}
+        """Files of the job that are too large for its bundle, by digest."""
         self._tensors = tensors
 
     @property
@@ -117,7 +123,8 @@ class Recipe:
     def add_file(self, path: str | Path) -> None:
         """Add a file, or every file of a folder, to the bundle: beside the script, under its own name.
 
-        Server and sites have one bundle, so every site gets it. Raises RecipeUnusable.
+        Server and sites have one bundle, so every site gets it. What has more than 16 MiB is not in the bundle itself,
+        which names its digest, and may be as large as memory (`fl.jobs.large_files`). Raises RecipeUnusable.
         """
         source = Path(path)
         source = (
@@ -133,11 +140,24 @@ class Recipe:
         else:
             raise RecipeUnusable(f"there is no file {path}", where="add_file")
         for name, one in files.items():
+            if one.stat().st_size > LARGE:
+                self._add_large(name, one)
+                continue
             data = one.read_bytes()
             there = self.folder / name
             if there.is_file() and there.read_bytes() != data:
                 raise RecipeUnusable(f"the recipe's folder has another file {name}", where="add_file")
             self.added[name] = data
+
+    def _add_large(self, name: str, source: Path) -> None:
+        there = self.folder / name
+        if name in self.added or (there.exists() and not there.samefile(source)):
+            raise RecipeUnusable(f"the recipe has another file {name}", where="add_file")
+        file = on_disk(source.resolve())
+        entry = LargeFile(path=name, sha256=file.digest, size=file.size)
+        others = (other for other in self.settings.files if other.path != name)
+        self.change(files=[one.model_dump() for one in sorted((*others, entry), key=lambda one: one.path)])
+        self.large[entry.sha256] = file.path
 
     def add_client_file(self, file_path: str | Path) -> None:
         """`add_file`, by FLARE's name."""
@@ -176,13 +196,16 @@ class Recipe:
         self.settings = _checked_settings({**self.settings.model_dump(), **settings})
 
     def export(self, folder: str | Path) -> str:
-        """Write `job.bundle` and `model.safetensors` into `folder`; the bundle's digest."""
+        """Write `job.bundle`, `model.safetensors` and large files (`files/DIGEST`) there; the bundle's digest."""
         folder = Path(folder)
         bundle = self.bundle()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / "job.bundle").write_bytes(bundle.raw)
         with self.first_model() as model:
             (folder / "model.safetensors").write_bytes(model.view)
+        for digest, source in self.large.items():
+            (folder / FILES_FOLDER).mkdir(mode=0o700, exist_ok=True)
+            shutil.copyfile(source, folder / FILES_FOLDER / digest)
         return bundle.digest
 
 

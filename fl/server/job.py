@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -23,12 +23,13 @@ from fl.guard.export import ExportGate
 from fl.guard.gate import admit_update
 from fl.guard.watermark import Marker, watermark_key
 from fl.jobs.bundle import Bundle
+from fl.jobs.large_files import SLOWEST
 from fl.jobs.log_lines import rewritten
 from fl.jobs.packages import packages_here
 from fl.jobs.progress import JobEvent, Status
 from fl.jobs.record import record_digest
 from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, JobHistory, rfc3339
-from fl.jobs.sealing import SealedResult, open_first_model, seal_result
+from fl.jobs.sealing import SealedResult, open_file_of_job, open_first_model, seal_result
 from fl.jobs.statement import SignedStatement, Statement, sign_statement
 from fl.model import ParamsType
 from fl.party import Party
@@ -100,6 +101,7 @@ class ServerJob:
         bundle: Bundle,
         *,
         sealed_model: Stored,
+        sealed_files: Mapping[str, Stored] | None = None,
         model_key: bytes,
         store: JobStore | None = None,
         received: datetime | None = None,
@@ -109,6 +111,8 @@ class ServerJob:
         self.signed = signed
         self.bundle = bundle
         self._sealed_model = sealed_model
+        self._sealed_files = dict(sealed_files or {})
+        self._files: dict[str, Stored] = {}
         self._model_key = model_key
         self._party = party
         self._server = server
@@ -169,7 +173,7 @@ class ServerJob:
         history.started = ended.started
         history.end(ended.status, ended.finished, reasons=ended.reasons)
         self.result = ended.result
-        self._sealed_model.close()
+        self._close_files()
 
     def ended(self) -> EndedJob:
         """What became of the job, which is over."""
@@ -181,7 +185,7 @@ class ServerJob:
 
     def stored(self) -> StoredJob:
         """The job as it came. Before it runs."""
-        return StoredJob(self.signed.token, self.bundle.raw, self._sealed_model, self._received)
+        return StoredJob(self.signed.token, self.bundle.raw, self._sealed_model, self._received, self._sealed_files)
 
     @property
     def status(self) -> Status:
@@ -283,6 +287,10 @@ class ServerJob:
         if self._marker is not None:
             return self._marker.find(sha256)
         return served if served is not None and served.digest == sha256 else None
+
+    def file(self, sha256: str) -> Stored | None:
+        """A large file of the bundle, while the job runs."""
+        return self._files.get(sha256)
 
     @contextmanager
     def arriving(self, name: str, head: Deliver) -> Iterator[Assembly]:
@@ -438,7 +446,7 @@ class ServerJob:
             self._served = None
             if self._marker is not None:
                 self._marker.close()
-            self._sealed_model.close()
+            self._close_files()
 
     def _run_rounds(self, attending: Callable[[], list[Attendance]], folder: Path) -> None:
         settings = self.bundle.settings
@@ -451,6 +459,7 @@ class ServerJob:
             self._tracking = tracking.observe
         try:
             with self._first_model() as first:
+                self._open_files()
                 for site in record.roster:
                     if (rejection := self._rejection_of(site)) is not None:
                         self._federation.lose(site, _rejected(rejection))
@@ -459,7 +468,8 @@ class ServerJob:
                 if settings.recipe == "fedbuff":
                     model = self._run_tree(first)
                 else:
-                    self._federation.gather(record.roster, JOIN_SECONDS)
+                    pulling = sum(file.size for file in settings.files) / SLOWEST
+                    self._federation.gather(record.roster, JOIN_SECONDS + pulling)
                     model = run_workflow(self._federation, settings, first)
         finally:
             self._tracking = None
@@ -501,6 +511,25 @@ class ServerJob:
             raise ApprovalRefused(self.id, ("the first model is not the one that the record names",))
         admit_update(memory.source, self.bundle.settings.schema_of_model, site=record.submitter)
         return memory
+
+    def _open_files(self) -> None:
+        """Open the job's large files, from which on sites may pull them. Raises SealedDataRefused, SpoolFailed."""
+        for file in self.bundle.settings.files:
+            if file.sha256 in self._files:
+                continue
+            sealed = self._sealed_files.pop(file.sha256, None)
+            if sealed is None:
+                raise ApprovalRefused(self.id, (f"the file {file.path} is not kept any more",))
+            with sealed:
+                self._files[file.sha256] = open_file_of_job(
+                    sealed, file.sha256, file.size, self._model_key, self.id, spool=self._spool
+                )
+
+    def _close_files(self) -> None:
+        self._sealed_model.close()
+        for held in (self._sealed_files, self._files):
+            while held:
+                held.popitem()[1].close()
 
     def _seal(self, model: Stored, events: dict[str, bytes]) -> None:
         record = self.signed.record

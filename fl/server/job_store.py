@@ -2,6 +2,7 @@
 
     <digest of the job's id>.job     the record, the bundle, when it came
     <digest of the job's id>.model   the first model as it came: sealed for this job
+    <digest of the job's id>.<digest of a large file>.file   the file as it came, sealed in the same way
     <digest of the job's id>.round   the next round, its model, what the algorithm remembers, what happened so far
     <digest of the job's id>.end     what became of it, instead of a round: its events, statement, recipients' keys
     <digest of the job's id>.result  the result as it goes out: sealed to its recipients
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -55,6 +56,8 @@ class StoredJob:
     bundle: bytes
     sealed_model: Stored
     received: datetime
+    sealed_files: Mapping[str, Stored] = field(default_factory=dict)
+    """Its large files as they came, by digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +119,25 @@ class JobStore:
             "received": stored.received.isoformat().encode(),
         }
         self._write_raw(self._path(job, "model"), stored.sealed_model)
+        for digest, sealed in stored.sealed_files.items():
+            self._write_raw(self._path(job, f"{digest}.file"), sealed)
         self._write(self._path(job, "job"), entries)
 
     def forget(self, job: str) -> None:
         """Nothing of the job is wanted any more."""
         for kind in ("job", "round", "end", "result", "model"):  # without its first there is no job
             self._path(job, kind).unlink(missing_ok=True)
+        self._forget_files(job)
 
     def forget_result(self, job: str) -> None:
         """Of a job that is over, what is large is wanted no more."""
         for kind in ("result", "model"):
             self._path(job, kind).unlink(missing_ok=True)
+        self._forget_files(job)
+
+    def _forget_files(self, job: str) -> None:
+        for path in self._folder.glob(self._path(job, "*.file").name):
+            path.unlink(missing_ok=True)
 
     def all(self) -> Iterator[StoredJob]:
         """Every job, the oldest first. What cannot be opened is told of and left where it is."""
@@ -136,7 +147,8 @@ class JobStore:
                 entries = open_file(path, self._key)
                 received = datetime.fromisoformat(entries["received"].decode())
                 model = _mapped(path.with_suffix(".model")) or SealedMemory.of(b"-")  # it was wanted no more
-                found.append(StoredJob(entries["record"].decode(), entries["bundle"], model, received))
+                record, files = entries["record"].decode(), self._files(path.stem)
+                found.append(StoredJob(record, entries["bundle"], model, received, files))
             except (SealedDataRefused, OSError, KeyError, ValueError) as error:
                 self._tell(f"a stored job cannot be opened, {path.name}: {error}")
         yield from sorted(found, key=lambda stored: stored.received)
@@ -144,6 +156,14 @@ class JobStore:
     def sealed_model(self, job: str) -> SealedMemory | None:
         """A job's first model as it came, if it is kept still. The caller's to close."""
         return _mapped(self._path(job, "model"))
+
+    def sealed_files(self, job: str) -> dict[str, Stored]:
+        """A job's large files as they came, by digest, as far as they are kept still. The caller's to close."""
+        return self._files(self._path(job, "job").stem)
+
+    def _files(self, stem: str) -> dict[str, Stored]:
+        found = {path.name.split(".")[1]: _mapped(path) for path in sorted(self._folder.glob(f"{stem}.*.file"))}
+        return {digest: file for digest, file in found.items() if file is not None}
 
     def end(self, job: str, ended: EndedJob) -> EndedJob:
         """Keep what became of a job; the same, its result where it is kept. Raises SealedDataRefused."""

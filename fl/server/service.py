@@ -227,6 +227,8 @@ class FederationService:
     def _fetch(self, request: bytes, caller: Caller) -> Iterator[bytes]:
         head = only_frame(request, Fetch)
         attendance, job = self._attending(caller, head.job)
+        if head.what == "file" and (file := job.file(head.sha256)) is not None:
+            return _while_attending(attendance, serve_chunks(file, head.offset))
         if head.what == "bundle" and head.sha256 == job.bundle.digest:
             return _while_attending(attendance, serve_chunks(job.bundle.raw, head.offset))
         if head.what == "model":

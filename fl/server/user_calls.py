@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
@@ -21,7 +21,13 @@ from fl.guard.command_log import CommandLog
 from fl.jobs.bundle import MAX_BUNDLE, Bundle, parse_bundle
 from fl.jobs.progress import Status
 from fl.jobs.record import JobRecord, record_digest
-from fl.jobs.sealing import open_first_model, seal_first_model
+from fl.jobs.sealing import (
+    open_file_of_job,
+    open_first_model,
+    seal_file_of_job,
+    seal_first_model,
+    sealed_file_size,
+)
 from fl.party import Party
 from fl.server.administration import Administration, Steering
 from fl.server.calls import Call, Caller, first_frame, only_frame, unstalled
@@ -31,6 +37,7 @@ from fl.server.jobs import Jobs
 from fl.transport.chunks import assemble, serve_chunks
 from fl.transport.frames import Happened, Order, Origin, Pull, Reports, Result, Submit, Verdict, pack
 from fl.transport.memory import SealedMemory
+from fl.transport.spool import memory_part
 from fl.transport.stored import Stored
 from policies.errors import SealwrightError
 from policies.rights import command_reasons
@@ -114,19 +121,19 @@ class UserCalls:
         if self._jobs.find(record.job) is not None:
             raise ApprovalRefused(record.job, ("a job of this id was submitted before",))
         if head.like is not None:
-            bundle, sealed = self._like(head, record)
+            bundle, sealed, files = self._like(head, record)
             approve(signed, bundle, charter, self._party.clock(), server=self._server, site=None)
         else:
-            bundle, sealed = yield from self._transferred(head, signed, requests)
-        job = self._job(signed, bundle, sealed)
+            bundle, sealed, files = yield from self._transferred(head, signed, requests)
+        job = self._job(signed, bundle, sealed, files)
         self._log.accepted(user, "submit", record.job, about.token)
         self._jobs.run(job)
         yield pack(Verdict(accepted=True))
 
     def _transferred(
         self, head: Submit, signed: SignedRecord, requests: Iterator[bytes]
-    ) -> Generator[bytes, None, tuple[Bundle, Stored]]:
-        """The bundle and the sealed first model, as they follow. Raises ApprovalRefused, MalformedMessage."""
+    ) -> Generator[bytes, None, tuple[Bundle, Stored, dict[str, Stored]]]:
+        """The bundle, the sealed first model and files, as they follow. Raises ApprovalRefused, MalformedMessage."""
         record = signed.record
         largest = record.model_size + SEALING_OVERHEAD + (record.model_size >> 8)
         if not 0 < head.bundle_size <= MAX_BUNDLE or not 0 < head.model_size <= largest:
@@ -136,10 +143,25 @@ class UserCalls:
             bundle = parse_bundle(bytes(memory.view))
         approve(signed, bundle, self._party.charter(), self._party.clock(), server=self._server, site=None)
         spool = None if self._store is None else self._store.spool
-        return bundle, assemble(requests, size=head.model_size, sha256=None, where="first model", spool=spool)
+        sizes = {file.sha256: sealed_file_size(file.sha256, file.size) for file in bundle.settings.files}
+        if spool is None and (total := sum(sizes.values())) > memory_part():
+            why = (
+                f"its files have {total} bytes, and this server has no vault: {memory_part()} bytes fit into its memory"
+            )
+            raise ApprovalRefused(record.job, (why,))
+        model = assemble(requests, size=head.model_size, sha256=None, where="first model", spool=spool)
+        files: dict[str, Stored] = {}
+        try:
+            for digest, size in sizes.items():
+                files[digest] = assemble(requests, size=size, sha256=None, where=f"file {digest}", spool=spool)
+        except BaseException:
+            for part in (model, *files.values()):
+                part.close()
+            raise
+        return bundle, model, files
 
-    def _like(self, head: Submit, record: JobRecord) -> tuple[Bundle, Stored]:
-        """The bundle and the first model of an earlier job of the same submitter. Raises ApprovalRefused, PeerLost.
+    def _like(self, head: Submit, record: JobRecord) -> tuple[Bundle, Stored, dict[str, Stored]]:
+        """Bundle, first model and files of an earlier job of the same submitter. Raises ApprovalRefused, PeerLost.
 
         The model is the submitter's: whoever else ran it for one round would have it.
         """
@@ -152,15 +174,28 @@ class UserCalls:
         same = (earlier.bundle, earlier.model_sha256, earlier.model_size)
         if same != (record.bundle, record.model_sha256, record.model_size) or head.bundle_size or head.model_size:
             raise ApprovalRefused(record.job, (f"its bundle and first model are not those of the job {job.id}",))
-        kept = None if self._store is None else self._store.sealed_model(job.id)
+        if self._store is None:
+            why = "this server has no vault and keeps no first models: submit the job itself again"
+            raise PeerLost(why, where="job")
+        kept = self._store.sealed_model(job.id)
         if kept is None:
             raise PeerLost(f"the first model of job {job.id} is not kept: submit the job itself again", where="job")
         with kept, open_first_model(kept.view, self._model_key, job.id, max_bytes=record.model_size) as model:
             sealed = seal_first_model(model.view, self._model_key, record.job, random=os.urandom)
-        return job.bundle, SealedMemory.of(sealed)
+        files: dict[str, Stored] = {}
+        for digest, part in self._store.sealed_files(job.id).items():
+            size = next(file.size for file in job.bundle.settings.files if file.sha256 == digest)
+            with part, open_file_of_job(part, digest, size, self._model_key, job.id, spool=self._store.spool) as file:
+                files[digest] = seal_file_of_job(file, digest, self._model_key, record.job, random=os.urandom)
+        return job.bundle, SealedMemory.of(sealed), files
 
     def _job(
-        self, signed: SignedRecord, bundle: Bundle, sealed_model: Stored, received: datetime | None = None
+        self,
+        signed: SignedRecord,
+        bundle: Bundle,
+        sealed_model: Stored,
+        sealed_files: Mapping[str, Stored],
+        received: datetime | None = None,
     ) -> ServerJob:
         return ServerJob(
             self._party,
@@ -168,6 +203,7 @@ class UserCalls:
             signed,
             bundle,
             sealed_model=sealed_model,
+            sealed_files=sealed_files,
             model_key=self._model_key,
             store=self._store,
             received=received,
@@ -182,7 +218,7 @@ class UserCalls:
             try:
                 signed = read_record(stored.record, self._party.charter())
                 bundle = parse_bundle(stored.bundle)
-                job = self._job(signed, bundle, stored.sealed_model, stored.received)
+                job = self._job(signed, bundle, stored.sealed_model, stored.sealed_files, stored.received)
                 if (ended := None if self._store is None else self._store.ended(job.id)) is None:
                     self._jobs.run(job, again=True)
                 else:

@@ -29,6 +29,7 @@ from fl.jobs.settings import JobSettings
 from fl.local.dp_sgd import what_runs
 from fl.party import Party
 from fl.site.exports import SiteExports, caused_by_script, words_that_leave
+from fl.site.files import pulled_files
 from fl.site.script import END_SECONDS, ScriptSession
 from fl.transport.frames import Deliver, Fetch, Left, Logged, Masking, Prepare, Ready, Said, Train, Verdict
 from fl.transport.local import ScriptSocket
@@ -52,8 +53,8 @@ class ServerLink(Protocol):
     def send(self, frame: Ready | Left | Logged | Said | Masking) -> None:
         """Send a frame on the attendance."""
 
-    def fetch(self, what: Fetch, *, size: int, seconds: float) -> SealedMemory:
-        """Pull a transfer. Raises PeerLost, MalformedMessage."""
+    def fetch(self, what: Fetch, *, size: int, seconds: float, sha256: str | None = None) -> SealedMemory:
+        """Pull a transfer, whose digest has to be `sha256` if that is given. Raises PeerLost, MalformedMessage."""
 
     def deliver(self, head: Deliver, memory: SealedMemory, *, seconds: float) -> Verdict:
         """Deliver an update. Raises PeerLost, MalformedMessage."""
@@ -220,10 +221,15 @@ class SiteJob:
         settings = bundle.settings
         own_script, arguments = settings.script_of(self._site)
         files, script = what_runs(bundle.files, settings, own_script)
-        sandbox = Sandbox(files, script, arguments, self._data, limits=self._limits)
-        ours, theirs = ScriptSocket.pair()
-        with theirs:
-            process = sandbox.start(theirs)
+        with pulled_files(self._link, settings.files, self.id, self._site) as large:
+            sandbox = Sandbox(files, script, arguments, self._data, large=large, limits=self._limits)
+            ours, theirs = ScriptSocket.pair()
+            try:
+                with theirs:
+                    process = sandbox.start(theirs)
+            except BaseException:
+                ours.close()
+                raise
         self._process = process
         with process, self._watched(check):
             session = ScriptSession(ours, site=self._site, how_it_ended=lambda: _how_it_ended(process, bundle.files))

@@ -65,11 +65,11 @@ class LastingLink:
             elif len(self._kept) < MAX_KEPT or not isinstance(frame, Logged | Said):
                 self._kept.append(frame)
 
-    def fetch(self, what: Fetch, *, size: int, seconds: float) -> SealedMemory:
-        """Pull a transfer. Raises PeerLost, Refused, MalformedMessage."""
+    def fetch(self, what: Fetch, *, size: int, seconds: float, sha256: str | None = None) -> SealedMemory:
+        """Pull a transfer, of the digest `sha256` if that is given. Raises PeerLost, Refused, MalformedMessage."""
         with Assembly(size, where=f"{what.what} of {what.job}") as assembly:
             self._lasting(lambda attending: attending.fetch(what, assembly, seconds=seconds))
-            with assembly.seal() as whole:
+            with assembly.seal(sha256=sha256) as whole:
                 return whole.in_memory()
 
     def deliver(self, head: Deliver, memory: SealedMemory, *, seconds: float) -> Verdict:

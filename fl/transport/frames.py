@@ -155,7 +155,7 @@ class Fetch(Frame):
 
     kind: Literal["fetch"] = "fetch"
     job: JobId
-    what: Literal["bundle", "model"]
+    what: Literal["bundle", "model", "file"]
     sha256: Digest
     offset: Size
 

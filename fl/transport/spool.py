@@ -32,6 +32,11 @@ MEMORY_PART: Final = 8
 """What is larger than this part of the machine's memory is spooled."""
 
 
+def memory_part() -> int:
+    """A MEMORY_PART of the machine's memory, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEMORY_PART
+
+
 class Spool:
     """Encrypted files in one folder. Safe to use from many threads; each draft by one at a time."""
 
@@ -43,8 +48,7 @@ class Spool:
         self._cipher = AESGCM(random(32))
         self._nonces = itertools.count(1)
         self._lock = threading.Lock()
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self._in_memory = machine // MEMORY_PART if in_memory is None else in_memory
+        self._in_memory = memory_part() if in_memory is None else in_memory
 
     def takes(self, size: int) -> bool:
         """Whether what has `size` bytes is to be spooled."""
