@@ -50,7 +50,7 @@ coverage: setup ## The same, telling which lines the tests' own processes did no
 	$(PY) -m pytest -n $(JOBS) -m 'not long' --cov --cov-report=term:skip-covered
 
 test-long: setup ## Run the tests that take more than seconds (SLICE=1/7: the second seventh of their files).
-	-@appliance/setup.sh mmdebstrap $(APT_TESTS)
+	-@appliance/setup.sh mmdebstrap nfs-ganesha nfs-ganesha-vfs $(APT_TESTS)
 	$(PY) -m pytest -n $(JOBS) -m long --slice $(SLICE)
 
 vectors: setup ## Make the virtual platform's evidence and the device kits' vectors anew, in tests/.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from appliance import user_data
+from appliance.user_data_export import opened_export
 from appliance.vault import Vault, opened_vault, vault_of
 from attestation.attester.boot import Boot, read_boot
 from attestation.canonical import canonical_bytes
@@ -30,6 +31,7 @@ from policies.documents import InitData
 from policies.errors import Refused, SealwrightError, Unusable
 
 if TYPE_CHECKING:
+    from appliance.data_volume import Header
     from fl.guard.sandbox import SiteData
 
 KEY_SIZE: Final = 32
@@ -256,7 +258,7 @@ def _train(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes], 
 
     if init.server is None:
         raise _incomplete("a site needs `server`")
-    with _site_data(boot, lease, keys) as data:
+    with site_data(init, boot, lease, keys) as data:
         run(
             identity=lease.identity,
             charter=lease.charter,
@@ -272,7 +274,7 @@ def _train(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes], 
 
 
 @contextmanager
-def _site_data(boot: Boot, lease: Lease, keys: Mapping[str, bytes]) -> Iterator[SiteData]:
+def site_data(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes]) -> Iterator[SiteData]:
     """The site's sealed file, opened in memory, and its data volume, mounted: those that the init-data name keys of."""
     from fl.guard.sandbox import SiteData
     from fl.guard.sealed_data import open_file
@@ -281,21 +283,37 @@ def _site_data(boot: Boot, lease: Lease, keys: Mapping[str, bytes]) -> Iterator[
     wanted = {purpose: disk for purpose, disk in purposes.items() if purpose in keys}
     if not wanted:
         raise _incomplete("a site needs a resource for the purpose `data` or `user_data`")
-    for disk in wanted.values():
-        if disk not in boot.disks:
+    if init.user_data is not None and user_data.PURPOSE not in wanted:
+        raise _incomplete("a data volume on an export needs a resource for the purpose `user_data`")
+    for purpose, disk in wanted.items():
+        exported = purpose == user_data.PURPOSE and init.user_data is not None
+        if disk not in boot.disks and not exported:
             raise _incomplete(f"a site needs a disk `{disk}`")
     data = SiteData()
+    gpus = boot.gpu_session()
+    if gpus is not None:  # attested, and allowed to work by now: the site's jobs may use them
+        data.devices = gpus.work_nodes()
     if "data" in wanted:
         data.update(open_file(boot.disks["data"], _key(keys, "data")))
         say("opened", entries={name: len(content) for name, content in sorted(data.items())})
     with ExitStack() as opened:
         if user_data.PURPOSE in wanted:
-            key = _key(keys, user_data.PURPOSE)
-            data.folder, header = opened.enter_context(user_data.opened_user_data(boot.disks[user_data.DISK], key))
-            if lease.vault is not None:
-                lease.vault.never_older(header.volume, header.generation)
+            volume = opened_volume(init, boot, lease, _key(keys, user_data.PURPOSE))
+            data.folder, header = opened.enter_context(volume)
             say("opened data volume", volume=header.volume, generation=header.generation, fills=len(header.layers))
         yield data
+
+
+@contextmanager
+def opened_volume(init: InitData, boot: Boot, lease: Lease, key: bytes) -> Iterator[tuple[Path, Header]]:
+    """The folder that shows a data volume's files, and its header: on a disk, or the export that the init-data name."""
+    with ExitStack() as opened:
+        export = init.user_data
+        device = boot.disks[user_data.DISK] if export is None else opened.enter_context(opened_export(export))
+        folder, header = opened.enter_context(user_data.opened_user_data(device, key))
+        if lease.vault is not None:
+            lease.vault.never_older(header.volume, header.generation)
+        yield folder, header
 
 
 def _gateway(init: InitData, boot: Boot, lease: Lease, keys: Mapping[str, bytes], stop: threading.Event) -> None:

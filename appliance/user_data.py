@@ -36,8 +36,13 @@ def opened_user_data(disk: Path, key: bytes) -> Iterator[tuple[Path, Header]]:
     Raises DataVolumeRefused for a volume that does not open with this key, Unusable for one that holds nothing or a
     guest that cannot open any.
     """
-    with disk.open("rb") as file:
-        header = read_header(file, key)
+    try:
+        with disk.open("rb") as file:
+            header = read_header(file, key)
+    except OSError as error:
+        raise Unusable(
+            f"the data volume does not read: {error.strerror}", where=DISK, do="See that whoever has it is up."
+        ) from None
     if not header.layers:
         raise Unusable("the data volume is empty", where=DISK, do="Fill it: seal vm data fill.")
     if not Path(_DMSETUP).exists():

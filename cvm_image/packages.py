@@ -53,6 +53,7 @@ def guest_packages(platform: Platform) -> tuple[SourceTree, ...]:
                 "node.py",
                 "sealed_volume.py",
                 "user_data.py",
+                "user_data_export.py",
                 "vault.py",
             ),
         ),

@@ -9,6 +9,7 @@ import base64
 import binascii
 import hashlib
 import re
+from ipaddress import IPv4Address
 from typing import Annotated, Final, Literal
 
 from cryptography import x509
@@ -91,6 +92,7 @@ __all__ = [
     "CertificatePem",
     "ChipId",
     "Consortium",
+    "DataExport",
     "Digest",
     "Document",
     "Enrolment",
@@ -488,6 +490,30 @@ class ServerAddress(Document):
     """With `tls`: the authority of the proxy's certificate, in PEM."""
 
 
+def _server(text: str) -> str:
+    address = IPv4Address(text)
+    if address.is_loopback or address.is_multicast or address.is_unspecified:
+        raise ValueError("no server has this address")
+    return text
+
+
+def _exported(text: str) -> str:
+    if {".", ".."} & set(text.split("/")):
+        raise ValueError("a path with . or .. in it")
+    return text
+
+
+class DataExport(Document):
+    """A site's data volume as a file on an NFS server, which is trusted with nothing: it sees what a host's disk does.
+
+    `server` is an IPv4 address (a guest asks no name server), spoken to by NFSv4.1 on its port 2049. The folder of
+    `path` is what the guest mounts, read-only.
+    """
+
+    server: Annotated[str, Field(max_length=15), AfterValidator(_server)]
+    path: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_.-]{1,255}){1,16}$", max_length=1024), AfterValidator(_exported)]
+
+
 class InitData(Document):
     """What the host tells a guest at launch, bound to its evidence by HOST_DATA (SHA-256 of the file's bytes)."""
 
@@ -504,6 +530,8 @@ class InitData(Document):
     """What a server admits: with `tls` and `clear` also what comes by proxies that end TLS, or have none."""
     server: ServerAddress | None = None
     resources: dict[Name, Resource] = Field(default_factory=dict, max_length=64)
+    user_data: DataExport | None = None
+    """Where a site's data volume is, if it is not the disk `user-data`."""
 
     @model_validator(mode="after")
     def _distinct(self) -> InitData:
@@ -539,6 +567,9 @@ def write_init_data(init: InitData) -> bytes:
     if init.resources:
         lines += ["", "[resources]"]
         lines += [f"{_quoted(purpose)} = {_quoted(resource)}" for purpose, resource in sorted(init.resources.items())]
+    if init.user_data is not None:
+        lines += ["", "[user_data]", f"server = {_quoted(init.user_data.server)}"]
+        lines += [f"path = {_quoted(init.user_data.path)}"]
     return ("\n".join(lines) + "\n").encode("utf-8")
 
 

@@ -20,6 +20,7 @@ from policies.documents import (
     Address,
     BrokerAddress,
     ChipId,
+    DataExport,
     Document,
     Enrolment,
     InitData,
@@ -65,8 +66,9 @@ class PlannedGuest(Document):
     `server` is the server that a site joins, and the parent of an inner node or a gateway: a server or an inner node.
 
     `vcpu_model` and `vcpus` are measured: the image must have been signed for them. `disks` are files that the host
-    shows to the guest; `resources` are the keys that it asks for, by purpose. Where the guest itself sees other
-    addresses than everybody else (behind its host's address translation), `reaches` and `server_at` give them.
+    shows to the guest; `resources` are the keys that it asks for, by purpose; `user_data` is where a site's data volume
+    is, if on no disk. Where the guest itself sees other addresses than everybody else (behind its host's address
+    translation), `reaches` and `server_at` give them.
     """
 
     role: GuestRole
@@ -84,6 +86,7 @@ class PlannedGuest(Document):
     reaches: tuple[BrokerAddress, ...] = Field(default=(), max_length=16)
     disks: tuple[Name, ...] = Field(default=(), max_length=16)
     resources: dict[Name, Resource] = Field(default_factory=dict, max_length=64)
+    user_data: DataExport | None = None
     chips: tuple[ChipId, ...] | None = Field(default=None, min_length=1, max_length=64)
     jurisdiction: Jurisdiction | None = None
 
@@ -219,6 +222,7 @@ def init_data_of(guest: PlannedGuest, plan: Plan, charter: Charter) -> bytes:
             listen=guest.listen,
             server=plan.server_of(guest),
             resources=guest.resources,
+            user_data=guest.user_data,
         )
     )
 

@@ -30,6 +30,8 @@ ASK_SECONDS: Final = 60.0
 RETRY_SECONDS: Final = 1.0
 MAX_WORDS: Final = 16 << 10
 
+_GPU_NODE: Final = re.compile(r"nvidia\d{1,2}")
+_SHARED_NODES: Final = ("nvidiactl", "nvidia-uvm")
 _MODE: Final = re.compile(r"^\s*CC status:\s*(\S+)\s*$", re.MULTILINE)
 _READY: Final = re.compile(r"^\s*Confidential Compute GPUs Ready state:\s*(\S+(?: \S+)?)\s*$", re.MULTILINE)
 
@@ -48,6 +50,8 @@ class GpuSession:
     programs: Path
     run: Path
     """Where the daemon keeps its file: it expects the folder."""
+    nodes: Path = Path("/dev")
+    """Where the driver's device nodes are."""
 
     def begin(self, *, seconds: float = UP_SECONDS) -> None:
         """Hold the driver's sessions, and wait until it says that confidential mode is on.
@@ -83,6 +87,18 @@ class GpuSession:
         self._ask(SMI, "conf-compute", "-srs", "1")
         if not self.is_ready():
             raise GpuRefused("the GPUs did not become ready")
+
+    def work_nodes(self) -> tuple[Path, ...]:
+        """The device nodes by which a program computes on the GPUs; those for tracing and partitioning are not of them.
+
+        Raises AttesterUnavailable unless there is at least one GPU's, and the two that all GPUs share.
+        """
+        gpus = sorted(path for path in self.nodes.glob("nvidia*") if _GPU_NODE.fullmatch(path.name))
+        nodes = (*gpus, *(self.nodes / name for name in _SHARED_NODES))
+        absent = [path.name for path in nodes if not path.is_char_device()]
+        if absent or not gpus:
+            raise _unclear(f"it made no device node {absent[0] if gpus else 'of a GPU'}", str(self.nodes))
+        return nodes
 
     def end_work(self) -> None:
         """The GPUs take no more work. Raises GpuRefused if they do."""

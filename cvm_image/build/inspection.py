@@ -240,8 +240,10 @@ def _filter(image: Opened) -> tuple[bool, str]:
         return False, "there are no rules"
     text = path.read_text()
     inbound, outbound = (_ports_of(text, chain) for chain in ("input", "output"))
-    same = text == packet_filter(Network(inbound=inbound, outbound=outbound))
+    nfs = "nfs_server" in text
+    same = text == packet_filter(Network(inbound=inbound, outbound=outbound, nfs=nfs))
     open_ports = f"TCP in {list(inbound) or 'none'}, TCP out {list(outbound) or 'none'}, DHCP"
+    open_ports += ", one NFS server" if nfs else ""
     return same, open_ports if same else "other rules than this version writes"
 
 

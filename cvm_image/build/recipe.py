@@ -16,6 +16,8 @@ from cvm_image.build.errors import UnusableRecipe
 from cvm_image.generate import FAMILY_ID
 
 MAX_RECIPE = 256 << 10
+NFS_MODULES = ("loop", "nfsv4")
+"""What a data volume on an NFS export needs of the kernel, beside what one on a disk does."""
 HOST = "host"
 """The value of a mirror or the keyring that means: whatever this host's own apt uses for Debian."""
 
@@ -83,10 +85,14 @@ class Workload(_Part):
 
 
 class Network(_Part):
-    """The ports that the guest's packet filter opens: everything else is dropped, in and out."""
+    """The ports that the guest's packet filter opens: everything else is dropped, in and out.
+
+    `nfs` puts the kernel's NFSv4 client in, and lets it speak to the one server that the init-data name, port 2049.
+    """
 
     inbound: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = ()
     outbound: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = ()
+    nfs: bool = False
 
 
 class Launch(_Part):
@@ -131,7 +137,7 @@ class Recipe(_Part):
     def modules(self) -> tuple[str, ...]:
         """The drivers of this variant, in the order in which they are asked for."""
         more = self.kernel.hardware_modules if self.variant == "hardware" else self.kernel.virtual_modules
-        return (*self.kernel.modules, *more)
+        return (*self.kernel.modules, *more, *(NFS_MODULES if self.network.nfs else ()))
 
 
 def load_recipe(path: Path, *, variant: str | None = None) -> Recipe:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -37,9 +38,11 @@ from appliance.data_volume import (
     sealed_header,
 )
 from appliance.data_volume import read_header as read_header_of
+from appliance.user_data_export import CLIENT
 from attestation.attester.boot import Boot
 from fl.guard.sealed_data import seal as seal_entries
 from fl.guard.sealed_data import seal_file
+from policies.documents import DataExport, InitData
 from policies.errors import Unusable
 
 KEY = bytes(range(32))
@@ -313,10 +316,11 @@ def test_a_site_opens_what_its_init_data_name_keys_of(tmp_path: Path, volume: Pa
     seal_file(sealed, {"train.csv": b"1,2"}, KEY)
     disks = {"data": sealed, "user-data": volume}
     nobody = cast(node.Lease, None)
+    export = DataExport(server="192.0.2.7", path="/exports/volume")
 
-    def opened(keys: dict[str, bytes], shown: dict[str, Path]) -> dict[str, bytes]:
+    def opened(keys: dict[str, bytes], shown: dict[str, Path], at: DataExport | None = None) -> dict[str, bytes]:
         boot = Boot(tmp_path, {}, b"", "virtual", None, shown)
-        with node._site_data(boot, nobody, keys) as data:
+        with node.site_data(cast(InitData, SimpleNamespace(user_data=at)), boot, nobody, keys) as data:
             assert data.folder is None
             return dict(data)
 
@@ -331,3 +335,8 @@ def test_a_site_opens_what_its_init_data_name_keys_of(tmp_path: Path, volume: Pa
             opened(keys, shown)
     with pytest.raises(DataVolumeRefused, match="another key"):
         opened({"user_data": bytes(32)}, disks)
+    with pytest.raises(Unusable, match="needs a resource for the purpose `user_data`"):
+        opened({"data": KEY}, disks, export)
+    if not CLIENT.exists():
+        with pytest.raises(Unusable, match="kernel has no NFS client"):
+            opened({"user_data": KEY}, disks, export)

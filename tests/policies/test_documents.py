@@ -17,6 +17,7 @@ from policies.charter.written import read_consortium, written_target
 from policies.documents import (
     INIT_DATA_LIMIT,
     BrokerAddress,
+    DataExport,
     Document,
     Enrolment,
     InitData,
@@ -120,6 +121,7 @@ INIT = InitData(
     listen="127.0.0.1:9000",
     server=ServerAddress(name="server", address="[::1]:9443"),
     resources={"data": "borealis-hospital/key/data"},
+    user_data=DataExport(server="192.0.2.7", path="/exports/borealis/volume"),
 )
 
 
@@ -127,7 +129,7 @@ def test_init_data_is_written_and_read() -> None:
     raw = write_init_data(INIT)
     assert parse_init_data(raw) == INIT
     assert len(init_data_digest(raw)) == 64
-    bare = INIT.model_copy(update={"listen": None, "server": None, "resources": {}})
+    bare = INIT.model_copy(update={"listen": None, "server": None, "resources": {}, "user_data": None})
     assert parse_init_data(write_init_data(bare)) == bare
 
 
@@ -149,6 +151,18 @@ def test_init_data_is_written_and_read() -> None:
         ("borealis-hospital/key/data", "borealis-hospital/key"),
         ("borealis-hospital/key/data", "borealis-hospital/key/data/x"),
         ("[[brokers]]", "[brokers]"),
+        ("192.0.2.7", "nfs.example"),
+        ("192.0.2.7", "2001:db8::7"),
+        ("192.0.2.7", "127.0.0.1"),
+        ("192.0.2.7", "224.0.0.1"),
+        ("192.0.2.7", "0.0.0.0"),  # noqa: S104 - what nobody may name
+        ("192.0.2.7", "192.0.2.7,hard"),
+        ("/exports/borealis/volume", "exports/volume"),
+        ("/exports/borealis/volume", "/exports/../volume"),
+        ("/exports/borealis/volume", "/exports/volume/"),
+        ("/exports/borealis/volume", "/exports/a volume"),
+        ("/exports/borealis/volume", "/exports,hard/volume"),
+        ('path = "', 'port = 2050\npath = "'),
     ],
 )
 def test_init_data_of_another_shape_is_refused(old: str, new: str) -> None:

@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import time
+import tomllib
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from . import system
@@ -61,6 +63,9 @@ def live() -> int:
     system.load_packet_filter(RULES)
     init_data = read_init_data(find_disk(INIT_DATA_SERIAL))
     write_secret(RUN / "init-data.toml", init_data)
+    server = nfs_server(init_data)
+    if server is not None:
+        system.allow_nfs_server(server)
     configure(say)
     port = RUN / "port.sock"
     if world == "virtual":
@@ -83,6 +88,23 @@ def read_parameters(cmdline: str) -> dict[str, str]:
             raise Stop(f"{name} is on the command line twice")
         parameters[name] = value
     return parameters
+
+
+def nfs_server(init_data: bytes) -> IPv4Address | None:
+    """The NFS server that the init-data name, if any: the one that the packet filter lets the kernel speak to.
+
+    The role's program reads init-data strictly. Raises ValueError for what names no server in its form.
+    """
+    try:
+        table = tomllib.loads(init_data.decode()).get("user_data", {})
+    except RecursionError:
+        raise ValueError("the init-data are nested too deeply") from None
+    named = table.get("server") if isinstance(table, dict) else None
+    if named is None:
+        return None
+    if not isinstance(named, str):
+        raise ValueError("the init-data's NFS server is no text")
+    return IPv4Address(named)
 
 
 def write_boot(port: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import time
+from ipaddress import IPv4Address
 from pathlib import Path
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
@@ -114,12 +115,22 @@ def restrict_kernel() -> None:
 
 def load_packet_filter(rules: str) -> None:
     """Load the rules before any interface is up. Raises RuntimeError if nft does not take them."""
+    _nft(["-f", rules], failed="the packet filter does not load")
+
+
+def allow_nfs_server(address: IPv4Address) -> None:
+    """Let the kernel speak NFS to this server. Raises RuntimeError in an image whose rules have no way to any."""
+    words = ["add", "element", "inet", "sealwright", "nfs_server", "{", str(address), "}"]
+    _nft(words, failed="the init-data name an NFS server, and this image's packet filter lets nobody speak to one")
+
+
+def _nft(words: list[str], *, failed: str) -> None:
     done = subprocess.run(
-        ["/usr/sbin/nft", "-f", rules], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+        ["/usr/sbin/nft", *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
     )
     if done.returncode != 0:
-        words = " ".join(done.stderr.decode(errors="replace").split())
-        raise RuntimeError(f"the packet filter does not load: {words[:300]}")
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        raise RuntimeError(f"{failed}: {said[:300]}")
 
 
 def shed_rights() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import stat
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -600,6 +602,25 @@ def test_gpus_of_a_refused_guest_stay_without_work(
     lines = (gpu_boot.guest / "usr/bin/told").read_text().splitlines()
     assert "evidence" in lines
     assert not {"released", "service", "nvidia-smi conf-compute -srs 1"} & set(lines)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes needs root")
+def test_what_is_no_gpu_is_no_node_to_work_with(gpu_boot: GpuBoot, tmp_path: Path) -> None:
+    found = gpu_boot.gpu_session()
+    assert found is not None
+    session = replace(found, nodes=tmp_path)
+    with pytest.raises(AttesterUnavailable, match="no device node of a GPU"):
+        session.work_nodes()
+    for number, name in enumerate(("nvidia1", "nvidia0", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset")):
+        os.mknod(tmp_path / name, 0o666 | stat.S_IFCHR, os.makedev(1, 3 + number))
+    with pytest.raises(AttesterUnavailable, match="no device node nvidiactl"):
+        session.work_nodes()
+    (tmp_path / "nvidiactl").write_bytes(b"")
+    with pytest.raises(AttesterUnavailable, match="no device node nvidiactl"):
+        session.work_nodes()
+    (tmp_path / "nvidiactl").unlink()
+    os.mknod(tmp_path / "nvidiactl", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    assert [path.name for path in session.work_nodes()] == ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"]
 
 
 def test_a_driver_that_is_silent_or_unclear_ends_the_guest(gpu_boot: GpuBoot) -> None:

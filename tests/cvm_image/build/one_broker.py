@@ -166,8 +166,8 @@ class Booted:
         raise AssertionError(f"{event or 'the end'} did not come within {within:.0f} s:\n{self.console()[-3000:]}")
 
 
-def found(folder: Path, image: Path, port: int) -> Consortium:
-    """Make keys, charter, enrolment and kits in `folder`."""
+def found(folder: Path, image: Path, port: int, *, plan: str = PLAN, more: Sequence[str] = ()) -> Consortium:
+    """Make keys, charter, enrolment and kits in `folder`; the guest's plan may name `more` resources of its own."""
     made = Consortium(folder, image)
     seal(folder, "charter", "key", "member.key", "--public", "member.pub")
     at = ("--url", f"https://127.0.0.1:{port}", "--listen", f"127.0.0.1:{port}")
@@ -178,9 +178,9 @@ def found(folder: Path, image: Path, port: int) -> Consortium:
     )
     for chip in ("chip", "chip2"):
         seal(folder, "vm", "chip", chip, "--vendor", "vendor", "--product", "Milan")
-    (folder / "consortium.toml").write_text(PLAN.format(roots=listed, image=image, port=port, vault=VAULT))
+    (folder / "consortium.toml").write_text(plan.format(roots=listed, image=image, port=port, vault=VAULT))
     put = []
-    for resource in (MODEL_KEY, VAULT):
+    for resource in (MODEL_KEY, VAULT, *more):
         rules = folder / f"{resource.replace('/', '.')}.rego"
         rules.write_text(seal(folder, "charter", "release-policy", "--role", "server"))
         _, kind, tag = resource.split("/")
@@ -198,8 +198,8 @@ def found(folder: Path, image: Path, port: int) -> Consortium:
 
 
 @contextmanager
-def running_broker(made: Consortium, key: bytes) -> Iterator[None]:
-    """Run the broker, with the model's key deposited at it."""
+def running_broker(made: Consortium, key: bytes, more: Sequence[str] = ()) -> Iterator[None]:
+    """Run the broker, with the model's key deposited at it, also under the names in `more`."""
     kit = made.folder / "kits" / f"broker-{BROKER}"
     with (made.folder / "broker.log").open("wb") as output:
         line = [*SEAL, "broker", "run", str(kit)]
@@ -214,7 +214,8 @@ def running_broker(made: Consortium, key: bytes) -> Iterator[None]:
         (made.folder / "model.key").write_bytes(key)
         url = json.loads((kit / "local/entry.json").read_text())["url"]
         words = ("--key", "member.key", "--root", "root.json", "--broker", f"{BROKER}={url}")
-        seal(made.folder, "secret", "put", MODEL_KEY, "model.key", *words)
+        for resource in (MODEL_KEY, *more):
+            seal(made.folder, "secret", "put", resource, "model.key", *words)
         yield
     finally:
         broker.terminate()

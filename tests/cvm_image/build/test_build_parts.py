@@ -60,6 +60,15 @@ def test_the_packet_filter_drops_all_but_the_named_ports() -> None:
     assert "tcp dport" not in packet_filter(Network())
 
 
+def test_the_way_to_an_nfs_server_is_in_rules_and_drivers_only_if_the_recipe_says_so() -> None:
+    recipe = {"name": "a", "init": "/init", "kernel": {"modules": ["dm_crypt"]}}
+    without, having = (Recipe.model_validate({**recipe, "network": {"nfs": nfs}}) for nfs in (False, True))
+    assert "2049" not in packet_filter(without.network)
+    assert "ip daddr @nfs_server tcp dport 2049 ct state new accept" in packet_filter(having.network)
+    assert "elements" not in packet_filter(having.network), "the set is empty until process 1 has read the init-data"
+    assert (without.modules(), having.modules()) == (("dm_crypt",), ("dm_crypt", "loop", "nfsv4"))
+
+
 def test_the_workload_is_our_packages_and_the_recipes_files(tmp_path: Path) -> None:
     (tmp_path / "more" / "usr").mkdir(parents=True)
     (tmp_path / "more" / "usr" / "start").write_text("#!x\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import struct
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cvm_image.build.guest import dhcp, disks, network, system
-from cvm_image.build.guest.first import Stop, read_parameters
+from cvm_image.build.guest.first import Stop, nfs_server, read_parameters
 from cvm_image.build.guest.relay import HEADER, MAX_FRAME, Relay
 
 HARDWARE = bytes.fromhex("525400123456")
@@ -199,3 +200,24 @@ def test_a_request_goes_up_and_its_answer_comes_down(port: tuple[Path, int]) -> 
 def test_a_frame_out_of_bounds_is_not_passed(port: tuple[Path, int], raw: bytes) -> None:
     path, _ = port
     assert ask(path, raw) == b""
+
+
+def test_the_one_nfs_server_is_that_of_the_init_data() -> None:
+    assert nfs_server(b'[user_data]\nserver = "192.0.2.7"\npath = "/exports/volume"\n') == IPv4Address("192.0.2.7")
+    assert nfs_server(b'name = "site"\n') is None
+
+
+@pytest.mark.parametrize("named", ['"192.0.2.7, 192.0.2.8"', '"192.0.2.0/24"', '"nfs.example"', "7", '["192.0.2.7"]'])
+def test_what_names_no_server_ends_the_guest(named: str) -> None:
+    with pytest.raises(ValueError, match=r"ctet|server|'/'"):
+        nfs_server(f"[user_data]\nserver = {named}\n".encode())
+
+
+@given(st.text(max_size=60))
+def test_no_server_s_name_reaches_the_packet_filter_but_an_address(name: str) -> None:
+    quoted = json.dumps(name)
+    try:
+        found = nfs_server(f"[user_data]\nserver = {quoted}\n".encode())
+    except ValueError:
+        return
+    assert found == IPv4Address(name)

@@ -22,6 +22,7 @@ from fl.errors import SandboxFailed, SandboxUnusable
 from fl.guard import control_groups
 from fl.guard.mounts import view
 from fl.guard.sandbox import Sandbox, SiteData, unprivileged_user
+from fl.guard.sealed_data import seal
 
 HELLO = {"client.py": b"print('hello')\n"}
 
@@ -264,8 +265,10 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         with pytest.raises(SandboxUnusable):
             Sandbox(HELLO, "client.py", arguments)
     for device in ("/dev/sda", "/dev/kvm", "/dev/mem", "/dev/nvidia0/../mem", "/dev/nvidia77"):
+        declared = SiteData()
+        declared.devices = (Path(device),)
         with pytest.raises(SandboxUnusable):
-            Sandbox(HELLO, "client.py", devices=[Path(device)])
+            Sandbox(HELLO, "client.py", data=declared)
     with pytest.raises(SandboxUnusable):
         Sandbox(HELLO, "client.py", packages=[tmp_path / "missing"])
     (tmp_path / "run.py").symlink_to("/etc/passwd")
@@ -430,3 +433,45 @@ tell(read=open(scan).read(), beside=open("/data/train.csv").read())
     ).said
     assert said == {"read": "a scan", "beside": "1,2", "write": "EROFS", "add": "EROFS"}
     assert (folder / "north/scan").read_bytes() == b"a scan"
+
+
+STAND_INS = """
+mount -t tmpfs -o mode=755 dev "$1" || exit 9
+for name in null zero full random urandom tty; do cp -a "/dev/$name" "$1" || exit 9; done
+for name in 0 ctl -uvm -uvm-tools -modeset; do mknod -m 666 "$1/nvidia$name" c 1 5 || exit 9; done
+mkdir "$1/shm" && mount -t tmpfs shm "$1/shm" && mount --move "$1" /dev || exit 9
+shift
+exec "$@"
+"""
+"""Nodes that read as zeros, under the names of a GPU's, in a mount namespace of their own."""
+WITH_GPU = """
+import sys
+from appliance import node
+from attestation.attester.gpu_session import GpuSession
+from fl.guard.sandbox import Sandbox, SiteData
+from pathlib import Path
+from types import SimpleNamespace
+
+script = b'''
+import os
+seen = sorted(name for name in os.listdir("/dev") if "nvidia" in name)
+print(seen, os.read(os.open("/dev/nvidia0", os.O_RDWR), 2) if seen else None, sep=";")
+'''
+boot = SimpleNamespace(gpu_session=lambda: GpuSession(Path("/x"), Path("/x")), disks={"data": Path(sys.argv[1])})
+init = SimpleNamespace(user_data=None)
+with node.site_data(init, boot, SimpleNamespace(vault=None), {"data": bytes(32)}) as data:
+    for given in (data, SiteData(data)):
+        with Sandbox({"s.py": script}, "s.py", data=given).start() as process:
+            sys.stderr.write(process.wait().log.decode())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes needs root")
+def test_a_job_gets_the_nodes_of_gpus_that_its_guest_declares_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "data").write_bytes(b"".join(seal({"list.csv": b"1"}, bytes(32), salt=bytes(32))))
+    line = ["unshare", "--mount", "--", "sh", "-c", STAND_INS, "sh", str(tmp_path / "dev")]
+    line += [sys.executable, "-c", WITH_GPU, str(tmp_path / "data")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == ["['nvidia-uvm', 'nvidia0', 'nvidiactl'];b'\\x00\\x00'", "[];None"]

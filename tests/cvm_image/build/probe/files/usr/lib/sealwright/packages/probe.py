@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import tomllib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from appliance import node
-from appliance.user_data import opened_user_data
+from appliance.user_data import PURPOSE, opened_user_data
+from appliance.user_data_export import MOUNT_POINT
 from attestation.attester.boot import Boot, read_boot
-from policies.documents import InitData
+from policies.documents import DataExport, InitData
 from policies.errors import SealwrightError
 
 
@@ -71,6 +73,12 @@ def serve(init: InitData, boot: Boot, lease: node.Lease, keys: Mapping[str, byte
             (lease.vault.folder / "model").write_bytes(struct.pack("<1000f", *(1 / (3 + n) for n in range(1000))) * 50)
         told["record"] = hashlib.sha256(record.read_bytes()).hexdigest()
     node.say("probe", **told)
+    if init.user_data is not None:
+        with node.opened_volume(init, boot, lease, keys[PURPOSE]) as (folder, _):
+            node.say("volume", attempts=attempts_at(init.user_data, folder), listening=listening())
+            if "slow" in wish:
+                time.sleep(15)
+            node.say("read", files=read_files(folder))
     if "late" in wish:
         node.say("late", digest=hashlib.sha256(Path("/usr/lib/sealwright/late").read_bytes()).hexdigest())
     if "stay" in wish:
@@ -116,17 +124,42 @@ def read_user_data(boot: Boot, wanted: dict[str, Any]) -> int:
                 "write": outcome(lambda: (folder / "new").write_bytes(b"x")),
                 "write disk": outcome(partial(write_disk, boot.disks["user-data"])),
             }
-            told["files"] = {
-                path.relative_to(folder).as_posix(): outcome(partial(digest, path))
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            }
+            told["files"] = read_files(folder)
         told["left"] = sorted(path.name for path in Path("/dev/mapper").glob("user-data*"))
     except SealwrightError as error:
         told["refused"] = error.what
     sys.stdout.write(json.dumps({"user_data": told}) + "\n")
     sys.stdout.flush()
     return 0
+
+
+def read_files(folder: Path) -> dict[str, str]:
+    """The digest of every file below a folder, or how reading it ended."""
+    return {
+        path.relative_to(folder).as_posix(): outcome(partial(digest, path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def attempts_at(export: DataExport, folder: Path) -> dict[str, str]:
+    """What may not be done to a volume on an export, nor with the way to its server."""
+    there = MOUNT_POINT / export.path.rpartition("/")[2]
+    return {
+        "write": outcome(lambda: (folder / "new").write_bytes(b"x")),
+        "write device": outcome(partial(write_disk, Path("/dev/loop0"))),
+        "write export": outcome(lambda: there.write_bytes(b"x")),
+        "make on export": outcome(lambda: there.with_name("new").write_bytes(b"x")),
+        "another port of the server": outcome(partial(connect, export.server, 2050)),
+        "another server": outcome(partial(connect, "10.0.2.3", 2049)),
+    }
+
+
+def connect(address: str, port: int) -> object:
+    """Connect to somebody."""
+    with socket.socket() as connection:
+        connection.settimeout(2)
+        return connection.connect((address, port))
 
 
 def digest(path: Path) -> str:
@@ -191,15 +224,11 @@ def start_shell() -> object:
 
 def connect_elsewhere() -> object:
     """Connect to a port that the recipe does not name."""
-    with socket.socket() as connection:
-        connection.settimeout(2)
-        return connection.connect(("10.0.2.2", 22))
+    return connect("10.0.2.2", 22)
 
 
 def set_clock() -> object:
     """Set the system's clock."""
-    import time
-
     return time.clock_settime(time.CLOCK_REALTIME, 0)
 
 
