@@ -5,7 +5,7 @@ capabilities, without new privileges, with an empty environment, under two secco
 resource limits and a control group (`fl.guard.limits`, `fl.guard.control_groups`). It sees:
 
 ======================  ================================================================================
-`/bundle`               the bundle's files, read-only, as they were when the `Sandbox` was made
+`/bundle`               the bundle's files, read-only, as they were when the `Sandbox` was made, and large ones
 `/data/NAME`            one read-only file for each entry of `data`; held in memory, never on a disk
 `/user_data`            the folder of a `SiteData` that has one (a mounted data volume), read-only
 `/scratch`              its working directory, bounded, in memory; `/tmp` and `/dev/shm` lead into it
@@ -49,6 +49,7 @@ from fl.guard.mounts import DEVICES, MASKED, view
 from fl.guard.sandboxed_process import Outcome, SandboxedProcess, Start
 from fl.guard.sealed_data import NAME as DATA_NAME
 from fl.guard.seccomp import launch_filter, script_filter
+from fl.transport.memory import SealedMemory
 
 __all__ = ["CHANNEL_VARIABLE", "USER_DATA", "Limits", "Outcome", "Sandbox", "SandboxedProcess", "SiteData"]
 
@@ -93,6 +94,7 @@ class Sandbox:
         arguments: Sequence[str] = (),
         data: Mapping[str, bytes] | None = None,
         *,
+        large: Mapping[str, SealedMemory] | None = None,
         packages: Sequence[Path] | None = None,
         limits: Limits = DEFAULT_LIMITS,
         require_cgroup: bool = False,
@@ -104,6 +106,7 @@ class Sandbox:
         - `script`: relative path in the bundle. `arguments`: its `sys.argv[1:]`.
         - `data`: plaintext by name (`sealed_data.NAME`) → `/data/NAME`; a `SiteData` may have a folder → `/user_data`,
           and devices, which are shown where they are.
+        - `large`: further files of the bundle by path, in sealed memory, the caller's, who keeps them until `start`.
         - `packages`: importable package folders (with `__init__.py`), or folders that hold packages, such as a guest's
           unpacked `lib`; None: fl and policies, from where this process has them.
         - `require_cgroup`: refuse where only per-process limits can be had (production).
@@ -115,7 +118,8 @@ class Sandbox:
         self._bundle = _read_folder(bundle) if isinstance(bundle, Path) else dict(bundle)
         self._data = dict(data or {})
         self._folder, self._devices = (data.folder, data.devices) if isinstance(data, SiteData) else (None, ())
-        _check_files(self._bundle, self._data, script)
+        self._large = dict(large or {})
+        _check_files(self._bundle, self._data, script, self._large)
         if sum(len(a.encode(errors="surrogateescape")) + 1 for a in arguments) > MAX_ARGUMENTS or any(
             "\0" in a for a in arguments
         ):
@@ -139,11 +143,20 @@ class Sandbox:
         if the sandbox did not come up within `limits.start_seconds`.
         """
         held_bytes = sum(map(len, self._bundle.values())) + sum(map(len, self._data.values()))
+        held_bytes += sum(one.size for one in self._large.values())
         group = self._group(held_bytes)
         user = _unprivileged_user() if os.geteuid() == 0 else None
+        large: list[int] = []
         try:
-            archive = _archive(*self._plan(held_bytes, group, user, has_channel=channel is not None))
+            for one in self._large.values():
+                large.append(_opened_anew(one.descriptor))  # noqa: PERF401 - what is open is closed if the next is not
+            plan, blobs = self._plan(held_bytes, group, user, has_channel=channel is not None)
+            archive = _archive(
+                {**plan, "large": list(zip(map("/bundle/{}".format, self._large), large, strict=True))}, blobs
+            )
         except OSError as error:
+            for descriptor in large:
+                os.close(descriptor)
             if group is not None:
                 group.remove()
             raise SandboxFailed(f"the sandbox's files could not be held in memory: {error.strerror}") from error
@@ -154,8 +167,8 @@ class Sandbox:
             words = [str(number) for number in (archive, shared, report, info, parent)]
             return [str(self._view.interpreter), "-I", "-S", "-B", launcher.__file__, *words]
 
-        passed = (archive,) if channel is None else (archive, shared)
-        process = SandboxedProcess(Start(command, passed, (archive,), group, self._limits))
+        passed = (archive, *large) if channel is None else (archive, shared, *large)
+        process = SandboxedProcess(Start(command, passed, (archive, *large), group, self._limits))
         process.await_beginning()
         return process
 
@@ -251,6 +264,11 @@ class Sandbox:
         return [*arguments, "--remount-ro", "/", "--chdir", "/scratch"]
 
 
+def _opened_anew(descriptor: int) -> int:
+    """The same file with a place of its own from which it is read."""
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def _bubblewrap() -> str:
     path = shutil.which("bwrap", path=os.defpath)
     if path is None:
@@ -258,21 +276,26 @@ def _bubblewrap() -> str:
     return path
 
 
-def _check_files(bundle: Mapping[str, bytes], data: Mapping[str, bytes], script: str) -> None:
-    if len(bundle) + len(data) > MAX_FILES:
+def _check_files(
+    bundle: Mapping[str, bytes], data: Mapping[str, bytes], script: str, large: Mapping[str, SealedMemory]
+) -> None:
+    if len(bundle) + len(data) + len(large) > MAX_FILES:
         raise SandboxUnusable(f"bundle and data have more than {MAX_FILES} files", do="Put small files into archives.")
     if sum(map(len, bundle.values())) > MAX_BUNDLE_BYTES:
         raise SandboxUnusable(f"the bundle has more than {MAX_BUNDLE_BYTES} bytes", do="Bundle code, not data.")
-    if sum(map(len, data.values())) > MAX_DATA_BYTES:
+    if sum(map(len, data.values())) + sum(one.size for one in large.values()) > MAX_DATA_BYTES:
         raise SandboxUnusable(f"the data has more than {MAX_DATA_BYTES} bytes", do="Hand in less.")
-    for path in bundle:
+    paths = bundle.keys() | large.keys()
+    for path in paths:
         parts = path.split("/")
         folders = {"/".join(parts[:end]) for end in range(1, len(parts))}
-        if "\0" in path or len(path) > MAX_PATH or {"", ".", ".."} & set(parts) or folders & bundle.keys():
+        if "\0" in path or len(path) > MAX_PATH or {"", ".", ".."} & set(parts) or folders & paths:
             raise SandboxUnusable(f"{path!r} is no path of a file in a bundle", do="Use plain relative paths.")
     for name in data:
         if not DATA_NAME.fullmatch(name):
             raise SandboxUnusable(f"{name!r} is no name for data", do="Use letters, digits, dots, dashes, underscores.")
+    if bundle.keys() & large.keys():
+        raise SandboxUnusable("a file is in the bundle and beside it", do="Give each path one file.")
     if script not in bundle:
         raise SandboxUnusable(f"the script {script!r} is not in the bundle", do="Name a file of the bundle.")
 
