@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 BARE_HOST: Final = "a gateway runs on a bare host"
 INNER: Final = "inner"
 GATEWAY: Final = "gateway"
-DEVICES: Final = 24
-VERSIONS: Final = 12
+DEVICES: Final = 16
+VERSIONS: Final = 9
 LEAST_ACCURACY: Final = 0.8
 """What devices with 48 digits each have to reach on digits that none of them has; guessing has 0.1."""
 HELD_OUT: Final = 400
@@ -180,11 +180,11 @@ def make_recipe() -> EdgeFedBuffRecipe:
         model=torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)),
         input_shape=(16, 64),
         output_shape=(16,),
-        device_training_params={"epoch": 3, "lr": 0.2},
+        device_training_params={"epoch": 5, "lr": 0.3},
         model_manager_config=ModelManagerConfig(
             num_updates_for_model=8, max_model_version=VERSIONS, global_lr=1.0, staleness_weight=True
         ),
-        device_manager_config=DeviceManagerConfig(device_selection_size=12),
+        device_manager_config=DeviceManagerConfig(device_selection_size=10),
         simulation_config=SimulationConfig(digits_of, num_devices=DEVICES, num_workers=2, job_timeout=JOB_SECONDS),
     )
 

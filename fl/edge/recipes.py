@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from fl.edge.device_model import DeviceModel
+from fl.edge.evaluating import evaluation_files
 from fl.edge.kits.python.trainer import training_params
 from fl.edge.settings import DeviceManagerConfig, DevicePrivacy, EdgeSettings, EvaluatorConfig, ModelManagerConfig
 from fl.edge.simulation.population import PopulationSettings
@@ -95,7 +96,8 @@ class EdgeFedBuffRecipe(Recipe):
         - `model` or `device_model`: the network, or a DeviceModel of it with its loss (cross entropy by default).
         - `model_manager_config`, `device_manager_config`: how updates make versions; how many devices train at once.
         - `initial_ckpt`: a file, `.safetensors` or `.npy`, whose numbers the first version has.
-        - `evaluator_config`, `simulation_config`: for SimEnv.
+        - `evaluator_config`: how the root evaluates versions.
+        - `simulation_config`: the devices of SimEnv and PocEnv.
         - `custom_source_root`: a folder from which the processor's code is imported, in SimEnv.
         - `device_wait_timeout`: seconds without any device that asks, after which the job stops.
         - `input_shape`, `output_shape`: of a batch of inputs (float32), and of labels (int64) as the loss takes them;
@@ -132,6 +134,7 @@ class EdgeFedBuffRecipe(Recipe):
             max_norm=max_norm,
             max_weight=max_weight,
             task_seconds=task_seconds,
+            eval_frequency=None if evaluator_config is None else evaluator_config.eval_frequency,
         )
         selection = None
         if evaluator_config is not None or stop_cond is not None or patience is not None:
@@ -175,11 +178,15 @@ class EdgeFedBuffRecipe(Recipe):
         return export_training_graph(self.device_model.net, self.device_model.loss, inputs, labels)
 
     def bundle(self) -> Bundle:
-        """The job's bundle: the training graph, and nothing of the author's folder, since no other code runs."""
+        """The job's bundle: the training graph, the evaluation if there is one, and nothing of the author's folder,
+        since no other code runs."""
         from fl.jobs.bundle import make_bundle
 
         with tempfile.TemporaryDirectory() as nothing:
-            return make_bundle(Path(nothing), self.settings, {GRAPH_FILE: self.training_graph(), **self.added})
+            evaluator, files = self.evaluator_config, {GRAPH_FILE: self.training_graph()}
+            if evaluator is not None:
+                files |= evaluation_files(self.device_model.net, evaluator)
+            return make_bundle(Path(nothing), self.settings, {**files, **self.added})
 
     def simulation(self) -> SimulationConfig:
         """The simulated devices. Raises RecipeUnusable without them."""

@@ -109,28 +109,20 @@ class DeviceManagerConfig(Settings):
 
 
 class EvaluatorConfig(Settings):
-    """How versions are evaluated at the root (in SimEnv) while the job runs.
+    """How versions are evaluated at the root while the job runs.
 
     - `eval_frequency`: every so many versions.
-    - `torchvision_dataset`: `{"name", "path"}`: the test part of a data set of torchvision's that is there.
     - `custom_dataset`: `{"data", "label"}`: numbers as nested lists, arrays or tensors, and a class for each.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     eval_frequency: int = Field(default=1, ge=1, le=1_000_000)
-    torchvision_dataset: dict[str, str] | None = None
-    custom_dataset: dict[str, Any] | None = None
+    custom_dataset: dict[str, Any]
 
     def why_unusable(self) -> str | None:
         """What is wrong with fields that are each right."""
-        if (self.torchvision_dataset is None) == (self.custom_dataset is None):
-            return "give exactly one of torchvision_dataset and custom_dataset"
-        if self.torchvision_dataset is not None and set(self.torchvision_dataset) != {"name", "path"}:
-            return "torchvision_dataset has exactly name and path"
-        if self.custom_dataset is not None and set(self.custom_dataset) != {"data", "label"}:
-            return "custom_dataset has exactly data and label"
-        return None
+        return None if set(self.custom_dataset) == {"data", "label"} else "custom_dataset has exactly data and label"
 
 
 class DevicePrivacy(Settings):
@@ -151,6 +143,7 @@ class EdgeSettings(Settings):
     - `max_norm`: the L2 norm to which any one device's difference is scaled down; None: as it is.
     - `max_weight`: what any one device weighs at most.
     - `task_seconds`: a device has so long for a task.
+    - `eval_frequency`: every so many versions are evaluated by what the bundle has for it; None: none.
     """
 
     models: ModelManagerConfig = ModelManagerConfig()
@@ -160,6 +153,7 @@ class EdgeSettings(Settings):
     max_norm: Annotated[float, Field(gt=0, le=1e24)] | None = None
     max_weight: float = Field(default=1e6, gt=0, le=MAX_WEIGHT)
     task_seconds: float = Field(default=600.0, gt=0, le=7 * 86400)
+    eval_frequency: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
     def why_unusable(self) -> str | None:
         """What is wrong with fields that are each right."""

@@ -5,7 +5,6 @@ The result has the layout of every job's (`fl.jobs.results`), and beside it `rep
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +17,9 @@ import numpy as np
 from fl.edge.branch import bounds_of
 from fl.edge.contract import EdgeJob
 from fl.edge.embedded import EmbeddedTree
+from fl.edge.evaluating import examples_of
 from fl.edge.fedbuff import FIRST_VERSION, FedBuff, Step
+from fl.edge.judgement import Judgement
 from fl.edge.settings import EvaluatorConfig
 from fl.edge.simulation.engine import Evaluate, Simulation, Trace
 from fl.edge.simulation.pool import TrainingPool
@@ -78,8 +79,7 @@ class _Job:
         self._events: list[JobEvent] = []
         self._observers: list[Callable[[JobEvent], None]] = [self._events.append]
         self.history = JobHistory(job_id, recipe.settings, started)
-        self._best: float | None = None
-        self._since = 0
+        self._judgement = Judgement(recipe.settings.selection)
 
     def run(self) -> None:
         settings = self._recipe.settings
@@ -157,17 +157,10 @@ class _Job:
         if accuracy is not None:
             values["accuracy"] = accuracy
         self._observe(JobEvent(kind="aggregated", round=round_, values=values))
-        selection, why = self._recipe.settings.selection, None
-        if selection is not None and accuracy is not None:
-            self._since += 1
-            if selection.better(accuracy, self._best):
-                self._best, self._since = accuracy, 0
-                write_file(self._folder / BEST_FILE, buff.models[step.version].view)
-                self._observe(JobEvent(kind="best", round=round_, values={"accuracy": accuracy}))
-            if selection.reached(accuracy):
-                why = f"the accuracy of {accuracy:.4g} is reached"
-            elif selection.patience is not None and self._since >= selection.patience:
-                why = f"{self._since} evaluations without a better one"
+        if accuracy is not None and self._judgement.take(accuracy):
+            write_file(self._folder / BEST_FILE, buff.models[step.version].view)
+            self._observe(JobEvent(kind="best", round=round_, values={"accuracy": accuracy}))
+        why = self._judgement.over
         if not buff.over and why is None:
             self._observe(JobEvent(kind="round", round=round_ + 1))
         return why
@@ -224,7 +217,7 @@ def evaluation(recipe: EdgeFedBuffRecipe, evaluator: EvaluatorConfig) -> Evaluat
     """What measures the accuracy of a version's parameters. Raises RecipeUnusable."""
     import torch
 
-    inputs, labels = _test_data(evaluator)
+    inputs, labels = examples_of(evaluator)
     net = recipe.device_model.net
 
     def evaluate(parameters: Mapping[str, Any]) -> float:
@@ -238,40 +231,6 @@ def evaluation(recipe: EdgeFedBuffRecipe, evaluator: EvaluatorConfig) -> Evaluat
         return right / len(labels)
 
     return evaluate
-
-
-def _test_data(evaluator: EvaluatorConfig) -> tuple[Any, Any]:
-    import torch
-
-    custom, named = evaluator.custom_dataset, evaluator.torchvision_dataset
-    try:
-        if custom is not None:
-            inputs = torch.as_tensor(custom["data"], dtype=torch.float32)
-            labels = torch.as_tensor(custom["label"], dtype=torch.int64)
-        else:
-            inputs, labels = _torchvision_data(named or {})
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RecipeUnusable(f"the test data are no numbers: {error}", where="evaluator_config") from error
-    if len(inputs) != len(labels) or not len(labels):
-        raise RecipeUnusable(f"there are {len(inputs)} test inputs and {len(labels)} labels", where="evaluator_config")
-    return inputs, labels
-
-
-def _torchvision_data(named: Mapping[str, str]) -> tuple[Any, Any]:
-    import torch
-
-    try:
-        datasets, transforms = (importlib.import_module(f"torchvision.{one}") for one in ("datasets", "transforms"))
-    except ImportError as error:
-        raise RecipeUnusable(
-            "torchvision_dataset needs torchvision", where="evaluator_config", do="Install it, or give custom_dataset."
-        ) from error
-    made = getattr(datasets, named["name"], None)
-    if made is None:
-        raise RecipeUnusable(f"torchvision has no data set {named['name']!r}", where="evaluator_config")
-    test = made(root=named["path"], train=False, download=False, transform=transforms.ToTensor())
-    pairs = [test[at] for at in range(len(test))]
-    return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
 
 def _write_line(event: JobEvent) -> None:

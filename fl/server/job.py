@@ -37,11 +37,12 @@ from fl.server.aggregator import SandboxedAggregation
 from fl.server.calls import StoppedSending
 from fl.server.federation import Federation, Task
 from fl.server.job_store import EndedJob, JobStore, StoredJob
-from fl.server.tree_job import root_of, run_root
+from fl.server.tree_job import evaluating, root_of, run_root
 from fl.server.workflows import run_workflow
 from fl.tensors import Buffer
 from fl.transport.chunks import Assembly
 from fl.transport.frames import Deliver, Finish, JobReport, Masking, Prepare, Told, Train
+from fl.transport.memory import SealedMemory
 from fl.transport.stored import Stored
 from policies.errors import Refused, SealwrightError
 
@@ -481,14 +482,20 @@ class ServerJob:
     def _run_tree(self, first: Stored) -> Stored:
         """Be the root of the job's tree; the last version."""
         keeper = self._federation.keeper
-        root = root_of(self.id, self.signed.token, self.bundle, first.in_memory(), self._observe, keeper)
-        try:
-            self.tree = root
-            return run_root(root, lambda: self._stopped_by)
-        finally:
-            root.end()
-            self.tree = None
-            root.close()
+        with evaluating(self.bundle, self.id, self._keep_best) as evaluator:
+            root = root_of(self.id, self.signed.token, self.bundle, first.in_memory(), self._observe, keeper, evaluator)
+            try:
+                self.tree = root
+                return run_root(root, lambda: self._stopped_by)
+            finally:
+                root.end()
+                self.tree = None
+                root.close()
+
+    def _keep_best(self, model: SealedMemory) -> None:
+        before, self._federation.best = self._federation.best, model.share()
+        if before is not None:
+            before.close()
 
     def _check(self) -> None:
         party = self._party

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
-from fl.edge.root import RootJob
+from fl.edge.root import Evaluator, RootJob
 from fl.edge.task import DeviceTask
 from fl.edge.tree_frames import Offer
 from fl.errors import JobAborted, JobFailed
@@ -14,6 +15,7 @@ from fl.guard.keystream import KEY_SIZE, Keystream
 from fl.jobs.bundle import Bundle
 from fl.jobs.progress import JobEvent
 from fl.jobs.settings import FedBuffOptions
+from fl.server.evaluator import SandboxedEvaluator
 from fl.server.task import Keeper
 from fl.transport.memory import SealedMemory
 
@@ -28,6 +30,7 @@ def root_of(
     model: SealedMemory,
     observe: Callable[[JobEvent], None],
     keeper: Keeper | None = None,
+    evaluator: Evaluator | None = None,
 ) -> RootJob:
     """The root of an edge job's tree, which takes `model`. `record`: the signed record; `keeper`: keeps each version.
 
@@ -49,8 +52,21 @@ def root_of(
         observe,
         noise,
         keeper=keeper,
+        evaluator=evaluator,
         selection=settings.selection,
     )
+
+
+@contextmanager
+def evaluating(bundle: Bundle, job: str, keep_best: Callable[[SealedMemory], None]) -> Iterator[Evaluator | None]:
+    """What evaluates the versions of an edge job, while the block runs; None if its author asks for none."""
+    options = bundle.settings.options
+    every = options.edge.eval_frequency if isinstance(options, FedBuffOptions) else None
+    if every is None:
+        yield None
+        return
+    with SandboxedEvaluator(bundle, job, every, keep_best) as evaluator:
+        yield evaluator
 
 
 def run_root(root: RootJob, stopped_by: Callable[[], str | None]) -> SealedMemory:

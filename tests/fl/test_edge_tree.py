@@ -53,9 +53,9 @@ EDGE = EdgeSettings(
 )
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> FederationWorld:
-    made = found_federation(tmp_path_factory.mktemp("world"))
+def found_tree(folder: Path) -> FederationWorld:
+    """The consortium of `federation_world` with a place for each node."""
+    made = found_federation(folder)
     images = [
         ImageReference(
             name=f"{role}-image",
@@ -83,6 +83,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> FederationWorld:
     ]
     made.change(Changes(put=files_of([*images, *places])))
     return made
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> FederationWorld:
+    return found_tree(tmp_path_factory.mktemp("world"))
 
 
 def bundle_of(edge: EdgeSettings = EDGE) -> Bundle:

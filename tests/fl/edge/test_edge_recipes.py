@@ -168,9 +168,6 @@ def test_what_only_an_environment_can_tell_is_told(tmp_path: Path) -> None:
     env = SimEnv(num_clients=1, workspace_root=tmp_path)
     with pytest.raises(RecipeUnusable, match="SimulationConfig"):
         EdgeFedBuffRecipe(model=Xor(), **arguments(simulation_config=None)).execute(env)
-    vision = EvaluatorConfig(torchvision_dataset={"name": "CIFAR10", "path": "/data"})
-    with pytest.raises(RecipeUnusable, match="torchvision"):
-        EdgeFedBuffRecipe(model=Xor(), **arguments(evaluator_config=vision)).execute(env)
     with pytest.raises(RecipeUnusable, match="shapes"):
         EdgeFedBuffRecipe(model=Xor(), **arguments(input_shape=None)).bundle()
     own = SimulationConfig(EdgeFedBuffRecipe(model=Xor(), **arguments()).processor())

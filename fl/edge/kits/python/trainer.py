@@ -5,15 +5,20 @@ The model's tensors are set into the graph's parameters, so that one graph serve
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fl.edge.kits.python.data import Arrays, Dataset
 from policies.errors import Refused, Unusable
+
+_STARTING: Final = threading.Lock()
+"""The runtime makes itself ready when it is first used, and writes of it through Python: two threads that begin at once
+would wait for each other."""
 
 
 class TrainingStopped(Exception):
@@ -77,7 +82,6 @@ class ExecuTorchTrainer:
         import torch
 
         params = training_params(config)
-        module, optimiser_of = _load(graph)
         batches = dataset.batches(params.batch_size, rng)
         first = next(batches, None)
         if first is None:
@@ -86,8 +90,10 @@ class ExecuTorchTrainer:
                 where="training",
                 do="Train with smaller batches, or leave this device out.",
             )
-        # The program allocates its parameters when it runs first.
-        module.forward_backward("forward", _tensors(first.inputs, first.labels))
+        with _STARTING:
+            module, optimiser_of = _load(graph)
+            # The program allocates its parameters when it runs first.
+            module.forward_backward("forward", _tensors(first.inputs, first.labels))
         parameters = {name.removeprefix("net."): value for name, value in module.named_parameters().items()}
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         if shapes != {name: array.shape for name, array in model.items()}:
