@@ -5,6 +5,10 @@ so the server learns weighted sums and the sum of weights. Messages are JSON; wh
 attested keys (`Notary`), since the server that passes it on is not trusted with it.
 
 A site that is asked the same once more, after its connection was cut, answers the same; asked otherwise, it refuses.
+
+A server that was killed takes its round up in another *run*: sites make fresh keys, and answer nothing of the run
+before any more. What they give is the same update; and a site signs one set of survivors a round, in however many runs.
+So two runs of a round have one sum, by the argument for which one run has no two (`majority`).
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -33,9 +38,6 @@ MAX_PART: Final = 100_000
 MAX_BODY: Final = 8 << 20
 """Characters of a whole message: introductions of a thousand sites, with some brokers' EARs each."""
 MAX_ANSWER: Final = MAX_PART
-MASKS_SECONDS: Final = 60.0
-"""How long a trained update may wait for its masks."""
-
 Text: TypeAlias = Annotated[str, Field(max_length=64_000)]
 Bodies: TypeAlias = Annotated[dict[Annotated[str, Field(max_length=64)], Text], Field(max_length=1000)]
 Step: TypeAlias = Literal["keys", "shares", "dealt", "survivors", "unmask"]
@@ -144,9 +146,22 @@ def context_of(notary: Notary, round_: int) -> bytes:
 
 def keys_in(notary: Notary, site: str, token: str, round_: int) -> tuple[bytes, bytes]:
     """The keys that a site introduces itself with in a round. Raises MaskingRefused, and what the notary raises."""
-    if site not in notary.sites():
+    return _introduction(notary, site, token, round_)[0]
+
+
+def signed_before(notary: Notary, site: str, token: str, round_: int) -> frozenset[str] | None:
+    """The survivors of the round that a site has signed in a run before, if it has. Raises as `keys_in`."""
+    return _introduction(notary, site, token, round_)[1]
+
+
+def _introduction(
+    notary: Notary, site: str, token: str, round_: int
+) -> tuple[tuple[bytes, bytes], frozenset[str] | None]:
+    roster = notary.sites()
+    if site not in roster:
         raise MaskingRefused(f"{site} is not on the job's roster")
-    payload = notary.introduced(site, token)
+    payload = dict(notary.introduced(site, token))
+    without = payload.pop("without", None)
     cipher, mask = payload.get("cipher"), payload.get("mask")
     wanted = {"cipher": cipher, "context": context_of(notary, round_).hex(), "mask": mask, "site": site}
     if payload != wanted or not isinstance(cipher, str) or not isinstance(mask, str):
@@ -154,7 +169,11 @@ def keys_in(notary: Notary, site: str, token: str, round_: int) -> tuple[bytes, 
     pair = unb64(cipher, where=site), unb64(mask, where=site)
     if any(len(one) != 32 for one in pair):
         raise MaskingRefused(f"the keys of {site} have another size")
-    return pair
+    if without is None:
+        return pair, None
+    if not isinstance(without, list) or any(name not in roster or name == site for name in without):
+        raise MaskingRefused(f"{site} says that it has signed what are no survivors")
+    return pair, frozenset(roster.keys() - set(without))
 
 
 def round_of(notary: Notary, keys: Keys, round_: int, secure: SecureAggregation, unit: float | None = None) -> Round:
@@ -173,6 +192,15 @@ def round_of(notary: Notary, keys: Keys, round_: int, secure: SecureAggregation,
 def fixed_point(round_: Round, secure: SecureAggregation) -> FixedPoint:
     """How a round's numbers are written."""
     return FixedPoint(secure.limit, len(round_.keys), round_.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Worn:
+    """The masks that a round's update has, and what it was masked for."""
+
+    run: str
+    seeds: tuple[tuple[bytes, bool], ...]
+    unit: float | None
 
 
 class MaskingSite:
@@ -195,18 +223,20 @@ class MaskingSite:
         self._notary = notary
         self._random = random
         self._number = -1
-        self._participant: Participant | None = None
-        self._following: tuple[int, Participant] | None = None  # has keys and has dealt nothing yet
+        self._run = ""
+        self._participant: Participant | None = None  # None, too, between a run of the round and the next
+        self._following: tuple[int, str, Participant] | None = None  # has keys and has dealt nothing yet
         self._round: Round | None = None
-        self._survivors: tuple[str, ...] = ()
-        self._answered: dict[Step, tuple[str, str]] = {}  # in this round: what was asked, and the answer
+        self._signed: tuple[str, ...] | None = None  # the round's survivors, in whichever run
+        self._worn: _Worn | None = None
+        self._answered: dict[Step, tuple[str, str]] = {}  # in this run of the round: what was asked, and the answer
         self._changed = threading.Condition()
         self._closed = False
 
-    def hear(self, round_: int, step: Step, body: str) -> str:
+    def hear(self, round_: int, step: Step, body: str, run: str = "") -> str:
         """Take one step; what is answered. Raises MaskingRefused, and what the notary raises."""
         with self._changed:
-            answer = self._step(round_, step, body)
+            answer = self._step(round_, step, body, run)
             self._changed.notify_all()
             return answer
 
@@ -216,13 +246,15 @@ class MaskingSite:
             self._closed = True
             self._changed.notify_all()
 
-    def _step(self, round_: int, step: Step, body: str) -> str:
+    def _step(self, round_: int, step: Step, body: str, run: str) -> str:
         if step == "keys":
-            return self._introduced(round_)
-        if step == "shares" and self._following is not None and self._following[0] == round_:
-            self._number, self._participant = self._following
+            return self._introduced(round_, run)
+        if step == "shares" and self._following is not None and self._following[:2] == (round_, run):
+            if round_ != self._number:
+                self._signed, self._worn = None, None
+            self._number, self._run, self._participant = self._following
             self._following, self._round, self._answered = None, None, {}
-        if round_ != self._number or self._participant is None:
+        if (round_, run) != (self._number, self._run) or self._participant is None:
             raise MaskingRefused(f"a step of round {round_} comes out of turn")
         if step in self._answered:
             asked, answer = self._answered[step]
@@ -266,34 +298,80 @@ class MaskingSite:
             draft.write(offsets[MASKED_TAIL], tail.data)
             return SealedMemory(*draft.seal())
 
+    def masked_again(self, round_: int, memory: SealedMemory) -> SealedMemory:
+        """The numbers that `masked` made `memory` of, under the masks of the server's present run.
+
+        Raises MaskingRefused.
+        """
+        with self._changed:
+            worn = self._worn
+        if worn is None:
+            raise MaskingRefused(f"nothing was masked in round {round_}")
+        masks, fixed = self._masks_of(round_)
+        undone = Masks((seed, not adds) for seed, adds in worn.seeds)
+        header, offsets, size = layout(self._settings.schema_of_masked(64 if fixed.unit is None else 32))
+        tensors = memory.tensors()
+        with DraftMemory(size) as draft:
+            draft.write(0, header)
+            for name in (MASKED, MASKED_TAIL):
+                numbers = tensors.array(name).copy()
+                undone.add_to(numbers)
+                masks.add_to(numbers)
+                draft.write(offsets[name], numbers.data)
+            return SealedMemory(*draft.seal())
+
+    @property
+    def worn_in(self) -> str:
+        """The server's run whose masks the round's update has."""
+        return "" if self._worn is None else self._worn.run
+
+    @property
+    def is_outworn(self) -> bool:
+        """Whether another run of the round has begun since its update was masked."""
+        with self._changed:
+            return self._worn is not None and (self._participant is None or self._run != self._worn.run)
+
     def _masks_of(self, round_: int) -> tuple[Masks, FixedPoint]:
         """The round's masks, as soon as the neighbours' shares are here."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._has_masks(round_), MASKS_SECONDS)
+            self._changed.wait_for(lambda: self._closed or self._has_masks(round_), self._settings.round_seconds)
             if self._participant is None or self._round is None or not self._has_masks(round_):
                 raise MaskingRefused(f"there are no masks for round {round_}")
-            return self._participant.masks(), fixed_point(self._round, self._secure)
+            masks = self._participant.masks()
+            self._worn = _Worn(self._run, masks.seeds, self._round.unit)
+            return masks, fixed_point(self._round, self._secure)
 
     def _has_masks(self, round_: int) -> bool:
-        return self._number == round_ and "dealt" in self._answered
+        return self._number == round_ and self._participant is not None and "dealt" in self._answered
 
-    def _introduced(self, round_: int) -> str:
-        """Keys for a round that has not begun, made once, signed as often as they are asked for."""
-        if round_ <= self._number:
+    def _introduced(self, round_: int, run: str) -> str:
+        """Keys for a round that has not begun in this run, made once, signed as often as they are asked for."""
+        again = round_ == self._number and run != self._run
+        if round_ <= self._number and not again:
             raise MaskingRefused(f"round {round_} has been before")
-        if self._following is None or self._following[0] != round_:
-            self._following = round_, Participant(self._site, self._random)
-        cipher, mask = self._following[1].public_keys
+        if again:
+            self._participant, self._answered = None, {}
+        if self._following is None or self._following[:2] != (round_, run):
+            self._following = round_, run, Participant(self._site, self._random)
+        cipher, mask = self._following[2].public_keys
         context = context_of(self._notary, round_)
-        return self._notary.introduce(
-            {"cipher": b64(cipher), "context": context.hex(), "mask": b64(mask), "site": self._site}
-        )
+        payload: dict[str, Any] = {
+            "cipher": b64(cipher),
+            "context": context.hex(),
+            "mask": b64(mask),
+            "site": self._site,
+        }
+        if again and self._signed is not None:
+            payload["without"] = sorted(self._notary.sites().keys() - set(self._signed))
+        return self._notary.introduce(payload)
 
     def _answer(self, participant: Participant, round_: int, step: Step, body: str) -> str:
         if step == "shares":
             said: Introduced = _read(Introduced, body)
             keys = {site: keys_in(self._notary, site, token, round_) for site, token in said.texts.items()}
             self._round = round_of(self._notary, keys, round_, self._secure, said.unit)
+            if self._worn is not None and said.unit != self._worn.unit:
+                raise MaskingRefused(f"the update of round {round_} was written in other steps before")
             shares = participant.share(self._round)
             return bag({other: b64(share) for other, share in shares.items()})
         if step == "dealt":
@@ -302,18 +380,24 @@ class MaskingSite:
         if self._round is None:
             raise MaskingRefused("the round has no keys yet")
         if step == "survivors":
-            self._survivors = participant.confirm(_read(Named, body).survivors)
-            return self._notary.sign(confirmation(self._round, self._survivors))
-        wanted = confirmation(self._round, self._survivors)
+            survivors = _read(Named, body).survivors
+            if self._signed is not None and tuple(sorted(survivors)) != self._signed:
+                raise MaskingRefused(f"the survivors of round {round_} were signed before, and were others")
+            self._signed = participant.confirm(survivors)
+            return self._notary.sign(confirmation(self._round, self._signed))
+        signed = self._signed or ()
+        wanted = confirmation(self._round, signed)
         signers: list[str] = []
         for site, token in read_bag(body).items():
             if participant.are_enough(signers):
                 break
-            if site in self._survivors and self._notary.signed(site, token) == wanted:
+            if site in signed and self._notary.signed(site, token) == wanted:
                 signers.append(site)
         revealed = {other: b64(share) for other, share in participant.reveal(signers).items()}
         more = round_ + 1 < self._settings.num_rounds
-        return Revealed(texts=revealed, following=self._introduced(round_ + 1) if more else "").model_dump_json()
+        return Revealed(
+            texts=revealed, following=self._introduced(round_ + 1, self._run) if more else ""
+        ).model_dump_json()
 
 
 def confirmation(round_: Round, survivors: Collection[str]) -> dict[str, Any]:

@@ -330,7 +330,8 @@ class Masks:
     """Masks by their seeds, each added (True) or taken away, over one array after the other."""
 
     def __init__(self, seeds: Iterable[tuple[bytes, bool]]) -> None:
-        self._streams = [(Keystream(seed), np.add if adds else np.subtract) for seed, adds in seeds]
+        self.seeds = tuple(seeds)
+        self._streams = [(Keystream(seed), np.add if adds else np.subtract) for seed, adds in self.seeds]
         self._scratch = np.empty(PIECE, dtype=np.uint64)
 
     def add_to(self, vector: Vector) -> None:

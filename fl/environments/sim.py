@@ -364,7 +364,7 @@ class _Client:
         if self._masking is not None:
             self._masking.hear(round_, step, body)
 
-    def _answer(self, round_: int, step: Step, body: str) -> None:
+    def _answer(self, round_: int, step: Step, body: str, _run: str) -> None:
         # Of a client that has been lost in the meantime nothing is expected.
         with suppress(MalformedMessage):
             self._federation.hear(self.name, round_, step, body)

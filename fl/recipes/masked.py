@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from attestation.canonical import b64, unb64
 from fl.aggregation.fixed_point import next_unit
@@ -21,6 +24,7 @@ from fl.aggregation.mask_talk import (
     read_bag,
     read_revealed,
     round_of,
+    signed_before,
 )
 from fl.aggregation.masking import MaskedSum, Round
 from fl.errors import MaskingRefused
@@ -30,6 +34,8 @@ from fl.server.federation import Federation, Task
 from fl.tensors import NUMPY_DTYPE
 from fl.transport.stored import Stored
 from policies.errors import SealwrightError
+
+UNIT: Final = "unit"
 
 
 def masked_fedavg(
@@ -41,10 +47,10 @@ def masked_fedavg(
     """
     rounds = Rounds(sites, settings, model)
     model = rounds.model
-    leader = _Leader(sites, settings, secure, notary)
+    leader = _Leader(sites, settings, secure, notary, rounds.state)
     for round_ in rounds:
         following, metrics = leader.run(round_, model)
-        rounds.end(round_, metrics, received=model, following=following)
+        rounds.end(round_, metrics, received=model, following=following, state=leader.state)
         model.close()
         model = following
     return model
@@ -53,13 +59,28 @@ def masked_fedavg(
 class _Leader:
     """The server in its rounds. It trusts no site: whoever answers amiss is out of the job."""
 
-    def __init__(self, sites: Federation, settings: JobSettings, secure: SecureAggregation, notary: Notary) -> None:
+    def __init__(
+        self,
+        sites: Federation,
+        settings: JobSettings,
+        secure: SecureAggregation,
+        notary: Notary,
+        state: Mapping[str, npt.NDArray[Any]],
+    ) -> None:
+        """`state`: that of the leader of an earlier run, if there was one."""
         self._sites = sites
         self._settings = settings
         self._secure = secure
         self._notary = notary
-        self._unit: float | None = None  # of weights, when a round has told what they sum up to
+        units = state.get(UNIT, np.empty(0))
+        self._unit = float(units[0]) if units.size else None  # of weights, when a round has told what they sum up to
         self._introductions: dict[str, str] = {}  # of the next round, as far as sites have sent them ahead
+        self._first = True
+
+    @property
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """What the next leader needs to go on: sites do not write one update in two ways."""
+        return {UNIT: np.array([] if self._unit is None else [self._unit], dtype=np.float64)}
 
     def run(self, number: int, model: Stored) -> tuple[Stored, dict[str, float]]:
         """One round: the next model, and the mean metrics."""
@@ -99,7 +120,38 @@ class _Leader:
         present = self._sites.sites
         found = {site: token for site, token in ahead.items() if site in present}
         asked = {site: "" for site in present if site not in found}
-        return {**found, **(self._sites.ask(number, "keys", asked) if asked else {})}
+        found |= self._sites.ask(number, "keys", asked) if asked else {}
+        first, self._first = self._first, False
+        return self._of_before(number, found) if first else found
+
+    def _of_before(self, number: int, introductions: dict[str, str]) -> dict[str, str]:
+        """Those who take part in a round that may have been run before by a server that was killed.
+
+        Sites that have signed survivors sign no others: they take part among themselves, or not at all.
+        """
+        claims: dict[str, frozenset[str]] = {}
+        for site, token in list(introductions.items()):
+            try:
+                signed = signed_before(self._notary, site, token, number)
+            except SealwrightError as error:
+                del introductions[site]
+                self._sites.lose(site, error.what, kind="refused")
+            else:
+                claims |= {} if signed is None else {site: signed}
+        members = self._notary.sites()
+        while claims:
+            said = Counter(survivors for _, survivors in {(members[site], one) for site, one in claims.items()})
+            survivors = max(said, key=lambda one: (said[one], sorted(one)))
+            gone = survivors - introductions.keys()
+            if not gone:
+                for site in claims.keys() - {site for site, one in claims.items() if one == survivors}:
+                    self._sites.lose(site, "it has signed other survivors than the rest", kind="refused")
+                return {site: token for site, token in introductions.items() if site in survivors}
+            for site in [site for site, one in claims.items() if one == survivors]:
+                why = f"its round {number} was summed up with {', '.join(sorted(gone)[:5])}, who is gone"
+                self._sites.lose(site, why, kind="refused")
+                del claims[site], introductions[site]
+        return introductions
 
     def _exchange(
         self, number: int, introductions: dict[str, str], begin: Callable[[tuple[Round, MaskedSum]], None]

@@ -467,13 +467,14 @@ class Federation:
                 if self._at_once is not None and len(self._pending) >= self._at_once:
                     return
                 name = waiting.popleft()
+                site = self._sites.get(name)
+                if site is not None:
+                    self._pending.add(name)
+            if site is not None:
+                site.give(task)
+            with self._lock:
                 self._undealt.discard(name)
                 self._turns.notify_all()
-                site = self._sites.get(name)
-                if site is None:
-                    continue
-                self._pending.add(name)
-            site.give(task)
 
     def _miss(self, names: Set[str], round_: int) -> None:
         with self._lock:

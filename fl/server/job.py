@@ -84,7 +84,9 @@ class RemoteSite:
 
     def say(self, round_: int, step: Step, body: str) -> None:
         for piece, more in parts(body):
-            self.attendance.send(Masking(job=self._job.id, round=round_, step=step, body=piece, more=more))
+            self.attendance.send(
+                Masking(job=self._job.id, round=round_, step=step, body=piece, more=more, run=self._job.run_name)
+            )
 
     def end(self, why: str) -> None:
         if not self._job.suspended:
@@ -117,6 +119,8 @@ class ServerJob:
         self._model_key = model_key
         self._party = party
         self._server = server
+        self.run_name = os.urandom(16).hex()
+        """Of this server's part of the job: masks that were agreed on with another mean nothing to it."""
         self._received = received or party.clock()
         self._again = received is not None
         self._history = JobHistory(self.id, bundle.settings, self._received)
@@ -231,6 +235,8 @@ class ServerJob:
         """A site answers in secure aggregation. Raises MalformedMessage if it was not asked, or answers in pieces."""
         if frame.more:
             raise MalformedMessage("an answer about secure aggregation is in pieces", where=name)
+        if frame.run != self.run_name:
+            return  # it was on its way to a server that was killed
         self._federation.hear(name, frame.round, frame.step, frame.body)
 
     def left(self, name: str, reason: str) -> None:
@@ -295,7 +301,12 @@ class ServerJob:
 
     @contextmanager
     def arriving(self, name: str, head: Deliver) -> Iterator[Assembly]:
-        """Where a site's update is put together. What came before a cut is there again if it is the same transfer."""
+        """Where a site's update is put together. What came before a cut is there again if it is the same transfer.
+
+        Raises UpdateRefused for one that has other masks than this server knows.
+        """
+        if self.bundle.settings.secure_aggregation is not None and head.run != self.run_name:
+            raise UpdateRefused(name, ("it is under the masks of another run of the server",))
         with self._changed:
             kept = self._arriving.pop(name, None)
         if kept is not None and (kept[0] != head or not head.transfer):

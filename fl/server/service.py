@@ -234,6 +234,9 @@ class FederationService:
         if head.what == "model":
             job.await_turn(attendance, None)
         model = job.model(head.sha256) if head.what == "model" else None
+        if model is None and head.what == "model":  # a server that took the job up does not serve it yet
+            job.await_turn(attendance, None)
+            model = job.model(head.sha256)
         if model is None and head.what == "model" and not job.status.over:
             raise RoundOver(f"job {head.job} serves another model now")
         if model is None:

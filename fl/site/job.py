@@ -107,7 +107,7 @@ class SiteJob:
         """
         if isinstance(task, Masking):
             if self._masking is not None:
-                self._masking.hear(task.round, task.step, task.body, more=task.more)
+                self._masking.hear(task.round, task.step, task.body, more=task.more, run=task.run)
             else:
                 what = "the server asks for secure aggregation, which the job does not have"
                 self._withdraw(MalformedMessage(what, where="task"))
@@ -121,6 +121,8 @@ class SiteJob:
     def resume(self) -> None:
         """The site attends again after a pause: tell the server that this job has gone on."""
         self._resumed = True
+        if self._masking is not None:
+            self._masking.reconnected()
         if self._ready:
             self._link.send(Ready(job=self.id))
 
@@ -128,6 +130,7 @@ class SiteJob:
         """The job is over for this site. A script that is in the middle of a round is ended."""
         self._tasks.put(None)
         self._hold_nothing_back()
+        self._await_no_masks()
         process = self._process
         if self._training and process is not None:
             process.kill()
@@ -137,6 +140,7 @@ class SiteJob:
         self._stopped.set()
         self._tasks.put(None)
         self._hold_nothing_back()
+        self._await_no_masks()
         process = self._process
         if process is not None:
             process.kill()
@@ -167,8 +171,7 @@ class SiteJob:
         else:
             self._party.tell(f"job {self.id} is over here")
         finally:
-            if self._masking is not None:
-                self._masking.close()
+            self._await_no_masks()
 
     def _taken(self) -> tuple[SignedRecord, Bundle]:
         """The record and the bundle, approved here; it is in the ledger then, or that it was refused."""
@@ -212,6 +215,10 @@ class SiteJob:
             site=self._site,
             received=received,
         )
+
+    def _await_no_masks(self) -> None:
+        if self._masking is not None:
+            self._masking.close()
 
     def _hold_nothing_back(self) -> None:
         if self._exports is not None:
@@ -284,11 +291,11 @@ class SiteJob:
     ) -> None:
         if self._delivered is not None:
             taken, head, memory = self._delivered
+            self._delivered = None
             if taken == task:
-                self._deliver(head, memory, float(settings.round_seconds))
+                self._hand_over(task, head, memory, float(settings.round_seconds))
                 return
             memory.close()
-            self._delivered = None
         turn = task.total_rounds == settings.num_rounds and task.round >= self._next_round
         if not turn or not settings.asks_for(task.task, task.round, self._roster):
             raise MalformedMessage(
@@ -315,26 +322,36 @@ class SiteJob:
             with memory:
                 masked = None if self._masking is None else partial(self._masking.site.masked, task.round)
                 shown = exports.update(answer, memory, model, task.task, masked)
-        head = self._head(task, settings, shown)
+        self._hand_over(task, self._head(task, settings, shown), shown.memory, seconds)
+
+    def _hand_over(self, task: Train, head: Deliver, memory: SealedMemory, seconds: float) -> None:
+        """Deliver an update, and keep it for a server that loses it; under masks of a server that was killed since,
+        the same numbers once more under those of the next. Raises UpdateRefused."""
         try:
-            self._deliver(head, shown.memory, seconds)
+            while True:
+                if self._masking is not None and self._masking.site.is_outworn:
+                    with memory:
+                        memory = self._masking.site.masked_again(task.round, memory)
+                    head = self._named(head)
+                verdict = self._link.deliver(head, memory, seconds=seconds)
+                if verdict.accepted:
+                    self._delivered = task, head, memory
+                    return
+                if self._masking is None or not self._masking.site.is_outworn:
+                    raise UpdateRefused(self._site, verdict.reasons or ("the server gave no reason",))
         except BaseException:
-            shown.memory.close()
+            memory.close()
             raise
-        if self._masking is None:
-            self._delivered = task, head, shown.memory
-        else:
-            shown.memory.close()  # under the masks of a round that a server has lost nothing can be added again
 
-    def _deliver(self, head: Deliver, memory: SealedMemory, seconds: float) -> None:
-        verdict = self._link.deliver(head, memory, seconds=seconds)
-        if not verdict.accepted:
-            raise UpdateRefused(self._site, verdict.reasons or ("the server gave no reason",))
+    def _named(self, head: Deliver) -> Deliver:
+        """With a name of its own for the update's bytes, and the run whose masks it has."""
+        run = "" if self._masking is None else self._masking.site.worn_in
+        return head.model_copy(update={"transfer": os.urandom(16).hex(), "run": run})
 
-    def _answer(self, round_: int, step: Step, body: str) -> None:
+    def _answer(self, round_: int, step: Step, body: str, run: str) -> None:
         """Answer a step of secure aggregation."""
         if self._withdrawn is None:
-            self._link.send(Masking(job=self.id, round=round_, step=step, body=body))
+            self._link.send(Masking(job=self.id, round=round_, step=step, body=body, run=run))
 
     def _withdraw(self, error: SealwrightError) -> None:
         """End the job here because of `error`, whatever the script is at."""
@@ -351,15 +368,15 @@ class SiteJob:
         self._link.send(Said(job=self.id, round=max(0, self._given), text=text))
 
     def _head(self, task: Train, settings: JobSettings, shown: Disclosure) -> Deliver:
-        return Deliver(
+        head = Deliver(
             job=self.id,
             round=task.round,
             params_type="FULL" if task.task == "submit_model" else settings.params_type,
             weight=shown.weight,
             metrics=dict(shown.metrics),
             size=shown.memory.size,
-            transfer=os.urandom(16).hex(),
         )
+        return self._named(head)
 
 
 def _how_it_ended(process: SandboxedProcess, files: Mapping[str, bytes]) -> str:

@@ -121,6 +121,10 @@ class Finish(Frame):
     why: Line
 
 
+RunName: TypeAlias = Annotated[str, Field(pattern="^([0-9a-f]{32})?$")]
+"""A server's own random name for the time from a job's start, or its resumption, to the server's end."""
+
+
 class Masking(Frame):
     """Both ways: one step of secure aggregation (`fl.aggregation.mask_talk`), and the answer to it.
 
@@ -133,6 +137,7 @@ class Masking(Frame):
     step: Step
     body: Annotated[str, Field(max_length=MAX_PART)]
     more: bool = False
+    run: RunName = ""
 
 
 class Told(Frame):
@@ -180,6 +185,8 @@ class Deliver(Frame):
     size: Size
     transfer: Annotated[str, Field(pattern="^([0-9a-f]{32})?$")] = ""
     """The site's own random name for these bytes: what came under it before a cut need not come again."""
+    run: RunName = ""
+    """Of an update under masks: the server's run in which they were agreed on."""
 
 
 class Pull(Frame):

@@ -1,4 +1,7 @@
-"""Kill a server in the middle of a job and start another in its place: `kill_server.py FOLDER DRIVER training|updated`.
+"""Kill a server in the middle of a job and start another in its place: `kill_server.py FOLDER DRIVER WHEN [masked]`.
+
+WHEN is in round 1: `begun`, `training` (a script has logged something), `updated` (the first update has come), `summed`
+(the sum is there, and not kept yet).
 
 A process of its own, because servers are forked before gRPC starts. Prints what became of the job as JSON.
 """
@@ -12,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 from federation_world import SITES, FederationWorld, found_federation, make_job, wait_until  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
+from fl.server.job_store import JobKeeper  # noqa: E402
 from policies.errors import SealwrightError  # noqa: E402
 
 ADA = "acme-pharma/ada"
@@ -40,8 +45,19 @@ while flare.is_running():
 
 
 def serve(pipe: Any, world: FederationWorld, listen: str, state: Path, identity: Any) -> None:
-    """A server process: serves when it is told to, and writes its ledger's entries to a file."""
-    pipe.recv()
+    """A server process: serves when it is told to, and writes its ledger's entries to a file.
+
+    Told `summed`, it keeps no round after the first, for ever.
+    """
+    if pipe.recv() == "summed":
+        keep = JobKeeper.save
+
+        def save(keeper: JobKeeper, saved: Any) -> None:
+            if saved.round > 1:
+                time.sleep(3600)
+            keep(keeper, saved)
+
+        JobKeeper.save = save  # type: ignore[method-assign]
     ledger = state.with_name("ledger")
 
     def record(kind: str, document: Any) -> str:
@@ -56,9 +72,11 @@ def serve(pipe: Any, world: FederationWorld, listen: str, state: Path, identity:
 
 def main() -> None:
     """Play it."""
-    folder, driver, when = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    where, driver, when, *masked = sys.argv[1:]
+    folder = Path(where)
     world = found_federation(folder)
-    bundle, model = make_job(folder, SCRIPT, num_rounds=3, round_seconds=60)
+    script = SCRIPT.replace("    flare.log(", "    # (") if masked else SCRIPT  # nothing leaves beside a sum
+    bundle, model = make_job(folder, script, num_rounds=3, round_seconds=60, secure_aggregation=bool(masked))
     world.approve(bundle)
     world.way = {"driver": driver}
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -75,7 +93,7 @@ def main() -> None:
     (first, first_pipe), (second, second_pipe) = servers
     found: dict[str, Any] = {"killed": False}
     try:
-        first_pipe.send("go")
+        first_pipe.send(when)
         assert first_pipe.poll(20), "the first server does not serve"
         first_pipe.recv()
         with contextlib.ExitStack() as stack:
@@ -106,6 +124,7 @@ def main() -> None:
             if event.kind == "value" and event.site is not None:
                 trained[event.site].append(int(event.values["trained"]))
         found["trained"] = trained
+        found["exports"] = [[entry["job"] == mine, entry["round"]] for kind, entry in world.ledger if kind == "export"]
         found["ledger"] = [json.loads(line)[1] for line in state.with_name("ledger").read_text().splitlines()]
         wait_until(lambda: any(path.suffix == ".end" for path in state.iterdir()), 5)
         with world.client(address) as client:
@@ -127,6 +146,10 @@ def watched(client: Any, job: str, *, until: str) -> list[Any]:
     for event in client.watch(job, timeout=60):
         events.append(event)
         if until == "training" and event.kind == "value" and event.round == 1:
+            break
+        if until == "begun" and event.kind == "round" and event.round == 1:
+            break
+        if until == "summed" and event.kind == "aggregated" and event.round == 1:
             break
         if until == "updated" and event.kind == "update" and event.round == 1:
             break

@@ -295,3 +295,27 @@ def test_a_killed_server_goes_on_at_the_round(tmp_path: Path, driver: str, when:
     assert [entry for entry in found["ledger"] if entry == "resumed"] == ["resumed"]
     assert found["left_in_store"] == []
     assert b"w" * 3 not in b"".join(path.read_bytes() for path in tmp_path.glob("kept/*"))
+
+
+@pytest.mark.parametrize(
+    "when", ["summed", *(pytest.param(one, marks=pytest.mark.long) for one in ("begun", "updated"))]
+)
+def test_a_killed_server_goes_on_at_the_round_under_fresh_masks(tmp_path: Path, when: str) -> None:
+    """SIGKILL in round 1 of a masked job: while keys are exchanged, when one update has come under masks that are lost
+    with the server, and when the sum is unmasked and not kept. Each site gives the same update once more."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "kill_server.py"), str(tmp_path), "grpc", when, "masked"],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["killed"] is True
+    assert found["status"] == "finished", found
+    assert found["model"] == pytest.approx([6.0] * 3, abs=1e-5)
+    assert found["updates"] == [[round_, sorted(SITES)] for round_ in (0, 1, 2)]
+    assert [entry for entry in found["ledger"] if entry == "resumed"] == ["resumed"]
+    # No round was trained twice, and none let more out than it was debited for: its bits once for each site.
+    assert sorted(found["exports"]) == [[True, round_] for round_ in (0, 1, 2) for _ in SITES]

@@ -155,12 +155,12 @@ def test_a_cut_in_the_middle_of_an_exchange_costs_its_time_and_nothing_else(
     cuts: list[str] = []
     answer = SiteJob._answer
 
-    def cutting(self: SiteJob, round_: int, asked: Any, body: str) -> None:
+    def cutting(self: SiteJob, round_: int, asked: Any, body: str, run: str) -> None:
         if self._site == SITES[1] and asked == step and round_ == (0 if step == "keys" else 1) and not cuts:
             cuts.append(step)
             proxies[0].cut()
             threading.Timer(1.0, proxies[0].mend).start()
-        answer(self, round_, asked, body)
+        answer(self, round_, asked, body, run)
 
     monkeypatch.setattr(SiteJob, "_answer", cutting)
     with (
