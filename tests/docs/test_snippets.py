@@ -28,6 +28,19 @@ RUN_ELSEWHERE = {
 """First words of commands that a block may hold without being run here, and who runs them."""
 
 
+CEREMONIES = {
+    "let-a-member-leave.md",
+    "recover-a-vault.md",
+    "refuse-a-firmware-version.md",
+    "replace-a-broker.md",
+    "replace-a-lost-key.md",
+    "run-a-broker.md",
+    "run-a-witness.md",
+    "withdraw-an-image.md",
+}
+"""Pages whose commands take long: found a consortium each, and go through one ceremony of it."""
+
+
 def blocks(page: Path) -> list[tuple[str, str]]:
     """The page's blocks that can run here: (language, text), commands run elsewhere taken out."""
     text = page.read_text()
@@ -42,7 +55,18 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=str(page.relative_to(ROOT)),
+            marks=[pytest.mark.long] if page.name in CEREMONIES else [],
+        )
+        for page in PAGES
+        if blocks(page)
+    ],
+)
 def test_the_page_s_blocks_run(page: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     env = {

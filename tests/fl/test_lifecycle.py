@@ -144,7 +144,7 @@ def test_transfers_go_on_where_a_cut_has_ended_them(
     assert len(proxy.seen) < 2 * bytes_of_model + 2 * (12 << 20) + 2 * CHUNK
 
 
-@pytest.mark.parametrize("driver", ["grpc", "https"])
+@pytest.mark.parametrize("driver", ["grpc", pytest.param("https", marks=pytest.mark.long)])
 def test_a_round_goes_on_without_a_site_that_nobody_needs_and_takes_it_back(
     world: FederationWorld, server: str, tmp_path: Path, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +268,15 @@ def test_jobs_run_side_by_side_on_the_same_sites(
             assert load_file(result / "model.safetensors")["w"].tolist() == [expected] * 3
 
 
-@pytest.mark.parametrize("driver", ["grpc", "https"])
-@pytest.mark.parametrize("when", ["training", "updated"])
+@pytest.mark.parametrize(
+    ("driver", "when"),
+    [
+        ("grpc", "updated"),
+        ("https", "training"),
+        pytest.param("grpc", "training", marks=pytest.mark.long),
+        pytest.param("https", "updated", marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_server_goes_on_at_the_round(tmp_path: Path, driver: str, when: str) -> None:
     """SIGKILL in round 1, before or after an update of it has come; another process takes the folder and the port."""
     done = subprocess.run(

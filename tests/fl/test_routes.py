@@ -85,8 +85,15 @@ def test_a_job_through_a_proxy_that_passes_tls_on(
     assert SECRET not in proxy.seen
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("last_in_clear", [False, True])
+@pytest.mark.parametrize(
+    ("driver", "last_in_clear"),
+    [
+        ("grpc", False),
+        ("https", True),
+        pytest.param("grpc", True, marks=pytest.mark.long),
+        pytest.param("https", False, marks=pytest.mark.long),
+    ],
+)
 def test_a_job_through_a_chain_of_proxies_that_end_tls(
     world: FederationWorld,
     server: str,
