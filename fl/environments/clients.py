@@ -11,11 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from fl.environments import fork_server
+from fl.environments.forking import forget_author, may_be_forked
 from fl.errors import ScriptFailed
 from fl.site.script import ScriptSession
 from fl.transport.local import ScriptSocket
@@ -23,6 +27,57 @@ from fl.transport.local import ScriptSocket
 REPORT_SECONDS: Final = 5.0
 """How long an exit may take to be reported after the script's socket closed."""
 LOG_TAIL: Final = 4096
+
+
+class _Fork:
+    """A fork of this process that is a fork server; it has of `subprocess.Popen` what is needed here."""
+
+    def __init__(
+        self, ours: socket.socket, theirs: socket.socket, preload: list[str], variables: Mapping[str, str]
+    ) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            # Python 3.12 and later warn of any fork beside threads; OpenBLAS's take care of forks themselves.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
+        self._status: int | None = None
+        if self._pid == 0:
+            status = 1
+            try:
+                ours.close()
+                os.environ.update(variables)
+                forget_author()
+                fork_server.serve(theirs, preload)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+
+    def poll(self) -> int | None:
+        """Its exit status; None while it runs."""
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, when it has ended. Raises subprocess.TimeoutExpired."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = 0.0005
+        while (status := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("fork server", timeout or 0)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return status
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
 
 
 class ClientProcesses:
@@ -33,13 +88,17 @@ class ClientProcesses:
         self._threads = threads
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         count = str(threads)
-        environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fl.environments.fork_server", str(theirs.fileno()), *preload],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
+        variables = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+        self._process: subprocess.Popen[bytes] | _Fork
+        if may_be_forked(list(preload)):
+            self._process = _Fork(self._control, theirs, list(preload), variables)
+        else:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fl.environments.fork_server", str(theirs.fileno()), *preload],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **variables},
+                stdin=subprocess.DEVNULL,
+            )
         theirs.close()
         self._logs: dict[str, Path] = {}
         self._exits: dict[str, int] = {}
