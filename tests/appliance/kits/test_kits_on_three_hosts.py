@@ -137,14 +137,12 @@ def found(hosts: list[Host], post: Path) -> None:
     signed_and_published(hosts, post, "founding.json")
     for host in hosts:
         shutil.copy(post / "charter/metadata/1.root.json", host.folder / "root.json")
-    shown = acme.seal("job", "bundle", str(EXAMPLE / "job.py"), "--out", str(post / "bundle"), "--json")
-    (post / "bundle.toml").write_text(
-        'job = "breast-cancer"\nsites = ["borealis-site", "cygnus-site"]\nexpires = 2100-01-01T00:00:00Z\n'
-    )
-    code = f"code/{json.loads(shown)['digest']}.json={post / 'bundle.toml'}"
-    words = ["--charter", str(post / "charter"), "--put", code, "--out", str(post / "places.json")]
-    acme.seal("charter", "enrol", str(toml), *words)
+    acme.seal("charter", "enrol", str(toml), "--charter", str(post / "charter"), "--out", str(post / "places.json"))
     signed_and_published(hosts, post, "places.json")
+    acme.seal("job", "bundle", str(EXAMPLE / "job.py"), "--out", str(post / "bundle"))
+    bundle = str(post / "bundle/job.bundle")
+    acme.seal("charter", "approve", str(post / "charter"), bundle, "--out", str(post / "approval.json"))
+    signed_and_published(hosts, post, "approval.json")
     words = [
         "--charter",
         str(post / "charter"),
