@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from appliance.commands.site_administration import list_sites, restart, status, stop
-from appliance.commands.site_devices import device_token, group_key
+from appliance.commands.site_devices import device_certificate, device_token, group_key
 from appliance.commands.site_simulate import simulate_devices
 from appliance.commands.site_tree import tree
 from appliance.output import print_json
@@ -27,6 +27,9 @@ app.command(epilog="Example: seal site stop borealis-site --kit kit/")(stop)
 app.command(epilog="Example: seal site simulate-devices devices.toml --out report/")(simulate_devices)
 app.command(epilog="Example: seal site group-key new.key --after group.key")(group_key)
 app.command(epilog="Example: seal site device-token charter/ device.pub --issuer phones --key phones.pem")(device_token)
+app.command(epilog="Example: seal site device-certificate charter/ device.pub --issuer phones --key phones.pem")(
+    device_certificate
+)
 app.command(
     epilog="Example: seal site tree --depth 2 --width 3 --server hub --member acme-pharma --image edge"
     " --domain edge.example --group-key acme-pharma/edge/group"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, get_args
 from attestation.canonical import b64
 from attestation.introduction import Introducing, introduce
 from fl.edge.contract import Branch, EdgeJob, ModelVersion, Update, contribution_of
+from fl.edge.credentials import read_credential
 from fl.edge.deltas import DeltaForm, decode_delta
 from fl.edge.messages import (
     ANSWERS,
@@ -39,7 +40,7 @@ from fl.edge.messages import (
 )
 from fl.edge.protocol import RULES, Message, Status
 from fl.edge.sealing import SEAL_OVERHEAD, GroupKeys, seal_answer
-from fl.edge.tokens import Device, read_token
+from fl.edge.tokens import Device
 from fl.errors import MalformedMessage, MalformedTensors
 from fl.tensors import FLOATS, parse
 from policies.devices import job_matches
@@ -156,10 +157,12 @@ class Gateway:
             raise MalformedMessage("the request is longer than it may be", where=message)
         request = read_words(REQUESTS[message], opened.words, where=message)
         try:
-            device = read_token(request.token, self.charter(), self.clock())
+            device = read_credential(request.token, self.charter(), self.clock())
             if not opened.is_signed_by(device.key):
                 raise Refused(
-                    "the request is not signed by the token's device", where="device", do="Sign with the device's key."
+                    "the request is not signed by the device of its token or certificate",
+                    where="device",
+                    do="Sign with the device's key.",
                 )
         except Refused as error:
             return self._sealed(message, request, _refusal(message, "; ".join(error.reasons)))

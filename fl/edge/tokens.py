@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from policies.devices import DeviceIssuer
 
 TOKEN_TYPE: Final = "sealwright-device+jwt"  # noqa: S105 - a type's name
-_DO: Final = "Have a new token issued for this device."
+_DO: Final = "Have a new token or certificate issued for this device."
 
 
 class TokenPayload(BaseModel):
@@ -89,23 +89,53 @@ def read_token(token: str, charter: Charter, at: datetime) -> Device:
         name = _issuer_of(token)
         issuer = charter.device_issuer(name)
         if issuer is None:
-            raise _refused(f"the token is signed by {name!r:.80}, which issues none in this charter")
+            raise refused(f"the token is signed by {name!r:.80}, which issues none in this charter")
         payload, key = _signed_token(token, issuer.signing_key)
     except Refused:
         raise
     except SealwrightError as error:
-        raise _refused(f"the token is none: {error.what}") from error
+        raise refused(f"the token is none: {error.what}") from error
+    return device_of(
+        issuer,
+        charter,
+        at,
+        what="token",
+        names_charter=payload.charter,
+        device=payload.device,
+        key=key,
+        jobs=payload.jobs,
+        issued=payload.iat,
+        ends=payload.exp,
+    )
+
+
+def device_of(
+    issuer: DeviceIssuer,
+    charter: Charter,
+    at: datetime,
+    *,
+    what: str,
+    names_charter: str,
+    device: str,
+    key: EllipticCurvePublicKey,
+    jobs: tuple[str, ...],
+    issued: int,
+    ends: int,
+) -> Device:
+    """The device of a credential (`what`) that `issuer` has signed, if it holds. Raises Refused with every reason."""
     reasons = []
-    if payload.charter != charter.id:
-        reasons.append("the token is for another charter")
-    if payload.exp - payload.iat > issuer.token_seconds:
-        reasons.append("the token lives longer than its issuer may let it")
-    if not payload.iat - SKEW.total_seconds() <= at.timestamp() < payload.exp:
-        ends = datetime.fromtimestamp(min(payload.exp, 253402300799), UTC)
-        reasons.append(f"the token is not good now (until {ends:%Y-%m-%dT%H:%M:%SZ})")
+    if names_charter != charter.id:
+        reasons.append(f"the {what} is for another charter")
+    if ends - issued > issuer.token_seconds:
+        reasons.append(f"the {what} lives longer than its issuer may let it")
+    if not issued - SKEW.total_seconds() <= at.timestamp() < ends:
+        until = datetime.fromtimestamp(min(ends, 253402300799), UTC)
+        reasons.append(f"the {what} is not good now (until {until:%Y-%m-%dT%H:%M:%SZ})")
+    if device in issuer.revoked_ids:
+        reasons.append("the device was revoked")
     if reasons:
-        raise _refused(*reasons)
-    return Device(f"{name}/{payload.device}", key, payload.jobs, issuer.jobs)
+        raise refused(*reasons)
+    return Device(f"{issuer.name}/{device}", key, jobs, issuer.jobs)
 
 
 @lru_cache(maxsize=4096)
@@ -121,11 +151,12 @@ def _signed_token(token: str, signing_key: str) -> tuple[TokenPayload, EllipticC
         payload = TokenPayload.model_validate(read_jws(token, ed25519_public_key(signing_key), typ=TOKEN_TYPE))
         key = load_der_public_key(unb64(payload.key, where="device's key"))
     except (ValidationError, ValueError, UnsupportedAlgorithm) as error:
-        raise _refused("the token's payload is malformed") from error
+        raise refused("the token's payload is malformed") from error
     if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP256R1):
-        raise _refused("the device's key is not on P-256")
+        raise refused("the device's key is not on P-256")
     return payload, key
 
 
-def _refused(*reasons: str) -> Refused:
-    return Refused(reasons[0], where="device token", do=_DO, reasons=reasons)
+def refused(*reasons: str) -> Refused:
+    """A device that is not let in, with every reason."""
+    return Refused(reasons[0], where="device", do=_DO, reasons=reasons)

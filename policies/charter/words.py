@@ -252,6 +252,7 @@ def _describe(document: Document) -> str:
             return (
                 f"{document.name}, a key of {document.member}, which lets devices into the jobs "
                 f"{listed(document.jobs)}, each for at most {document.token_seconds / 86400:.3g} days"
+                + (f", but for {len(document.revoked)} that are revoked" if document.revoked else "")
             )
         case TaskApproval():
             return (
@@ -312,7 +313,8 @@ def _full(document: Document) -> list[str]:
         case TaskApproval():
             return [f"device task {document.task}"]
         case DeviceIssuer():
-            return [f"signing key {fingerprint(document.signing_key)}"]
+            revoked = [f"revoked device {device}" for device in document.revoked]
+            return [f"signing key {fingerprint(document.signing_key)}", *revoked]
         case User():
             certificate = load_certificate(document.tls_certificate)
             return [

@@ -13,6 +13,7 @@ from federation_world import now
 from typer.testing import CliRunner
 
 from appliance.commands.site import app
+from fl.edge.credentials import read_credential
 from fl.edge.sealing import GroupKeys
 from fl.edge.tokens import read_token
 from policies.charter import write_store
@@ -66,6 +67,11 @@ def test_a_token_is_issued_as_its_issuer_may(world: EdgeWorld, tmp_path: Path) -
         asked(*common, "--device", "short")
     with pytest.raises(Unusable, match="issues no tokens"):
         asked(*common[:4], "others", *common[5:])
+    said = json.loads(asked("device-certificate", *common[1:], "--job", "heart-*", "--device", "1" * 32, "--json"))
+    device = read_credential(said["certificate"], world.federation.charter(), now())
+    assert (device.name, device.key, device.jobs) == (f"phones/{'1' * 32}", own.public_key(), ("heart-*",))
+    with pytest.raises(Refused, match="longer than its issuer may"):
+        asked("device-certificate", *common[1:], "--days", "1000")
     other = tmp_path / "other.pem"
     write_secret(other, private_pem(world.federation.member_keys["acme-pharma"]))
     with pytest.raises(Refused, match="signature"):
