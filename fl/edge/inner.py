@@ -29,6 +29,7 @@ from fl.party import Party
 from fl.server.calls import Caller, refusal_of, untaken
 from fl.server.certificates import ServerCertificates
 from fl.server.grpc_server import GrpcServer
+from fl.server.https_server import HttpsServer
 from fl.tensors import Schema
 from fl.transport.frames import Lease, pack
 from fl.transport.port import Port
@@ -182,9 +183,15 @@ def serve_inner(
     service = InnerService(party, TreeCalls(party, "inner", jobs.all))
     with ExitStack() as ends:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="sealwright-")))
-        grpc = GrpcServer(service, ServerCertificates(party), str(folder / "grpc"))
+        sockets, certificates = (
+            {driver: str(folder / driver) for driver in ("grpc", "https")},
+            ServerCertificates(party),
+        )
+        grpc = GrpcServer(service, certificates, sockets["grpc"])
         ends.callback(grpc.close)
-        port = Port(listen, {"grpc": str(folder / "grpc")}, tell=party.tell)
+        https = HttpsServer(service, certificates, sockets["https"], tunnels={})
+        ends.callback(https.close)
+        port = Port(listen, sockets, tell=party.tell)
         ends.callback(port.close)
         party.tell(f"inner node {party.identity().name} listens on {port.address}")
         ready(port.address)

@@ -26,9 +26,8 @@ from aiohttp import WSMsgType, web
 
 from fl.errors import MalformedMessage
 from fl.server import calls
-from fl.server.calls import CallerGone, Refusal, subject_of
+from fl.server.calls import CallerGone, Refusal, Service, subject_of
 from fl.server.certificates import ServerCertificates, TlsContexts
-from fl.server.service import FederationService
 from fl.transport.records import LENGTH, SIGN_OF_LIFE, end_record, length_of, prefix_of
 
 MAX_CALLS: Final = 512
@@ -55,7 +54,7 @@ class HttpsServer:
 
     def __init__(
         self,
-        service: FederationService,
+        service: Service,
         certificates: ServerCertificates,
         path: str,
         *,

@@ -36,7 +36,7 @@ from fl.server.grpc_server import GrpcServer
 from fl.tensors import encode, parse
 from fl.transport.memory import SealedMemory
 from fl.transport.port import Port
-from fl.transport.route import Route
+from fl.transport.route import Driver, Route
 from policies.charter import Changes
 from policies.charter.proposal import files_of
 from policies.documents import Enrolment, ImageReference, ReferenceMeasurement, Role
@@ -161,12 +161,11 @@ class Tree:
         return ready.get(timeout=10), stop
 
     def gateway(
-        self, name: str, parent: str, parent_name: str, *, party: Party | None = None
+        self, name: str, parent: str, parent_name: str, *, party: Party | None = None, driver: Driver = "grpc"
     ) -> tuple[GatewayTree, threading.Event]:
-        tree = GatewayTree()
-        link = TreeLink(
-            party or self.party("gateway", name), tree, parent=Route((parent,)), parent_name=parent_name, moment=0.05
-        )
+        tree, way = GatewayTree(), Route((parent,), driver)
+        own = party or self.party("gateway", name)
+        link = TreeLink(own, tree, parent=way, parent_name=parent_name, moment=0.05)
         return tree, self._run(lambda stop: link.run(stop, patience=5.0))
 
     def told(self, kind: str) -> list[JobEvent]:
@@ -276,6 +275,29 @@ def test_updates_climb_through_inner_nodes_and_versions_come_down(world: Federat
         assert tree.root.wait(0)
         assert not tree.told("refused")
         assert {event.site for event in tree.told("update")} == {"north", "gate-2"}
+
+
+def test_an_inner_node_has_both_drivers_on_its_port(world: FederationWorld) -> None:
+    """One child comes by HTTPS, one by gRPC; who has no attested credential gets nothing by either."""
+    with grown(world, bundle_of()) as tree:
+        address, _ = tree.inner()
+        one, _ = tree.gateway("gate-1", address, "north", driver="https")
+        two, _ = tree.gateway("gate-2", address, "north")
+        for gateway in (one, two):
+            assert wait_until(lambda gateway=gateway: has_version(gateway, 1)), (tree.errors, world.told)
+        for gateway, devices in ((one, (1, 2)), (two, (3, 6))):
+            for device in devices:
+                assert gateway.branches()["job-1"].add(update(device, 1)) == "counted"
+        assert wait_until(lambda: tree.root.made == 1), world.told
+        assert weights(tree.root) == pytest.approx((1 + 2 + 3 + 6) / 4)
+        assert wait_until(lambda: has_version(one, 2) and has_version(two, 2))
+        false = world.identity("gateway", "gate-2", seconds=600, measurement="66" * 48)
+        party = Party(lambda: false, world.charter, now, world.record, world.told.append)
+        stranger, stop = tree.gateway("gate-2", address, "north", party=party, driver="https")
+        assert wait_until(lambda: any("refused" in line and "measure" in line for line in world.told)), world.told
+        assert not stranger.branches()
+        stop.set()
+        tree.expected = (Refused,)
 
 
 def test_a_gateway_that_is_killed_loses_what_it_had_not_sent_and_the_root_says_so(world: FederationWorld) -> None:
