@@ -56,16 +56,18 @@ class FixedPoint:
         """Steps of a number times its weight to one."""
         return self.largest / (self.limit * (MAX_WEIGHT if self.unit is None else self.unit))
 
-    def steps_of(self, values: Numbers, weight: float) -> Vector:
-        """Finite numbers times `weight`, as they are written; `values` are used up.
+    def steps_of(self, values: Numbers, weight: float, into: Vector | None = None) -> Vector:
+        """Finite numbers times `weight`, as they are written (`into` an array, if it is given); `values` are used up.
 
         Raises MaskingRefused for a number beyond its limit: cut off, it would make the sum another one.
         """
         factor = weight * self.steps
         np.multiply(values, values.dtype.type(factor), out=values)
         np.rint(values, out=values)
+        kind = np.int32 if self.unit is not None else np.int64
+        whole = np.empty(values.size, dtype=kind) if into is None else into.view(kind)
         with np.errstate(invalid="ignore"):  # what does not fit becomes the least or the largest whole number
-            whole = values.astype(np.int32 if self.unit is not None else np.int64)
+            np.copyto(whole, values, casting="unsafe")
         most = min(self.largest, round(self.limit * factor))
         if whole.size and not -most <= int(whole.min()) <= int(whole.max()) <= most:
             raise MaskingRefused(

@@ -31,7 +31,8 @@ from fl.aggregation.weighted_mean import as_dtype
 from fl.errors import MaskingRefused, OutputRefused
 from fl.jobs.settings import MASKED, MASKED_TAIL, JobSettings, SecureAggregation
 from fl.tensors import TensorFile, layout
-from fl.transport.memory import DraftMemory, NamedDraft, SealedMemory
+from fl.transport.memory import NamedDraft, OwnMemory, SealedMemory
+from fl.transport.stored import Stored
 
 MAX_PART: Final = 100_000
 """Characters of a message in one frame."""
@@ -269,7 +270,7 @@ class MaskingSite:
 
     def masked(
         self, round_: int, differences: Iterable[Numbers], metrics: Mapping[str, float], weight: float
-    ) -> SealedMemory:
+    ) -> OwnMemory:
         """What is disclosed, under masks: the model's differences in the order of its tensors, each array once.
 
         Raises MaskingRefused, OutputRefused.
@@ -280,25 +281,27 @@ class MaskingSite:
         masks, fixed = self._masks_of(round_)
         schema = self._settings.schema_of_masked(64 if fixed.unit is None else 32)
         header, offsets, size = layout(schema)
-        with DraftMemory(size) as draft:
-            draft.write(0, header)
-            try:
-                tail, written = tail_of([metrics[name] for name in names], weight)
-                at = offsets[MASKED]
-                for values in differences:
-                    for start in range(0, values.size, PIECE):
-                        piece = fixed.steps_of(values[start : start + PIECE], written)
-                        masks.add_to(piece)  # while a processor's cache has it
-                        draft.write(at, piece.data)
-                        at += piece.nbytes
-            except MaskingRefused as error:
-                what = "a number is beyond the limit of secure aggregation"
-                raise OutputRefused(self._site, what, (error.what,)) from error
-            masks.add_to(tail)
-            draft.write(offsets[MASKED_TAIL], tail.data)
-            return SealedMemory(*draft.seal())
+        memory = OwnMemory(size)
+        memory.view[: len(header)] = header
+        whole = np.frombuffer(memory.view, fixed.dtype, schema[MASKED].elements, offsets[MASKED])
+        at = 0
+        try:
+            tail, written = tail_of([metrics[name] for name in names], weight)
+            for values in differences:
+                for start in range(0, values.size, PIECE):
+                    part = values[start : start + PIECE]
+                    masks.add_to(fixed.steps_of(part, written, whole[at : at + part.size]))  # while a cache has it
+                    at += part.size
+        except MaskingRefused as error:
+            what = "a number is beyond the limit of secure aggregation"
+            raise OutputRefused(self._site, what, (error.what,)) from error
+        masks.add_to(tail)
+        if at != whole.size:  # what was never written would be whatever this process had there
+            raise MaskingRefused(f"{at} of {whole.size} numbers were masked")
+        memory.view[offsets[MASKED_TAIL] : offsets[MASKED_TAIL] + tail.nbytes] = tail.view(np.uint8).data
+        return memory
 
-    def masked_again(self, round_: int, memory: SealedMemory) -> SealedMemory:
+    def masked_again(self, round_: int, memory: Stored) -> OwnMemory:
         """The numbers that `masked` made `memory` of, under the masks of the server's present run.
 
         Raises MaskingRefused.
@@ -311,14 +314,14 @@ class MaskingSite:
         undone = Masks((seed, not adds) for seed, adds in worn.seeds)
         header, offsets, size = layout(self._settings.schema_of_masked(64 if fixed.unit is None else 32))
         tensors = memory.tensors()
-        with DraftMemory(size) as draft:
-            draft.write(0, header)
-            for name in (MASKED, MASKED_TAIL):
-                numbers = tensors.array(name).copy()
-                undone.add_to(numbers)
-                masks.add_to(numbers)
-                draft.write(offsets[name], numbers.data)
-            return SealedMemory(*draft.seal())
+        following = OwnMemory(size)
+        following.view[: len(header)] = header
+        for name in (MASKED, MASKED_TAIL):
+            numbers = tensors.array(name).copy()
+            undone.add_to(numbers)
+            masks.add_to(numbers)
+            following.view[offsets[name] : offsets[name] + numbers.nbytes] = numbers.view(np.uint8).data
+        return following
 
     @property
     def worn_in(self) -> str:

@@ -33,9 +33,10 @@ from fl.local.statistics import below_floor
 from fl.model import ParamsType, check_metrics
 from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, TensorFile, encode, layout, narrow_bf16, parse, widen_bf16
 from fl.transport.memory import DraftMemory, SealedMemory
+from fl.transport.stored import Stored
 
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
-Masked: TypeAlias = Callable[[Iterable[Array], Mapping[str, float], float], SealedMemory]
+Masked: TypeAlias = Callable[[Iterable[Array], Mapping[str, float], float], Stored]
 """Makes what leaves under masks of an update's differences, its metrics and its weight."""
 
 
@@ -43,7 +44,7 @@ Masked: TypeAlias = Callable[[Iterable[Array], Mapping[str, float], float], Seal
 class Disclosure:
     """What leaves: `memory` is its holder's to close."""
 
-    memory: SealedMemory
+    memory: Stored
     weight: float
     metrics: Mapping[str, float]
 

@@ -34,6 +34,7 @@ from fl.site.script import END_SECONDS, ScriptSession
 from fl.transport.frames import Deliver, Fetch, Left, Logged, Masking, Prepare, Ready, Said, Train, Verdict
 from fl.transport.local import ScriptSocket
 from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 from policies.errors import SealwrightError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class ServerLink(Protocol):
     def fetch(self, what: Fetch, *, size: int, seconds: float, sha256: str | None = None) -> SealedMemory:
         """Pull a transfer, whose digest has to be `sha256` if that is given. Raises PeerLost, MalformedMessage."""
 
-    def deliver(self, head: Deliver, memory: SealedMemory, *, seconds: float) -> Verdict:
+    def deliver(self, head: Deliver, memory: Stored, *, seconds: float) -> Verdict:
         """Deliver an update. Raises PeerLost, MalformedMessage."""
 
 
@@ -96,7 +97,7 @@ class SiteJob:
         self._ready = False
         self._given = -1
         self._resumed = False
-        self._delivered: tuple[Train, Deliver, SealedMemory] | None = None  # the last update that the server took
+        self._delivered: tuple[Train, Deliver, Stored] | None = None  # the last update that the server took
         self._roster = 0
         self.thread = threading.Thread(target=self._run, name=f"job {self.id}", daemon=True)
 
@@ -324,7 +325,7 @@ class SiteJob:
                 shown = exports.update(answer, memory, model, task.task, masked)
         self._hand_over(task, self._head(task, settings, shown), shown.memory, seconds)
 
-    def _hand_over(self, task: Train, head: Deliver, memory: SealedMemory, seconds: float) -> None:
+    def _hand_over(self, task: Train, head: Deliver, memory: Stored, seconds: float) -> None:
         """Deliver an update, and keep it for a server that loses it; under masks of a server that was killed since,
         the same numbers once more under those of the next. Raises UpdateRefused."""
         try:

@@ -16,6 +16,7 @@ from fl.site.link import Attending
 from fl.transport.chunks import Assembly
 from fl.transport.frames import Deliver, Fetch, Left, Logged, Masking, Ready, Said, Verdict
 from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 from policies.errors import SealwrightError
 
 GRACE_SECONDS: Final = 5.0
@@ -72,7 +73,7 @@ class LastingLink:
             with assembly.seal(sha256=sha256) as whole:
                 return whole.in_memory()
 
-    def deliver(self, head: Deliver, memory: SealedMemory, *, seconds: float) -> Verdict:
+    def deliver(self, head: Deliver, memory: Stored, *, seconds: float) -> Verdict:
         """Deliver an update. Raises PeerLost, Refused, MalformedMessage."""
         return self._lasting(lambda attending: attending.deliver(head, memory, seconds=seconds))
 

@@ -37,7 +37,7 @@ from fl.transport.frames import (
     unpack,
 )
 from fl.transport.lease import CHECK_SECONDS, OwnLease, paused
-from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 from policies.errors import SealwrightError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Attending:
         finally:
             call.cancel()
 
-    def deliver(self, head: Deliver, memory: SealedMemory, *, seconds: float) -> Verdict:
+    def deliver(self, head: Deliver, memory: Stored, *, seconds: float) -> Verdict:
         """Deliver an update when the server pulls it. Raises PeerLost, Refused, MalformedMessage."""
         pulled: SimpleQueue[int | None] = SimpleQueue()
 

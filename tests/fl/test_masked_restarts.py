@@ -38,6 +38,7 @@ from fl.server.federation import Federation
 from fl.site.job import SiteJob
 from fl.transport.frames import Deliver
 from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
 NAMES = ["a", "b", "c"]
 RUNS = ["1" * 32, "2" * 32, "3" * 32]
@@ -61,7 +62,7 @@ class Play:
             {**JOB.model_dump(), "model": {"w": {"dtype": "F32", "shape": (numbers,)}}}
         )  # fmt: skip
         self.sites = {name: MaskingSite(name, job, SECURE, self.notary) for name in NAMES}
-        self.updates: dict[str, SealedMemory] = {}
+        self.updates: dict[str, Stored] = {}
         self.numbers = numbers
 
     def hear(self, site: str, step: Step, body: str, run: str, number: int = 0) -> str:
@@ -194,6 +195,14 @@ def test_a_site_says_what_it_has_signed_and_no_other_set() -> None:
         forged = json.dumps({**json.loads(token), "without": lie})
         with pytest.raises(MaskingRefused):
             keys_in(play.notary, "a", forged, 0)
+
+
+def test_what_was_never_masked_does_not_leave() -> None:
+    """A vector is written over fresh memory, in which anything may be: short of numbers, it goes nowhere."""
+    play = Play(10)
+    play.exchange(RUNS[0])
+    with pytest.raises(MaskingRefused, match="9 of 10 numbers were masked"):
+        play.sites["a"].masked(0, [np.zeros(9, dtype=np.float32)], {"loss": 0.5}, 2.0)
 
 
 class Named:
