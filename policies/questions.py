@@ -21,6 +21,8 @@ from policies.errors import MalformedDocument
 from policies.rights import COMMANDS, command_reasons
 
 Subject = Literal["release", "appraisal", "admission", "peers", "export", "command"]
+PATIENCE: Final = 20.0
+"""Seconds for one answer. Most who ask are guests, which may be emulated on a busy host; a refusal would end them."""
 SUBJECTS: Final[tuple[Subject, ...]] = ("release", "appraisal", "admission", "peers", "export", "command")
 """What can be asked; all but `command`, which is about a user's rights, is answered by Rego rules."""
 Place = tuple[Role, str]
@@ -117,7 +119,7 @@ def _answer(file: str, text: str | None, package: str, document: Mapping[str, An
 
 @lru_cache(maxsize=64)
 def _rules(file: str, text: str) -> Rules:
-    return Rules({file: text})
+    return Rules({file: text}, time_limit=PATIENCE)
 
 
 def appraisal_reasons(
