@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from fl.edge.device_model import DeviceModel
+    from fl.edge.masks import DeviceMasking
     from fl.edge.recipes import EdgeFedBuffRecipe, ETFedBuffRecipe, SimulationConfig
     from fl.edge.settings import DeviceManagerConfig, DevicePrivacy, EvaluatorConfig, ModelManagerConfig
     from fl.environments.poc import PocEnv
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CyclicRecipe",
     "DeviceManagerConfig",
+    "DeviceMasking",
     "DeviceModel",
     "DevicePrivacy",
     "ETFedBuffRecipe",
@@ -56,6 +58,7 @@ _HOMES: Final = {
     "CyclicRecipe": "fl.recipes.cyclic",
     "DeviceManagerConfig": "fl.edge.settings",
     "DeviceModel": "fl.edge.device_model",
+    "DeviceMasking": "fl.edge.masks",
     "DevicePrivacy": "fl.edge.settings",
     "ETFedBuffRecipe": "fl.edge.recipes",
     "EdgeFedBuffRecipe": "fl.edge.recipes",

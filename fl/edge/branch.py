@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from fl.edge.contract import EdgeJob, ModelVersion, Tensors, Update, UpdateBounds, Verdict
 from fl.edge.partial_sum import MAX_IDS, PartialSum, VersionSum, float_schema
@@ -57,7 +58,8 @@ class TreeBranch:
         self._seen: dict[int, set[bytes]] = {}
         self._held: dict[bytes, tuple[Update, float]] = {}  # with its scale
         self._size_of_held = 0
-        self._asked: set[bytes] = set()  # of the held: those of which the parent was asked
+        self._reserved: dict[bytes, tuple[int, bool]] = {}  # for sums: the version, and whether it is admitted
+        self._asked: set[bytes] = set()  # of the held and reserved: those of which the parent was asked
         self._sequence = 0
         self.over = False
         """Whether the job is over: devices are told so."""
@@ -116,6 +118,41 @@ class TreeBranch:
         self.permits.give_back()
         return "counted"
 
+    def reserve(self, version: int, contribution: str) -> Verdict:
+        """Claim a contribution of which only a sum will come."""
+        seen, raw = self._seen.get(version), bytes.fromhex(contribution)
+        if seen is None:
+            return "stale"
+        if (reserved := self._reserved.get(raw)) is not None:
+            return "admitted" if reserved[1] else "waiting"
+        if raw in seen:
+            return "duplicate"
+        if len(seen) >= MAX_IDS:
+            return "busy"
+        seen.add(raw)
+        self._reserved[raw] = version, False
+        return "waiting"
+
+    def add_sum(
+        self, version: int, contributions: Sequence[str], tensors: Mapping[str, npt.NDArray[np.float64]], weight: float
+    ) -> bool:
+        """Add a sum of contributions that were admitted."""
+        ids = {bytes.fromhex(contribution) for contribution in contributions}
+        for _ in ids:
+            self.permits.give_back()
+        if version not in self._versions:
+            return False
+        if not all(self._reserved.get(one) == (version, True) for one in ids):
+            raise ValueError("a contribution of a sum was not admitted")
+        total = self._sum_of(version)
+        for name, array in total.sums.items():
+            array += tensors[name]
+        total.weight += weight
+        total.ids |= ids
+        for one in ids:
+            del self._reserved[one]
+        return True
+
     def _why_refused(self, update: Update) -> str | None:
         if not _CONTRIBUTION.fullmatch(update.contribution):
             return "its contribution has no id"
@@ -137,6 +174,10 @@ class TreeBranch:
         for contribution, (update, _) in self._held.items():
             found.setdefault(update.version, []).append(contribution)
             self._asked.add(contribution)
+        for contribution, (version, admitted) in self._reserved.items():
+            if not admitted:
+                found.setdefault(version, []).append(contribution)
+                self._asked.add(contribution)
         return {version: sorted(ids) for version, ids in sorted(found.items())}
 
     def settle(self, duplicates: Iterable[bytes]) -> None:
@@ -150,6 +191,11 @@ class TreeBranch:
             if contribution not in others:
                 weight = min(update.weight, self._job.bounds.max_weight)
                 self._sum_of(update.version).fold(contribution, update.tensors, weight, scale=scale)
+        for contribution, (version, _) in list(self._reserved.items()):
+            if contribution in self._asked and contribution in others:
+                del self._reserved[contribution]  # it stays among those that were seen
+            elif contribution in self._asked:
+                self._reserved[contribution] = version, True
         self._asked.clear()
 
     def _sum_of(self, version: int) -> VersionSum:
@@ -186,7 +232,8 @@ class TreeBranch:
                 if held is not None:
                     self._size_of_held -= _size(held[0].tensors)
                     self.dropped += 1
-        self._asked &= self._held.keys()
+        self._reserved = {one: held for one, held in self._reserved.items() if held[0] in alive}
+        self._asked &= self._held.keys() | self._reserved.keys()
         for version in alive.keys() - self._versions.keys():
             self._seen[version] = set()
         self._versions = alive

@@ -103,6 +103,15 @@ class Branch(Protocol):
     def add(self, update: Update) -> Verdict:
         """Take an update, whose arrays are the branch's from now on; scales it down to the job's norm."""
 
+    def reserve(self, version: int, contribution: str) -> Verdict:
+        """Claim a contribution that will be part of a sum: `waiting` until the claim is settled, then `admitted`, as
+        often as it is asked; else `duplicate`, `stale` or `busy`."""
+
+    def add_sum(
+        self, version: int, contributions: Sequence[str], tensors: Mapping[str, npt.NDArray[np.float64]], weight: float
+    ) -> bool:
+        """Add a sum of weighted differences of admitted contributions; False if its version is trained no more."""
+
 
 def contribution_of(job: EdgeJob, version: int, device: str) -> str:
     """The contribution of a device to a version of a job: in one that takes each device once, to whichever version."""

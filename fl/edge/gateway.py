@@ -8,6 +8,7 @@ their good alone (they need not wait for what they have done already): it can be
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +17,12 @@ from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 from attestation.canonical import b64
 from attestation.introduction import Introducing, introduce
+from fl.edge.cohort import masked_most
 from fl.edge.contract import Branch, EdgeJob, ModelVersion, Update, contribution_of
 from fl.edge.credentials import read_credential
 from fl.edge.deltas import DeltaForm, decode_delta
+from fl.edge.gateway_masks import Cohorts
+from fl.edge.masks import DeviceMasking, masking_of
 from fl.edge.messages import (
     ANSWERS,
     PROOF_TYPE,
@@ -28,6 +32,8 @@ from fl.edge.messages import (
     Encoding,
     JobAnswer,
     JobRequest,
+    MaskAnswer,
+    MaskRequest,
     Request,
     ResultAnswer,
     ResultRequest,
@@ -57,7 +63,9 @@ COOKIE_SECONDS: Final = 7 * 86400
 REMEMBERED: Final = 1 << 16
 """Devices of which this gateway knows what they reported last."""
 MAX_BLOBS: Final = 64
-OfJob = TaskRequest | SelectionRequest | ResultRequest
+MASK_SECONDS: Final = 1.0
+"""How long a device of a cohort waits at most before it asks again: the others wait for it, too."""
+OfJob = TaskRequest | SelectionRequest | ResultRequest | MaskRequest
 _ENCODINGS: Final[tuple[Encoding, ...]] = get_args(Encoding)
 
 
@@ -98,6 +106,7 @@ class Gateway:
     """The newest version for which each device reported: (the job's beginning here, device) → version."""
     _blobs: OrderedDict[str, tuple[Blob, bytes]] = field(default_factory=OrderedDict, repr=False)
     """By the group key's id and what they are of."""
+    _cohorts: Cohorts = field(default_factory=Cohorts, repr=False)
     _forms: OrderedDict[tuple[str, Encoding], DeltaForm] = field(default_factory=OrderedDict, repr=False)
     """What differences look like, by the model's digest and the encoding."""
 
@@ -137,6 +146,12 @@ class Gateway:
             for version in branch.current()[-1:]
             for encoding in _ENCODINGS
         ]
+        sizes += [
+            masked_most(sum(spec.elements for spec in self._form(version, "f32").schema.values()))
+            for branch in self.branches().values()
+            for version in branch.current()[-1:]
+            if self._masking(branch, version) is not None
+        ]
         return SEAL_OVERHEAD + MAX_REQUEST + max(sizes, default=0)
 
     def ticket(self, text: str) -> str | None:
@@ -153,7 +168,7 @@ class Gateway:
         Raises KeyGone, Refused (what cannot be opened) and MalformedMessage: then nobody is there to be answered.
         """
         opened = self.keys().open(message, body)
-        if len(opened.words) > MAX_REQUEST or (message != "result" and opened.tensors):
+        if len(opened.words) > MAX_REQUEST or (message not in ("result", "mask") and opened.tensors):
             raise MalformedMessage("the request is longer than it may be", where=message)
         request = read_words(REQUESTS[message], opened.words, where=message)
         try:
@@ -184,6 +199,8 @@ class Gateway:
             return self._task(call.device, branch)
         if call.message == "selection":
             return self._selection(branch, cast(SelectionRequest, request))
+        if call.message == "mask":
+            return self._mask(call.device, branch, cast(MaskRequest, request), call.tensors)
         return self._result(call.device, branch, cast(ResultRequest, request), call.tensors)
 
     def sealed(self, call: Call, answer: Answer) -> bytes:
@@ -247,13 +264,11 @@ class Gateway:
         return SelectionAnswer(status=status, versions=versions)
 
     def _result(self, device: Device, branch: Branch, request: ResultRequest, tensors: memoryview) -> Answer:
-        claims = _claims(request.job, request.version, request.task, device)
-        at = self.keys().cookie_time(request.cookie, **claims)
-        if at is None or not self._recent(at, COOKIE_SECONDS):
-            return _refusal("result", "no gateway gave this device this task lately")
-        version = next((one for one in branch.current() if one.version == request.version), None)
-        if version is None:
-            return _answer("result", "NO_TASK", "the version is trained no more", 0.0)
+        version = self._given("result", device, branch, request)
+        if isinstance(version, Answer):
+            return version
+        if self._masking(branch, version) is not None:
+            return _refusal("result", "this job's results are masked: send them by the message mask")
         try:
             form = self._form(version, request.encoding)
             delta = decode_delta(tensors, form, compressed=request.compressed)
@@ -271,7 +286,50 @@ class Gateway:
             return _answer("result", "RETRY", "there is no room now", self.pace.task)
         return _refusal("result", f"the result is {verdict}")
 
+    def _mask(self, device: Device, branch: Branch, request: MaskRequest, tensors: memoryview) -> Answer:
+        version = self._given("mask", device, branch, request)
+        if isinstance(version, Answer):
+            return version
+        masking = self._masking(branch, version)
+        if masking is None:
+            return _refusal("mask", "this job's results are not masked")
+        try:
+            said = self._cohorts.hear(
+                device,
+                branch,
+                request,
+                tensors,
+                masking=masking,
+                schema=self._form(version, "f32").schema,
+                charter=self.charter(),
+                at=self.clock(),
+                now=time.monotonic(),
+            )
+        except (MalformedTensors, Refused) as error:
+            return _refusal("mask", f"the step {request.step} is refused: {error.what}")
+        if said.wait:
+            return _answer("mask", "RETRY", "others have still to take this step", min(self.pace.task, MASK_SECONDS))
+        if said.step is None:
+            if said.counted:
+                self._remember(branch.origin, device, request.version)
+            return _answer("mask", "NO_TASK", said.why, 0.0)
+        return MaskAnswer(status="OK", step=said.step, body=said.body)
+
     # --- within -------------------------------------------------------------------------------------------------------
+
+    def _given(
+        self, message: Message, device: Device, branch: Branch, request: ResultRequest | MaskRequest
+    ) -> ModelVersion | Answer:
+        """The version that a gateway gave this device to train, if it is trained still; else the answer."""
+        at = self.keys().cookie_time(request.cookie, **_claims(request.job, request.version, request.task, device))
+        if at is None or not self._recent(at, COOKIE_SECONDS):
+            return _refusal(message, "no gateway gave this device this task lately")
+        version = next((one for one in branch.current() if one.version == request.version), None)
+        return version or _answer(message, "NO_TASK", "the version is trained no more", 0.0)
+
+    def _masking(self, branch: Branch, version: ModelVersion) -> DeviceMasking | None:
+        task = branch.task(version.task)
+        return None if task is None else masking_of(task.config)
 
     def _sealed(self, message: Message, request: Request, answer: Answer) -> bytes:
         if (message, answer.status) not in RULES:

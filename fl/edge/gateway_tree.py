@@ -7,10 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from fl.edge.branch import TreeBranch, bounds_of
 from fl.edge.child import NodeJob
 from fl.edge.contract import Branch, EdgeJob, ModelVersion, Update, Verdict
 from fl.edge.exchange import Gateway, Reply, Report
+from fl.edge.masks import capabilities_of
 from fl.edge.task import DeviceTask
 from fl.edge.tree_frames import Offer
 from fl.jobs.bundle import Bundle
@@ -60,6 +64,18 @@ class GuardedBranch:
         with self._lock:
             return self._gateway.branch.add(update)
 
+    def reserve(self, version: int, contribution: str) -> Verdict:
+        """Claim a contribution of which only a sum will come."""
+        with self._lock:
+            return self._gateway.branch.reserve(version, contribution)
+
+    def add_sum(
+        self, version: int, contributions: Sequence[str], tensors: Mapping[str, npt.NDArray[np.float64]], weight: float
+    ) -> bool:
+        """Add a sum of contributions that were admitted."""
+        with self._lock:
+            return self._gateway.branch.add_sum(version, contributions, tensors, weight)
+
     def report(self) -> Report:
         """What to say to the parent next."""
         with self._lock:
@@ -87,7 +103,13 @@ class GatewayTree:
             raise TypeError("only an edge job has devices")
         edge = options.edge
         job = EdgeJob(
-            offer.job, settings.name, "edge", dict(options.config), {}, bounds_of(edge), edge.devices.device_reuse
+            offer.job,
+            settings.name,
+            "edge",
+            dict(options.config),
+            capabilities_of(task.config),
+            bounds_of(edge),
+            edge.devices.device_reuse,
         )
         origin = os.urandom(16).hex()
         branch = TreeBranch(job, settings.schema_of_model, origin, time.monotonic, task_seconds=edge.task_seconds)

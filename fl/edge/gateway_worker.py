@@ -30,6 +30,7 @@ from fl.edge.exchange import Reply, Report
 from fl.edge.gateway import Gateway, Pace
 from fl.edge.gateway_service import GatewayService
 from fl.edge.gateway_tree import GuardedBranch
+from fl.edge.masks import capabilities_of
 from fl.edge.sealing import GroupKeys
 from fl.edge.task import DeviceTask
 from fl.edge.wire import decode_duplicates, encode_report
@@ -222,7 +223,8 @@ class Worker:
 
     def _branch(self, begun: Begun, graph: bytes) -> GuardedBranch:
         bounds = UpdateBounds(begun.max_norm, begun.max_weight)
-        job = EdgeJob(begun.job, begun.name, begun.method, begun.config, {}, bounds, begun.device_reuse)
+        able = capabilities_of(begun.task_config)
+        job = EdgeJob(begun.job, begun.name, begun.method, begun.config, able, bounds, begun.device_reuse)
         schema = {name: TensorSpec(dtype, shape) for name, (dtype, shape) in begun.tensors.items()}
         task = DeviceTask(begun.name, "executorch", graph, begun.task_config)
         branch = TreeBranch(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from attestation.canonical import canonical_bytes, read_canonical
 from fl.edge.contract import MAX_VERSION
+from fl.edge.mask_steps import MAX_BODY, Step
 from fl.edge.protocol import Message, Status
 from fl.edge.task import GraphFormat
 from fl.errors import MalformedMessage
@@ -108,6 +109,20 @@ class ResultRequest(Request):
     cookie: Cookie
 
 
+class MaskRequest(Request):
+    """`mask`: a step of a masked sum. `body`: what the device says in this step.
+
+    With the step `vector`, the masked difference follows as tensors.
+    """
+
+    job: JobId
+    version: Version
+    task: Hex32
+    cookie: Cookie
+    step: Step
+    body: Annotated[str, StringConstraints(max_length=MAX_BODY)]
+
+
 class Answer(Words):
     """What every answer says. `retry_seconds`: how long to wait before the next message, where the table says so."""
 
@@ -170,11 +185,24 @@ class ResultAnswer(Answer):
     """What became of the result."""
 
 
+class MaskAnswer(Answer):
+    """The step that the device takes next, and what it has to know for it, if the status is OK."""
+
+    step: Step | None = None
+    body: Annotated[str, StringConstraints(max_length=200_000)] = ""
+
+
 REQUESTS: Final[Mapping[Message, type[Request]]] = MappingProxyType(
-    {"job": JobRequest, "task": TaskRequest, "selection": SelectionRequest, "result": ResultRequest}
+    {
+        "job": JobRequest,
+        "task": TaskRequest,
+        "selection": SelectionRequest,
+        "result": ResultRequest,
+        "mask": MaskRequest,
+    }
 )
 ANSWERS: Final[Mapping[Message, type[Answer]]] = MappingProxyType(
-    {"job": JobAnswer, "task": TaskAnswer, "selection": SelectionAnswer, "result": ResultAnswer}
+    {"job": JobAnswer, "task": TaskAnswer, "selection": SelectionAnswer, "result": ResultAnswer, "mask": MaskAnswer}
 )
 _W = TypeVar("_W", bound=Words)
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, get_args
 
-Message = Literal["job", "task", "selection", "result"]
+Message = Literal["job", "task", "selection", "result", "mask"]
 Status = Literal["OK", "RETRY", "NO_TASK", "NO_JOB", "DONE", "ERROR", "INVALID_REQUEST"]
-State = Literal["idle", "joined", "training", "reporting", "over"]
+State = Literal["idle", "joined", "training", "reporting", "masking", "over"]
 
 MESSAGES: Final[tuple[Message, ...]] = get_args(Message)
 STATUSES: Final[tuple[Status, ...]] = get_args(Status)
@@ -23,6 +23,7 @@ STATES: Final[Mapping[State, str]] = MappingProxyType(
         "joined": "has a job and no task",
         "training": "has a task and runs it",
         "reporting": "has a result that no gateway has acknowledged",
+        "masking": "has a result that is summed under masks, and is in a cohort or looks for one",
         "over": "asks no more",
     }
 )
@@ -70,6 +71,13 @@ TABLE: Final[tuple[Rule, ...]] = (
     Rule("reporting", "result", "DONE", "idle", True, "the job is over"),
     Rule("reporting", "result", "ERROR", "reporting", True, "the gateway failed: send the same again"),
     Rule("reporting", "result", "INVALID_REQUEST", "joined", True, "the result is refused: drop it"),
+    Rule("masking", "mask", "OK", "masking", False, "the cohort goes on to the step in the answer"),
+    Rule("masking", "mask", "RETRY", "masking", True, "others have still to take this step: send the same again"),
+    Rule("masking", "mask", "NO_TASK", "joined", False, "the sum is made, or there will be none: drop the result"),
+    Rule("masking", "mask", "NO_JOB", "idle", True, "this gateway does not have the job any more"),
+    Rule("masking", "mask", "DONE", "idle", True, "the job is over"),
+    Rule("masking", "mask", "ERROR", "masking", True, "the gateway failed: send the same again"),
+    Rule("masking", "mask", "INVALID_REQUEST", "joined", True, "what the device says is refused: drop the result"),
 )
 
 SENDS: Final[Mapping[State, Message]] = MappingProxyType({rule.state: rule.message for rule in TABLE})
@@ -79,6 +87,8 @@ RULES: Final[Mapping[tuple[Message, Status], Rule]] = MappingProxyType({(r.messa
 
 TRAINED: Final[State] = "reporting"
 """Where a device goes from `training` when its task has a result,"""
+MASKED: Final[State] = "masking"
+"""where instead if its task's results are masked,"""
 GAVE_UP: Final[State] = "joined"
 """and where when it has none: the task failed, was not approved, or a condition (battery, network) ended it."""
 RULED_OUT: Final[Mapping[Message, tuple[Status, ...]]] = MappingProxyType(

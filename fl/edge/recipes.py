@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from fl.aggregation.fixed_point import MAX_WEIGHT
 from fl.edge.device_model import DeviceModel
 from fl.edge.evaluating import evaluation_files
 from fl.edge.kits.python.trainer import training_params
+from fl.edge.masks import DeviceMasking
 from fl.edge.settings import DeviceManagerConfig, DevicePrivacy, EdgeSettings, EvaluatorConfig, ModelManagerConfig
 from fl.edge.simulation.population import PopulationSettings
 from fl.edge.simulation.processors import DataOf, TaskProcessor
@@ -84,6 +86,7 @@ class EdgeFedBuffRecipe(Recipe):
         output_shape: Sequence[int] | None = None,
         device_training_params: Mapping[str, Any] | None = None,
         privacy: DevicePrivacy | None = None,
+        secure_aggregation: DeviceMasking | None = None,
         max_norm: float | None = None,
         max_weight: float = 1e6,
         task_seconds: float = 600.0,
@@ -104,6 +107,7 @@ class EdgeFedBuffRecipe(Recipe):
           the training graph is exported for them.
         - `device_training_params`: `epoch`, `batch_size`, `lr`, `momentum`, `weight_decay`, and what else an app reads.
         - `privacy`: clip each device's contribution, and add noise at the root.
+        - `secure_aggregation`: gateways see sums of devices alone; each device bounds what it contributes by itself.
         - `max_norm`, `max_weight`: what any one device may contribute; without privacy, which bounds it itself.
         - `task_seconds`: a device has so long for a task.
         - `stop_cond`, `patience`: as FedAvgRecipe's, over the evaluator's accuracy.
@@ -126,6 +130,8 @@ class EdgeFedBuffRecipe(Recipe):
             if not Path(custom_source_root).is_dir():
                 raise RecipeUnusable(f"{custom_source_root} is no folder", where="custom_source_root")
             sys.path.insert(0, str(Path(custom_source_root).resolve()))
+        if secure_aggregation is not None:
+            config |= _masking(secure_aggregation, privacy, max_norm, max_weight).config()
         edge = EdgeSettings(
             models=model_manager_config or ModelManagerConfig(),
             devices=device_manager_config or DeviceManagerConfig(),
@@ -272,6 +278,21 @@ class _SimulatedDevices:
         if not isinstance(recipe, EdgeFedBuffRecipe):
             raise TypeError("only an edge job has devices")
         return simulate_job(self.env, recipe)
+
+
+def _masking(
+    given: DeviceMasking, privacy: DevicePrivacy | None, max_norm: float | None, max_weight: float
+) -> DeviceMasking:
+    """What a task says of masks: a device does by itself what a gateway cannot do any more."""
+    most = MAX_WEIGHT if privacy is None else 1.0
+    clip = max_norm if privacy is None else privacy.clip_norm
+    return DeviceMasking.model_validate(
+        {
+            **given.model_dump(),
+            "clip_norm": clip or given.clip_norm,
+            "max_weight": min(most, max_weight, given.max_weight),
+        }
+    )
 
 
 def _device_model(given: Any) -> DeviceModel:

@@ -38,7 +38,7 @@ A device begins with the charter's first root and nothing else.
    its signing key; affirming,
    not ended) and its word, signed by that key over the device's nonce, with the **group key**. Only then does a
    device send anything.
-3. The four messages below, each sealed to the group key. When the EARs have ended, or the answer is HTTP 410, it
+3. The messages below, each sealed to the group key. When the EARs have ended, or the answer is HTTP 410, it
    begins at 1 again.
 
 Whoever ends TLS on the way sees lengths and times. Any gateway of the charter can answer any device at any time.
@@ -82,6 +82,27 @@ A device runs a task only if the charter has `code/device-DIGEST.json` for its j
 canonical JSON of `config`, `format`, `graph` (its SHA-256) and `job` (its name).
 """
 
+_MASKS: Final = """## Masked sums
+A task whose configuration has `secure_aggregation.` and `cohort`, `threshold`, `limit`, `seconds`, `clip_norm`,
+`max_weight` is reported by `mask` alone, in five steps. `body` is JSON in any layout; keys and shares are in hex.
+
+| step | a device says | it hears, when all have or `seconds` are over |
+|---|---|---|
+| `keys` | `token`, two X25519 keys `cipher` and `mask`, `signature` | by device, what each has said in this step |
+| `shares` | by neighbour, an encrypted share of its mask key and its seed | by neighbour, the share for this device |
+| `vector` | as tensors `values` and `weight` (U64), both masked | the survivors, as names of an object |
+| `survivors` | its signature over the round and the survivors | by survivor, such a signature |
+| `unmask` | by device, its share of a survivor's seed, or of a lost one's mask key | NO_TASK `counted` |
+
+Devices are named `ISSUER/DEVICE`, and each verifies the tokens of all others by the charter. Signatures are ECDSA
+(P-256, SHA-256) by the token's key over `"sealwright-device-mask-v1" 00` and canonical JSON: `cipher`, `context`,
+`mask`, `step`; and `round`, `step`, `survivors`. `context` is the SHA-256 of `"sealwright-device-cohort-v1" 00` and the
+canonical JSON of `charter`, `job` (its id), `task`, `version`. What follows from the keys is the round of [secure
+aggregation](../explanation/secure-aggregation.md), with each device as its own member. A number x of weight w is
+round(x w (2**52 / (limit 65536))), modulo 2**64. Only devices that say they have the capability `masks` are given such
+a job; of the kits, the Python one.
+"""
+
 
 def page() -> str:
     """The reference page."""
@@ -108,7 +129,8 @@ def page() -> str:
     kinds += [("in a task's answer", Task), ("something to fetch", Blob)]
     for title, kind in kinds:
         lines += [f"### {kind.__name__}: {title}", *_plain(kind.__doc__), "", *_fields(kind), ""]
-    lines += [_SEALS.format(overhead=SEAL_OVERHEAD), "## Routes", "| | answers |", "|---|---|", *map(_row, ROUTES), ""]
+    lines += [_SEALS.format(overhead=SEAL_OVERHEAD), _MASKS]
+    lines += ["## Routes", "| | answers |", "|---|---|", *map(_row, ROUTES), ""]
     lines += ["Any of them may answer:", "", *(f"- {status}: {why}" for status, why in ANY.items())]
     return "\n".join(lines) + "\n"
 

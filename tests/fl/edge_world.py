@@ -30,6 +30,7 @@ from fl.edge.gateway import Gateway, Pace
 from fl.edge.gateway_service import GatewayService
 from fl.edge.kits.python import Device, DeviceSettings, Trust
 from fl.edge.kits.python.data import ArrayDataset, Arrays, Dataset
+from fl.edge.masks import capabilities_of
 from fl.edge.sealing import GroupKeys, new_group_key
 from fl.edge.task import DeviceTask
 from fl.edge.tokens import issue_token
@@ -118,7 +119,14 @@ class EdgeWorld:
     def branch(
         self, *, permits: int = 1 << 20, shapes: Mapping[str, tuple[int, ...]] = SHAPES, **bounds: Any
     ) -> TreeBranch:
-        job = EdgeJob("job-1", JOB, "fedbuff", {"epoch": 1}, {"os": "linux"}, UpdateBounds(**bounds))
+        job = EdgeJob(
+            "job-1",
+            JOB,
+            "fedbuff",
+            {"epoch": 1},
+            {"os": "linux", **capabilities_of(self.task.config)},
+            UpdateBounds(**bounds),
+        )
         schema = parse(model_of(0.0, shapes), max_size=1 << 30).schema
         branch = TreeBranch(job, schema, secrets.token_hex(16), time.monotonic)
         branch.grant(permits)

@@ -25,7 +25,7 @@ from federation_world import now
 from fl.edge import reference
 from fl.edge.kits.python import DeviceSettings, GatewayConnection, Trust
 from fl.edge.kits.python.connection import GatewayUnavailable
-from fl.edge.messages import JobAnswer, JobRequest, read_words
+from fl.edge.messages import JobAnswer, JobRequest, MaskRequest, read_words
 from fl.edge.protocol import MESSAGES
 from fl.edge.sealing import open_answer, seal_request
 from policies.charter import Changes
@@ -508,10 +508,12 @@ def test_the_service_answers_as_its_openapi_document_says(world: EdgeWorld, conn
         task, result = device.standing.task, device._memory.result()
         assert task is not None
         assert result is not None
+        common = {"token": device._token, "request": "ab" * 16, "answer_key": "cd" * 32, "job": "job-1", "version": 1}
+        masks = MaskRequest(**common, task=task.digest, cookie=task.cookie, step="keys", body="{}")
         sealed = {
             message: seal_request(
                 message,
-                device._words(message).to_bytes(),
+                (masks if message == "mask" else device._words(message)).to_bytes(),
                 result if message == "result" else b"",
                 key=device._key,
                 group_key=world.keys().public,

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from fl.edge.device_model import DeviceModel
+from fl.edge.masks import DeviceMasking, capabilities_of, masking_of
 from fl.edge.recipes import GRAPH_FILE, EdgeFedBuffRecipe, ETFedBuffRecipe, SimulationConfig
-from fl.edge.settings import DeviceManagerConfig, EvaluatorConfig, ModelManagerConfig
+from fl.edge.settings import DeviceManagerConfig, DevicePrivacy, EvaluatorConfig, ModelManagerConfig
 from fl.environments.poc import PocEnv
 from fl.environments.sim import SimEnv
 from fl.errors import JobFailed, RecipeUnusable
@@ -162,6 +163,26 @@ def test_arguments_that_are_wrong_say_so(changes: dict[str, Any], named: str) ->
     with pytest.raises(Unusable) as raised:
         EdgeFedBuffRecipe(**arguments(**{"model": Xor(), **changes}))
     assert named in str(raised.value)
+
+
+def test_a_masked_job_says_so_in_what_is_approved() -> None:
+    """A device bounds by itself what a gateway cannot see: so its task says by how much."""
+    settings = EdgeFedBuffRecipe(
+        **{**arguments(), "model": Xor()}, secure_aggregation=DeviceMasking(cohort=5, threshold=4), max_norm=2.0
+    ).settings
+    assert isinstance(settings.options, FedBuffOptions)
+    masking = masking_of(settings.options.config)
+    assert masking == DeviceMasking(cohort=5, threshold=4, clip_norm=2.0)
+    assert capabilities_of(settings.options.config) == {"masks": "1"}
+    private = EdgeFedBuffRecipe(
+        **{**arguments(), "model": Xor()},
+        secure_aggregation=DeviceMasking(),
+        privacy=DevicePrivacy(clip_norm=0.5, noise_multiplier=1.0, delta=1e-5),
+    ).settings
+    assert isinstance(private.options, FedBuffOptions)
+    masking = masking_of(private.options.config)
+    assert masking is not None
+    assert (masking.clip_norm, masking.max_weight) == (0.5, 1.0)
 
 
 def test_what_only_an_environment_can_tell_is_told(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fl.edge.kits.python.data import Arrays, Condition, DataSource, Event, Filte
 from fl.edge.kits.python.memory import Memory, Standing
 from fl.edge.kits.python.trainer import Trainer, TrainingStopped
 from fl.edge.kits.python.trust import GatewayProof, Trust
+from fl.edge.masks import CAPABILITY, COUNTED, CohortDevice, context_of, masking_of
 from fl.edge.messages import (
     ANSWERS,
     Answer,
@@ -33,6 +34,8 @@ from fl.edge.messages import (
     Encoding,
     JobAnswer,
     JobRequest,
+    MaskAnswer,
+    MaskRequest,
     Request,
     ResultRequest,
     SelectionRequest,
@@ -41,7 +44,7 @@ from fl.edge.messages import (
     TaskRequest,
     read_words,
 )
-from fl.edge.protocol import GAVE_UP, SENDS, TRAINED, Message, Rule, next_state
+from fl.edge.protocol import GAVE_UP, MASKED, SENDS, TRAINED, Message, Rule, next_state
 from fl.edge.sealing import open_answer, open_blob, seal_request
 from fl.errors import MalformedTensors
 from fl.tensors import FLOATS, parse, widen_bf16
@@ -113,6 +116,7 @@ class Device:
         self._clock = clock
         self._rng = np.random.default_rng() if rng is None else rng
         self._proof: GatewayProof | None = None
+        self._cohort: CohortDevice | None = None
         self._failures = 0
         self.standing: Standing = self._memory.standing()
         """Where it is."""
@@ -141,6 +145,9 @@ class Device:
             seconds = max(error.seconds, self._pause())
         except Refused as error:  # the gateway, the charter or an answer does not hold: nothing was sent, or believed
             self._proof = None
+            if self.standing.state == "masking":  # what it would have said next, nobody hears
+                self._cohort = None
+                self._give_up()
             self._event("refused", {"why": error.what, "reasons": list(error.reasons)})
             seconds = self._pause()
         else:
@@ -151,9 +158,15 @@ class Device:
 
     def _say(self, message: Message) -> float:
         """Send `message`; go where the table leads."""
+        if message == "mask" and self._cohort is None:
+            self._cohort = self._in_cohort()
         answer = self._ask(message)
         rule = next_state(message, answer.status)
+        if isinstance(answer, MaskAnswer) and answer.status == "OK":
+            cast(CohortDevice, self._cohort).hear(answer.step, answer.body)
         self._go(rule, answer)
+        if rule.then != "masking":
+            self._cohort = None
         if answer.status == "ERROR":
             return max(answer.retry_seconds, self._pause())
         self._failures = 0
@@ -161,7 +174,7 @@ class Device:
 
     def _go(self, rule: Rule, answer: Answer) -> None:
         now = self.standing
-        task = now.task if rule.then in ("training", "reporting") else None
+        task = now.task if rule.then in ("training", "reporting", "masking") else None
         if isinstance(answer, TaskAnswer) and answer.status == "OK":
             if answer.task is None:
                 raise Refused("the gateway's answer has no task", where="task", do="Ask again.")
@@ -175,6 +188,9 @@ class Device:
         details = {"status": answer.status, "message": answer.message, "job": job or now.job}
         if rule.message == "job":
             self._event({"joined": "joined", "over": "over"}.get(rule.then, "waiting"), details)
+        elif rule.message == "mask":
+            if rule.then != "masking":
+                self._event("reported" if answer.message == COUNTED else "dropped", details)
         elif rule.message == "result":
             kept = rule.then == "reporting"
             self._event("reported" if answer.status == "OK" else "waiting" if kept else "dropped", details)
@@ -192,6 +208,8 @@ class Device:
         words, tensors = self._words(message), b""
         if message == "result":
             tensors = self._memory.result() or b""
+        elif message == "mask":
+            tensors = cast(CohortDevice, self._cohort).tensors
         proof, charter = self._gateway(), self._trust.id
         sealed = seal_request(
             message, words.to_bytes(), tensors, key=self._key, group_key=proof.group_key, charter=charter
@@ -211,13 +229,24 @@ class Device:
             "answer_key": secrets.token_hex(32),
         }
         if message == "job":
-            return JobRequest(**common, jobs=settings.jobs, capabilities=settings.capabilities)
+            able = {CAPABILITY: "1", **settings.capabilities}
+            return JobRequest(**common, jobs=settings.jobs, capabilities=able)
         common["job"] = now.job
         if message == "task":
             return TaskRequest(**common, wait_seconds=settings.wait_seconds)
         task = cast(Task, now.task)
         if message == "selection":
             return SelectionRequest(**common, version=task.version)
+        if message == "mask":
+            cohort = cast(CohortDevice, self._cohort)
+            return MaskRequest(
+                **common,
+                version=task.version,
+                task=task.digest,
+                cookie=task.cookie,
+                step=cohort.step,
+                body=cohort.body,
+            )
         return ResultRequest(
             **common,
             version=task.version,
@@ -266,7 +295,11 @@ class Device:
             }
             for filter_out in filters_out:
                 delta = filter_out(delta)
-            encoded = encode_delta(delta, self._settings.encoding, self._rng, compressed=self._settings.compressed)
+            masking = masking_of(task.config)
+            encoding, compressed = self._settings.encoding, self._settings.compressed
+            if masking is not None:  # what is masked is summed as whole numbers, of which it says how fine they are
+                encoding, compressed = "f32", False
+            encoded = encode_delta(delta, encoding, self._rng, compressed=compressed)
         except GatewayUnavailable:
             raise
         except TrainingStopped as stopped:
@@ -281,9 +314,31 @@ class Device:
             return self._pause()
         self._memory.keep_result(encoded)
         now = self.standing
-        self._keep(now.model_copy(update={"state": TRAINED, "weight": float(max(1, len(dataset)))}))
+        state = TRAINED if masking is None else MASKED
+        self._keep(now.model_copy(update={"state": state, "weight": float(max(1, len(dataset)))}))
         self._event("trained", {"version": task.version, "bytes": len(encoded)})
         return 0.0
+
+    def _in_cohort(self) -> CohortDevice:
+        """The device's part in a cohort, for the result that it has."""
+        task, trust = cast(Task, self.standing.task), self._trust
+        self._gateway()  # which brings the charter
+        masking, raw = masking_of(task.config), self._memory.result()
+        if masking is None or raw is None:
+            raise TypeError("there is nothing to mask")
+        file = parse(raw, max_size=len(raw), where="result")
+        return CohortDevice(
+            self._token,
+            self._key,
+            job=task.name,
+            context=context_of(trust.id, cast(str, self.standing.job), task.version, task.digest),
+            masking=masking,
+            difference={name: file.array(name) for name in file.schema},
+            weight=self.standing.weight,
+            charter=lambda: trust.charter(self._clock()),
+            clock=self._clock,
+            random=secrets.token_bytes,
+        )
 
     def _give_up(self) -> None:
         self._keep(self.standing.model_copy(update={"state": GAVE_UP, "task": None}))

@@ -48,6 +48,8 @@ class Memory:
             found = Standing() if raw is None else Standing.model_validate_json(raw)
         except ValidationError:
             return Standing()
+        if found.state == "masking":  # its keys went with the process: the cohort goes on without it
+            return found.model_copy(update={"state": "joined", "task": None})
         needs_task = found.state in ("training", "reporting")
         if (found.state not in ("idle", "over") and found.job is None) or (needs_task and found.task is None):
             return Standing()
@@ -58,7 +60,7 @@ class Memory:
     def keep(self, standing: Standing) -> None:
         """Keep where the device is. Raises Unusable if it cannot be kept."""
         self._write(STATE, standing.model_dump_json().encode())
-        if standing.state != "reporting":
+        if standing.state not in ("reporting", "masking"):
             (self._folder / RESULT).unlink(missing_ok=True)
 
     def result(self) -> bytes | None:

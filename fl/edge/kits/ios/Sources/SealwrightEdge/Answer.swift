@@ -38,7 +38,7 @@ public struct Answer {
                 }
                 return version
             }
-        case .result:
+        case .result, .mask:
             break
         }
         try fields.end()

@@ -133,6 +133,7 @@ public final class Device {
         switch rule.message {
         case .job: return rule.then == .joined ? "joined" : rule.then == .over ? "over" : "waiting"
         case .result: return ok ? "reported" : rule.then == .reporting ? "waiting" : "dropped"
+        case .mask: return nil
         case .task: return rule.then == .training ? "task" : rule.then == .over ? "over" : nil
         case .selection: return nil
         }

@@ -1,6 +1,6 @@
 /// The device protocol's state table; tests hold it against the reference's (docs/reference/device-protocol.md).
 public enum DeviceProtocol {
-    public enum Message: String, CaseIterable { case job, task, selection, result }
+    public enum Message: String, CaseIterable { case job, task, selection, result, mask }
 
     public enum Status: String, CaseIterable {
         case ok = "OK", retry = "RETRY", noTask = "NO_TASK", noJob = "NO_JOB", done = "DONE", error = "ERROR"
@@ -9,7 +9,10 @@ public enum DeviceProtocol {
 
     /// Where a device is.
     public enum State: String, CaseIterable {
-        case idle, joined, training, reporting, over
+        case idle, joined, training, reporting
+        /// Of the table alone: this kit refuses tasks whose results are masked, so that no device of it gets here.
+        case masking
+        case over
 
         /// What a device sends in this state; nil: nothing.
         public var sends: Message? {
@@ -18,6 +21,7 @@ public enum DeviceProtocol {
             case .joined: return .task
             case .training: return .selection
             case .reporting: return .result
+            case .masking: return .mask
             case .over: return nil
             }
         }
@@ -51,6 +55,10 @@ public enum DeviceProtocol {
         .result: [
             .ok: (.joined, false), .retry: (.reporting, true), .noTask: (.joined, false), .noJob: (.idle, true),
             .done: (.idle, true), .error: (.reporting, true), .invalidRequest: (.joined, true),
+        ],
+        .mask: [
+            .ok: (.masking, false), .retry: (.masking, true), .noTask: (.joined, false), .noJob: (.idle, true),
+            .done: (.idle, true), .error: (.masking, true), .invalidRequest: (.joined, true),
         ],
     ]
 

@@ -116,6 +116,9 @@ public final class Trust {
         } else {
             reasons.append("the charter approves no device task \(digest)")
         }
+        if task.config.keys.contains(where: { $0.hasPrefix("secure_aggregation.") }) {
+            reasons.append("its results are summed under masks, which this kit does not do")
+        }
         guard reasons.isEmpty else { throw Refused(reasons) }
     }
 }

@@ -7,7 +7,7 @@ import java.util.Map;
 /** The device protocol's state table; tests hold it against the reference's (docs/reference/device-protocol.md). */
 public final class Protocol {
     public enum Message {
-        JOB, TASK, SELECTION, RESULT;
+        JOB, TASK, SELECTION, RESULT, MASK;
 
         public String word() { return name().toLowerCase(Locale.ROOT); }
     }
@@ -16,7 +16,9 @@ public final class Protocol {
 
     /** Where a device is. */
     public enum State {
-        IDLE(Message.JOB), JOINED(Message.TASK), TRAINING(Message.SELECTION), REPORTING(Message.RESULT), OVER(null);
+        IDLE(Message.JOB), JOINED(Message.TASK), TRAINING(Message.SELECTION), REPORTING(Message.RESULT),
+        /** Of the table alone: this kit refuses tasks whose results are masked, so that no device of it gets here. */
+        MASKING(Message.MASK), OVER(null);
 
         /** What a device sends in this state; null: nothing. */
         public final Message sends;
@@ -73,6 +75,13 @@ public final class Protocol {
         rule(Message.RESULT, Status.DONE, State.IDLE, true);
         rule(Message.RESULT, Status.ERROR, State.REPORTING, true);
         rule(Message.RESULT, Status.INVALID_REQUEST, State.JOINED, true);
+        rule(Message.MASK, Status.OK, State.MASKING, false);
+        rule(Message.MASK, Status.RETRY, State.MASKING, true);
+        rule(Message.MASK, Status.NO_TASK, State.JOINED, false);
+        rule(Message.MASK, Status.NO_JOB, State.IDLE, true);
+        rule(Message.MASK, Status.DONE, State.IDLE, true);
+        rule(Message.MASK, Status.ERROR, State.MASKING, true);
+        rule(Message.MASK, Status.INVALID_REQUEST, State.JOINED, true);
     }
 
     private Protocol() {}

@@ -35,6 +35,7 @@ public final class Standing {
                 fields.number("weight", 1, Double.MAX_VALUE));
         fields.end();
         boolean needsJob = found.state != Protocol.State.IDLE && found.state != Protocol.State.OVER;
+        if (found.state == Protocol.State.MASKING) return BEGINNING;
         boolean needsTask = found.state == Protocol.State.TRAINING || found.state == Protocol.State.REPORTING;
         if (needsJob && found.job == null || needsTask && found.task == null) throw new Refused("the standing is none");
         return found;

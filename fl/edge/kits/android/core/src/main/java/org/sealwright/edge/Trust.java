@@ -128,6 +128,9 @@ public final class Trust {
         else if (!approval.job.equals(task.name)) {
             reasons.add("it is approved for the job " + approval.job + ", not " + task.name);
         } else if (!at.isBefore(approval.expires)) reasons.add("its approval has expired");
+        if (task.config.keySet().stream().anyMatch(name -> name.startsWith("secure_aggregation."))) {
+            reasons.add("its results are summed under masks, which this kit does not do");
+        }
         if (!reasons.isEmpty()) throw new Refused(reasons);
     }
 }
