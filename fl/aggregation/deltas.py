@@ -14,7 +14,6 @@ before it checks it.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -28,15 +27,24 @@ Delta: TypeAlias = Literal["bf16", "int8"]
 
 SCALE: Final = "#scale"
 STEPS: Final = 127
-_DTYPE: Final = {"bf16": "BF16", "int8": "I8"}
+DTYPE: Final = {"f32": "F32", "bf16": "BF16", "int8": "I8"}
+"""Each form's dtype; `f32` is one that devices have beside the two (`fl.edge.deltas`)."""
 
 
-def encoded_schema(schema: Schema, delta: Delta) -> dict[str, TensorSpec]:
+def encoded_schema(schema: Schema, form: Literal["f32", "bf16", "int8"]) -> dict[str, TensorSpec]:
     """The tensors that a difference from a model of floats has when it travels."""
-    found = {name: TensorSpec(_DTYPE[delta], spec.shape) for name, spec in schema.items()}
-    if delta == "int8":
+    found = {name: TensorSpec(DTYPE[form], spec.shape) for name, spec in schema.items()}
+    if form == "int8":
         found |= {name + SCALE: TensorSpec("F32", ()) for name in schema}
     return found
+
+
+def scale_of(file: TensorFile, name: str) -> np.float32:
+    """The scale of an int8 tensor. Raises MalformedTensors for one that is below 0 or not finite."""
+    scale = np.float32(file.array(name + SCALE)[()])
+    if not 0 <= scale < np.inf:
+        raise MalformedTensors(f"the scale of tensor {name!r} is {scale}", where="difference")
+    return scale
 
 
 class ErrorFeedback:
@@ -101,12 +109,7 @@ class DecodedTensors(TensorFile):
                 raise MalformedTensors(f"tensor {name!r} is not what a difference in {delta} has", where="difference")
         super().__init__(encoded._source, schema, {}, {})
         self._encoded = encoded
-        self._scales = {}
-        for name in schema if delta == "int8" else ():
-            scale = float(encoded.array(name + SCALE))
-            if not math.isfinite(scale) or scale < 0:
-                raise MalformedTensors(f"the scale of tensor {name!r} is {scale}", where="difference")
-            self._scales[name] = np.float32(scale)
+        self._scales = {name: scale_of(encoded, name) for name in schema} if delta == "int8" else {}
 
     def block(self, name: str, first: int, last: int) -> npt.NDArray[Any]:
         """Elements `first` to `last` of the tensor laid flat, as float32."""

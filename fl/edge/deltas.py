@@ -1,9 +1,8 @@
 """How a device's difference from a model travels: a safetensors file in one of three encodings, compressed or not.
 
 - `f32`: each tensor of floats as F32.
-- `bf16`: as BF16, rounded to nearest even: half the bytes, a relative error of at most 2**-8.
-- `int8`: as I8 with a scale, the F32 scalar `NAME#scale`: value = scale * integer, and scale = max |value| / 127.
-  Rounding is random in proportion, so that the mean of many devices' errors tends to zero (QSGD, Alistarh et al. 2017).
+- `bf16` and `int8`: in the forms of `fl.aggregation.deltas`, without error feedback, as a device comes once. For int8
+  rounding is random in proportion, so that the mean of many devices' errors tends to zero (QSGD, Alistarh et al. 2017).
 
 Compression is zlib (RFC 1950). Its content is bounded by the model's size before anything is inflated.
 """
@@ -18,6 +17,7 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from fl.aggregation.deltas import DTYPE, SCALE, STEPS, encoded_schema, scale_of
 from fl.edge.contract import Tensors
 from fl.edge.messages import Encoding
 from fl.errors import MalformedTensors
@@ -25,8 +25,6 @@ from fl.tensors import Buffer, Schema, TensorFile, TensorSpec, encode, layout, n
 
 LEVEL: Final = 1
 """zlib's level: the fastest, since weights compress little at any."""
-DTYPE: Final[Mapping[Encoding, str]] = {"f32": "F32", "bf16": "BF16", "int8": "I8"}
-SCALE: Final = "#scale"
 _SLACK: Final = 64 << 10
 """Bytes that another library's header may have beyond ours."""
 
@@ -57,14 +55,6 @@ class DeltaForm:
         return cls(encoding, schema, encoded, layout(encoded)[2] + _SLACK, sum(one.size for one in encoded.values()))
 
 
-def encoded_schema(schema: Schema, encoding: Encoding) -> dict[str, TensorSpec]:
-    """What a difference from a model with these tensors of floats looks like in `encoding`."""
-    found = {name: TensorSpec(DTYPE[encoding], spec.shape) for name, spec in schema.items()}
-    if encoding == "int8":
-        found |= {name + SCALE: TensorSpec("F32", ()) for name in schema}
-    return found
-
-
 def encode_delta(tensors: Tensors, encoding: Encoding, rng: np.random.Generator, *, compressed: bool) -> bytes:
     """Write finite float32 `tensors`. Raises MalformedTensors for a number that is not finite."""
     parts: dict[str, tuple[TensorSpec, Buffer]] = {}
@@ -78,11 +68,11 @@ def encode_delta(tensors: Tensors, encoding: Encoding, rng: np.random.Generator,
         elif encoding == "bf16":
             parts[name] = spec, narrow_bf16(array).astype("<u2").tobytes()
         else:
-            scale = np.float32(np.abs(array).max(initial=0.0) / np.float32(127))
+            scale = np.float32(np.abs(array).max(initial=0.0) / np.float32(STEPS))
             steps = array / scale if scale > 0 else np.zeros_like(array)
             low = np.floor(steps)
             up = rng.random(array.shape, dtype=np.float32) < steps - low
-            parts[name] = spec, np.clip(low + up, -127, 127).astype(np.int8).tobytes()
+            parts[name] = spec, np.clip(low + up, -STEPS, STEPS).astype(np.int8).tobytes()
             parts[name + SCALE] = TensorSpec("F32", ()), scale.astype("<f4").tobytes()
     raw = encode(parts)
     return zlib.compress(raw, LEVEL) if compressed else raw
@@ -94,7 +84,7 @@ def decode_delta(raw: Buffer, form: DeltaForm, *, compressed: bool) -> dict[str,
     The arrays may be read-only views of `raw`. Whether the numbers are finite is the caller's to check. Raises
     MalformedTensors for anything that is not exactly such a difference.
     """
-    where, encoding = "difference", form.encoding
+    encoding = form.encoding
     file = _read(_inflated(raw, form.most) if compressed else raw, form)
     found: dict[str, npt.NDArray[np.float32]] = {}
     for name in form.schema:
@@ -102,10 +92,7 @@ def decode_delta(raw: Buffer, form: DeltaForm, *, compressed: bool) -> dict[str,
         if encoding == "bf16":
             array = widen_bf16(array)
         elif encoding == "int8":
-            scale = np.float32(file.array(name + SCALE)[()])
-            if not 0 <= scale < np.inf:
-                raise MalformedTensors(f"the scale of {name!r} is below 0 or not finite", where=where)
-            array = array.astype(np.float32) * scale
+            array = array.astype(np.float32) * scale_of(file, name)
         found[name] = array
     return found
 
