@@ -35,6 +35,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from benchmarks.bare_gateway import Served, cryptography_ms
+from benchmarks.peers import environments, nvflare_edge
+from benchmarks.trials import tell
 from fl.edge.deltas import encode_delta
 from fl.edge.exchange import Reply
 from fl.edge.gateway_workers import GatewayWorkers
@@ -64,9 +66,18 @@ SHAPES = {"a.weight": (250, 96), "a.bias": (250,), "b.weight": (3, 250)}
 
 
 def measure() -> Mapping[str, object]:
-    """Updates a second by encoding, and the most memory that the gateway had; beside them the machine's limits."""
-    found: dict[str, object] = {encoding: _measured(encoding) for encoding in ("int8", "bf16", "f32")}
-    return {**found, "machine": _limits()}
+    """Updates a second by encoding, and the most memory that the gateway had; beside them the machine's limits, and
+    NVIDIA FLARE's edge stack with a model of the same size, where it is installed."""
+    found: dict[str, object] = {}
+    for encoding in ("int8", "bf16", "f32"):
+        tell(f"edge: {encoding}")
+        found[encoding] = _measured(encoding)
+    found["machine"] = _limits()
+    if "nvflare" in environments.installed():
+        tell("edge: NVIDIA FLARE")
+        with tempfile.TemporaryDirectory() as folder:
+            found["NVIDIA FLARE"] = nvflare_edge.edge(Path(folder))
+    return found
 
 
 def _limits() -> Mapping[str, object]:

@@ -52,6 +52,7 @@ class Tagged:
         }
         self.most_pss = 0
         """KiB of all processes together."""
+        self.most_processes = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -103,7 +104,9 @@ class Tagged:
 
     def _look(self) -> None:
         while not self._over.wait(0.5):
-            self.most_pss = max(self.most_pss, sum(_pss(process) for process in self._processes()))
+            processes = self._processes()
+            self.most_pss = max(self.most_pss, sum(map(_pss, processes)))
+            self.most_processes = max(self.most_processes, len(processes))
 
     def _processes(self) -> list[int]:
         word = self._word.encode()
