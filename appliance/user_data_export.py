@@ -2,8 +2,9 @@
 
 The server, and whoever is between, sees and may change what a host sees and may change of a disk, so that nothing here
 is checked but the form: the volume's own layers are decrypted and verified when they are read (`appliance.user_data`).
-The kernel's client speaks NFSv4.1, in which the server opens no connection to the guest. A server that falls silent
-gives EIO after about a minute to whoever reads.
+The kernel's client speaks NFSv4.1, in which the server opens no connection to the guest. As long as the connection
+stands the client would wait for an answer for ever, so somebody here asks the server something again and again: after
+SILENT_SECONDS without a word, whoever waits gets EIO.
 
 Sources: Linux, fs/nfs/fs_context.c (options of `nfs4`), include/uapi/linux/loop.h; RFC 8881, section 2.4.
 """
@@ -16,6 +17,7 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -34,6 +36,13 @@ _LOOP_CONFIG: Final = struct.Struct("=II52xI176x64x")
 """`struct loop_config`: fd, block size, `struct loop_info64` with its flags after 52 bytes, and what is reserved."""
 _READ_ONLY_AUTOCLEAR: Final = 1 | 4
 _SECTOR: Final = 512
+_MNT_FORCE: Final = 1
+"""Ends all that waits for the server, with EIO; a mount that is in use stays."""
+_MNT_DETACH: Final = 2
+ASK_SECONDS: Final = 10.0
+SILENT_SECONDS: Final = 60.0
+CLOSE_SECONDS: Final = 10.0
+"""How long taking leave of the server may take; a guest that closes its volume is about to power off."""
 
 
 @contextlib.contextmanager
@@ -81,10 +90,36 @@ def _mounted(export: DataExport, folder: str) -> Iterator[None]:
     source, options = f"{export.server}:{folder}".encode(), _OPTIONS.format(server=export.server).encode()
     if libc.mount(source, os.fsencode(MOUNT_POINT), b"nfs4", ctypes.c_ulong(_FLAGS), options) != 0:
         raise _unusable(export, f"the export does not mount: {os.strerror(ctypes.get_errno())}", _LOOK)
+    over, answered = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        while not over.wait(ASK_SECONDS):
+            with contextlib.suppress(OSError):
+                os.statvfs(MOUNT_POINT)  # the one question that is never answered from memory
+                answered.set()
+
+    def watch() -> None:
+        patience = SILENT_SECONDS
+        while not over.wait(patience):
+            silent = not answered.is_set()
+            answered.clear()
+            if silent:
+                _unmount(_MNT_FORCE)
+            patience = 2 * ASK_SECONDS if silent else SILENT_SECONDS  # what reads on has waited long enough
+
+    for work in (ask, watch):
+        threading.Thread(target=work, name=f"export {work.__name__}", daemon=True).start()
     try:
         yield
     finally:
-        libc.umount2(os.fsencode(MOUNT_POINT), 2)  # MNT_DETACH: a silent server keeps nobody
+        over.set()
+        leave = threading.Thread(target=_unmount, args=(_MNT_DETACH,), name="export leave", daemon=True)
+        leave.start()
+        leave.join(CLOSE_SECONDS)
+
+
+def _unmount(flags: int) -> None:
+    ctypes.CDLL(None).umount2(os.fsencode(MOUNT_POINT), flags)
 
 
 @contextlib.contextmanager

@@ -20,10 +20,11 @@ NFS_CORE_PARAM {{ Protocols = 4; NFS_Port = 2049; Enable_NLM = false; Enable_RQU
 NFSV4 {{ Graceless = true; RecoveryRoot = "{recovery}"; RecoveryBackend = fs; Minor_Versions = 1, 2; }}
 EXPORT {{
   Export_Id = 1; Path = "{folder}"; Pseudo = "{pseudo}"; Access_Type = RW; Squash = No_Root_Squash; SecType = sys;
-  Protocols = 4; Transports = TCP; FSAL {{ Name = VFS; }}
+  Protocols = 4; Transports = TCP; Attr_Expiration_Time = 0; FSAL {{ Name = VFS; }}
 }}
+MDCACHE {{ Dir_Chunk = 0; }}
 """
-"""It lets everybody write: what keeps a guest from it is the guest."""
+"""It lets everybody write: what keeps a guest from it is the guest. It remembers nothing that a test may change."""
 
 
 @dataclass(frozen=True)
