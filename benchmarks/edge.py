@@ -37,6 +37,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from benchmarks.bare_gateway import Served, cryptography_ms
 from benchmarks.peers import environments, nvflare_edge
 from benchmarks.trials import tell
+from fl.edge.child import MOMENT_SECONDS
 from fl.edge.deltas import encode_delta
 from fl.edge.exchange import Reply
 from fl.edge.gateway_workers import GatewayWorkers
@@ -56,11 +57,9 @@ sys.path.append(str(Path(__file__).parents[1] / "tests/fl"))
 from edge_world import FAST, found_edge, model_of, version_of
 
 BATCH = 500
-BATCHES = 12
+BATCHES = 6
 CONNECTIONS = 16
 PROCESSES = len(os.sched_getaffinity(0))
-MOMENT = 0.25
-"""Seconds between two exchanges with the parent."""
 SHAPES = {"a.weight": (250, 96), "a.bias": (250,), "b.weight": (3, 250)}
 """25,000 numbers: 100 KB as float32."""
 
@@ -199,7 +198,7 @@ def _served(pipe: Connection, world: Any) -> None:
         pipe.send((port.address, charter, world.keys().public, world.issuer.to_json(), issuing))
         counted, ids = 0, _children()
         began = sum(map(_cpu_seconds, ids))
-        while not pipe.poll(MOMENT):
+        while not pipe.poll(MOMENT_SECONDS):
             counted += exchanged()
         for _ in range(2):  # the last claims are settled in one, and handed up in the next
             counted += exchanged()
