@@ -30,7 +30,7 @@ from fl.aggregation.masking import Keys, Masks, Participant, Round, majority
 from fl.aggregation.weighted_mean import as_dtype
 from fl.errors import MaskingRefused, OutputRefused
 from fl.jobs.settings import MASKED, MASKED_TAIL, JobSettings, SecureAggregation
-from fl.tensors import TensorFile, layout
+from fl.tensors import NUMPY_DTYPE, TensorFile, layout
 from fl.transport.memory import NamedDraft, OwnMemory, SealedMemory
 from fl.transport.stored import Stored
 
@@ -39,6 +39,8 @@ MAX_PART: Final = 100_000
 MAX_BODY: Final = 8 << 20
 """Characters of a whole message: introductions of a thousand sites, with some brokers' EARs each."""
 MAX_ANSWER: Final = MAX_PART
+MADE_AHEAD: Final = 64 << 20
+"""Bytes of masks that a site makes and keeps while its script trains; larger ones are made as they are added."""
 Text: TypeAlias = Annotated[str, Field(max_length=64_000)]
 Bodies: TypeAlias = Annotated[dict[Annotated[str, Field(max_length=64)], Text], Field(max_length=1000)]
 Step: TypeAlias = Literal["keys", "shares", "dealt", "survivors", "unmask"]
@@ -231,6 +233,7 @@ class MaskingSite:
         self._signed: tuple[str, ...] | None = None  # the round's survivors, in whichever run
         self._worn: _Worn | None = None
         self._answered: dict[Step, tuple[str, str]] = {}  # in this run of the round: what was asked, and the answer
+        self._making = False  # masks, ahead
         self._changed = threading.Condition()
         self._closed = False
 
@@ -240,6 +243,25 @@ class MaskingSite:
             answer = self._step(round_, step, body, run)
             self._changed.notify_all()
             return answer
+
+    def prepare(self) -> None:
+        """Make the round's masks while the script trains, where they are few enough to be kept until it has."""
+        with self._changed:
+            participant, round_ = self._participant, self._round
+            if participant is None or round_ is None or not self._has_masks(self._number) or self._closed:
+                return
+            schema = self._settings.schema_of_masked(64 if round_.unit is None else 32)
+            if sum(spec.size for spec in schema.values()) > MADE_AHEAD or (masks := participant.ahead()) is None:
+                return
+            self._making = True
+        try:
+            masks.make(
+                [np.zeros(schema[name].elements, NUMPY_DTYPE[schema[name].dtype]) for name in (MASKED, MASKED_TAIL)]
+            )
+        finally:
+            with self._changed:
+                self._making = False
+                self._changed.notify_all()
 
     def close(self) -> None:
         """There will be no further masks."""
@@ -295,9 +317,9 @@ class MaskingSite:
         except MaskingRefused as error:
             what = "a number is beyond the limit of secure aggregation"
             raise OutputRefused(self._site, what, (error.what,)) from error
-        masks.add_to(tail)
         if at != whole.size:  # what was never written would be whatever this process had there
             raise MaskingRefused(f"{at} of {whole.size} numbers were masked")
+        masks.add_to(tail)
         memory.view[offsets[MASKED_TAIL] : offsets[MASKED_TAIL] + tail.nbytes] = tail.view(np.uint8).data
         return memory
 
@@ -345,7 +367,8 @@ class MaskingSite:
             return masks, fixed_point(self._round, self._secure)
 
     def _has_masks(self, round_: int) -> bool:
-        return self._number == round_ and self._participant is not None and "dealt" in self._answered
+        here = self._number == round_ and self._participant is not None and "dealt" in self._answered
+        return here and not self._making
 
     def _introduced(self, round_: int, run: str) -> str:
         """Keys for a round that has not begun in this run, made once, signed as often as they are asked for."""

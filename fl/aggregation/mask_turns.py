@@ -51,6 +51,8 @@ class MaskingTurns:
                 body = parts.add(piece, more=more)
                 if body is not None:
                     self._answer(round_, step, self.site.hear(round_, step, body, run), run)
+                    if step == "dealt":
+                        self.site.prepare()
             except SealwrightError as error:
                 self.site.close()
                 self._failed(error)

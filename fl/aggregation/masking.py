@@ -132,6 +132,7 @@ class Participant:
         self._around: tuple[str, ...] = ()
         self._shares: dict[str, bytes] = {}
         self._common: dict[str, bytes] = {}  # what this site's cipher key and each neighbour's give
+        self._ahead: Masks | None = None
         self._masked = False
         self._signed: tuple[str, ...] | None = None
         self._revealed = False
@@ -181,7 +182,14 @@ class Participant:
         if self._masked or self._site not in self._shares:
             raise MaskingRefused("a vector was masked before, or there are no shares")
         self._masked = True
-        return Masks(self._streams(round_))
+        return self._ahead or Masks(self._streams(round_))
+
+    def ahead(self) -> Masks | None:
+        """What `masks` will give, for who has time to make them before; None if it has given them already."""
+        if self._masked or self._ahead is not None or self._site not in self._shares:
+            return None
+        self._ahead = Masks(self._streams(self._begun()))
+        return self._ahead
 
     def confirm(self, survivors: Collection[str]) -> tuple[str, ...]:
         """What to sign, once: the sorted survivors. Raises MaskingRefused for a set that tells too much."""
@@ -333,9 +341,30 @@ class Masks:
         self.seeds = tuple(seeds)
         self._streams = [(Keystream(seed), np.add if adds else np.subtract) for seed, adds in self.seeds]
         self._scratch = np.empty(PIECE, dtype=np.uint64)
+        self._made: list[Vector] | None = None
+        self._used = 0  # numbers of the first of them
+
+    def make(self, arrays: Sequence[Vector]) -> None:
+        """Make the masks of such arrays now, in these, which are zeros: what is left is one addition."""
+        for array in arrays:
+            self._spread(array)
+        self._made = list(arrays)
 
     def add_to(self, vector: Vector) -> None:
-        """Mask the next numbers, in place."""
+        """Mask the next numbers, in place. What was made ahead is for arrays of those sizes, one after the other."""
+        if self._made is None:
+            self._spread(vector)
+            return
+        mask = self._made[0][self._used : self._used + vector.size]
+        if (mask.size, mask.dtype) != (vector.size, vector.dtype):
+            raise MaskingRefused("the masks were made for other numbers")
+        np.add(vector, mask, out=vector)
+        self._used += vector.size
+        if self._used == self._made[0].size:
+            self._made.pop(0)
+            self._used = 0
+
+    def _spread(self, vector: Vector) -> None:
         for start in range(0, vector.size, PIECE):
             part = vector[start : start + PIECE]
             mask = self._scratch.view(vector.dtype)[: part.size]

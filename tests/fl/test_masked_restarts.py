@@ -85,6 +85,8 @@ class Play:
         )
         for name, own in shares.items():
             self.hear(name, "dealt", bag({other: b64(share) for other, share in own.items()}), run, number)
+            if name != "c":
+                self.sites[name].prepare()  # those who have the time, in every run
         return total
 
     def mask(self, total: MaskedSum, *, number: int = 0, among: Sequence[str] = NAMES) -> None:

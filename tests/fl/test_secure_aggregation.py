@@ -314,6 +314,32 @@ def test_streams_cancel() -> None:
     assert np.array_equal(vector, np.arange(200_000, dtype=np.uint32))
 
 
+def test_masks_that_were_made_ahead_are_the_same_and_are_given_once() -> None:
+    seeds = [(os.urandom(32), True), (os.urandom(32), False)]
+    sizes = ((150_001, np.uint32), (3, np.uint64))
+    vectors, others = ([np.arange(size, dtype=kind) for size, kind in sizes] for _ in range(2))
+    early, late = Masks(seeds), Masks(seeds)
+    early.make([np.zeros(size, dtype=kind) for size, kind in sizes])
+    for part in (vectors[0][:65536], vectors[0][65536:], vectors[1]):
+        early.add_to(part)
+    for array in others:
+        late.add_to(array)
+    assert alike(vectors, others)
+    early.make([np.zeros(4, dtype=np.uint32)])
+    with pytest.raises(MaskingRefused, match="made for other numbers"):
+        early.add_to(np.zeros(5, dtype=np.uint32))
+    play = Play(3)
+    play.deal()
+    site = play.sites["s00"]
+    ahead = site.ahead()
+    assert site.ahead() is None
+    with pytest.raises(MaskingRefused, match="before there is anything to unmask"):
+        site.confirm(play.names)  # nothing has left yet, whatever was made
+    assert site.masks() is ahead
+    with pytest.raises(MaskingRefused, match="masked before"):
+        site.masks()
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 350_000))
 def test_a_long_message_comes_in_pieces(size: int) -> None:
