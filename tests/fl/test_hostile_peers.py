@@ -407,7 +407,7 @@ def craft(
 
 
 def submit(client: UserClient, token: str, bundle: bytes, sealed: bytes) -> None:
-    client._send(Submit(record=token, bundle_size=len(bundle), model_size=len(sealed)), bundle, sealed)
+    client._send(Submit(record=token, bundle_size=len(bundle), model_size=len(sealed)), [bundle, sealed])
 
 
 @pytest.mark.parametrize(
