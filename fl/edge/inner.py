@@ -30,6 +30,7 @@ from fl.server.calls import Caller, refusal_of, untaken
 from fl.server.certificates import ServerCertificates
 from fl.server.grpc_server import GrpcServer
 from fl.server.https_server import HttpsServer
+from fl.server.job import memory_folder
 from fl.tensors import Schema
 from fl.transport.frames import Lease, pack
 from fl.transport.port import Port
@@ -182,7 +183,7 @@ def serve_inner(
     node: Node = jobs
     service = InnerService(party, TreeCalls(party, "inner", jobs.all))
     with ExitStack() as ends:
-        folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="sealwright-")))
+        folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="sealwright-", dir=memory_folder())))
         sockets, certificates = (
             {driver: str(folder / driver) for driver in ("grpc", "https")},
             ServerCertificates(party),
