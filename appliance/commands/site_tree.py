@@ -11,8 +11,9 @@ import typer
 from appliance.output import print_json
 from policies.errors import Unusable
 
-INNER_PORT: Final = 8002
-GATEWAY_PORT: Final = 8443
+INNER_PORT: Final = 8444
+GATEWAY_PORT: Final = 8445
+"""Those that the FL image lets through for them (`cvm_image/recipes/fl.toml`)."""
 MAX_NODES: Final = 2000
 
 

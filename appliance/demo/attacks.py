@@ -29,8 +29,10 @@ from attestation.errors import BrokerRefused
 from attestation.evidence.composite import SnpEvidence
 from attestation.hybrid import HybridPrivateKey
 from attestation.messages import Call, sign_proof
+from attestation.virtual.chip import Chip
 from attestation.virtual.launch import LaunchSettings, launch, read_init_data, read_measured
 from attestation.virtual.processor import report_for
+from attestation.virtual.vendor import Vendor
 from fl.environments.kit import current_charter, open_kit
 from fl.environments.user_client import UserClient
 from fl.jobs.bundle import Bundle, make_bundle
@@ -80,7 +82,7 @@ def foreign_charter(title: str, setting: Setting, processes: Processes) -> Repel
     booted = _boot_with(title, setting, processes, document)
     client = _client(setting)
     try:
-        host = _Impostor(setting, write_init_data(document))
+        host = _impostor(setting, write_init_data(document))
         session = host.open(client)
         sent = _attest(title, host, client, session, host.evidence(session, host.keys()), host.keys())
     finally:
@@ -105,7 +107,7 @@ def replayed_evidence(title: str, setting: Setting, _: Processes) -> Repelled:
     """Evidence that was good in an earlier session is sent in a new one."""
     client = _client(setting)
     try:
-        guest = _Impostor(setting)
+        guest = _impostor(setting)
         first = guest.open(client)
         old = guest.evidence(first, guest.keys())
         second = guest.open(client)
@@ -118,10 +120,10 @@ def swapped_key(title: str, setting: Setting, _: Processes) -> Repelled:
     """Somebody between guest and broker puts a key of its own beside the guest's evidence."""
     client = _client(setting)
     try:
-        guest = _Impostor(setting)
+        guest = _impostor(setting)
         session = guest.open(client)
         evidence = guest.evidence(session, guest.keys())
-        thief = _Impostor(setting)
+        thief = _impostor(setting)
         return _attest(title, thief, client, session, evidence, thief.keys())
     finally:
         client.close()
@@ -232,15 +234,23 @@ def _slug(title: str) -> str:
     return "-".join("".join(letter for letter in title if letter.isalnum() or letter == " ").split())[:50]
 
 
-class _Impostor:
-    """A program on a host that owns the chip, knows the protocol, and speaks to the broker as it likes."""
+def _impostor(setting: Setting, init_data: bytes | None = None) -> Impostor:
+    """A program at a site's host, which owns the site's chip; `init_data`: other than the site's."""
+    own = read_init_data(setting.guest_kit(SITE) / INIT_DATA)
+    chip, vendor = setting.processor(SITE)
+    return Impostor(BROKER, chip, vendor, setting.image, own if init_data is None else init_data, "EPYC-Milan")
 
-    def __init__(self, setting: Setting, init_data: bytes | None = None) -> None:
-        self._chip, self._vendor = setting.processor(SITE)
-        own = setting.guest_kit(SITE) / INIT_DATA
-        self._init_data = read_init_data(own) if init_data is None else init_data
-        settings = LaunchSettings(vcpu_model="EPYC-Milan")
-        self._context = launch(read_measured(setting.image), settings, self._init_data, os.urandom(32))
+
+class Impostor:
+    """A program on a host that owns a chip, knows the protocol, and speaks to a broker as it likes."""
+
+    def __init__(self, broker: str, chip: Chip, vendor: Vendor, image: Path, init_data: bytes, vcpu_model: str) -> None:
+        """`image` is what its chip says that it launched."""
+        self._broker = broker
+        self._chip, self._vendor = chip, vendor
+        self._init_data = init_data
+        settings = LaunchSettings(vcpu_model=vcpu_model)
+        self._context = launch(read_measured(image), settings, self._init_data, os.urandom(32))
         self._kem, self._tls = HybridPrivateKey.generate(), ec.generate_private_key(ec.SECP256R1())
         self._sign = Ed25519PrivateKey.generate()
         self._nonce = b64(os.urandom(NONCE_SIZE))
@@ -262,7 +272,7 @@ class _Impostor:
         """A genuine report for this session and these keys."""
         charter = session["charter"]
         nonce = unb64(session["nonce"], where="nonce")
-        data = report_data(BROKER, charter["id"], charter["version"], nonce, keys)
+        data = report_data(self._broker, charter["id"], charter["version"], nonce, keys)
         table = self._chip.certificate_table(self._vendor)
         return SnpEvidence(report_for(self._chip, self._context, data), table)
 
@@ -277,13 +287,13 @@ class _Impostor:
             "session": session["session"],
         }
         body = json.dumps(message).encode()
-        proof = sign_proof(Call(BROKER, "POST", "/v1/attest", body, session["session"], 1), self._sign)
+        proof = sign_proof(Call(self._broker, "POST", "/v1/attest", body, session["session"], 1), self._sign)
         client.answer("POST", "/v1/attest", body, nonce=session["own"], proof=proof)
 
 
 def _attest(
     attack: str,
-    guest: _Impostor,
+    guest: Impostor,
     client: BrokerClient,
     session: Mapping[str, Any],
     evidence: SnpEvidence,

@@ -6,7 +6,6 @@ One member founds all of it (`appliance.poc`). With a built image the three gues
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -17,15 +16,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.demo.attacks import AttackSucceeded, Repelled
+from appliance.demo.attacks import AttackSucceeded, Impostor, Repelled
 from appliance.demo.display import Display, Step, brief
-from appliance.demo.guests import EVALUATOR, console, last_refusal
+from appliance.demo.guests import console
 from appliance.demo.setting import claim_folder
 from appliance.demo.verbs import Verbs
-from appliance.poc import BROKER, IMAGE, PRODUCT, SERVER, Poc
-from appliance.processes import Processes
+from appliance.poc import BROKER, PRODUCT, SERVER, Poc
+from attestation.connection import BrokerClient
+from attestation.errors import BrokerRefused
+from attestation.virtual.chip import load_chip
+from attestation.virtual.launch import read_init_data
+from attestation.virtual.vendor import load_vendor
 from fl.environments.poc_devices import PocDevices
 from fl.environments.prod import ProdEnv
+from policies.charter import current_charter, read_store
 from policies.errors import Refused, SealwrightError
 from policies.kits import INIT_DATA, ROOT
 
@@ -42,7 +46,6 @@ LEAST_ACCURACY: Final = 0.8
 """What devices with 48 digits each have to reach on digits that none of them has; guessing has 0.1."""
 HELD_OUT: Final = 400
 JOB_SECONDS: Final = 600.0
-REFUSAL_SECONDS: Final = 60.0
 SETTLE_SECONDS: Final = 2.0
 
 
@@ -94,7 +97,7 @@ def run_edge_demo(folder: Path, display: Display, booted: Path | None = None) ->
                 if report.accuracy < LEAST_ACCURACY:
                     raise Refused(f"the model reaches {report.accuracy:.3f}", where="result", do="Read the logs.")
             with display.step(f"Attack: {BARE_HOST}") as step:
-                report.attacks.append(bare_host(poc, processes))
+                report.attacks.append(bare_host(poc))
                 step.detail = f"refused: {brief(report.attacks[0].reasons[0])}"
         except AttackSucceeded as error:
             raise Refused(str(error), where="attacks", do="This is a defect: please report it.") from error
@@ -127,41 +130,40 @@ def _trained(report: EdgeReport, step: Step, recipe: EdgeFedBuffRecipe, poc: Poc
         devices.stop()
 
 
-def bare_host(poc: Poc, processes: Processes) -> Repelled:
-    """A host runs the gateway's program on itself, with the enrolled gateway's init-data, and asks for its credential.
+def bare_host(poc: Poc) -> Repelled:
+    """A program on a host asks for the enrolled gateway's credential, with that gateway's init-data.
 
-    There is no measured guest: what vouches for it is a secure processor of the host's own making.
+    There is no measured guest: what vouches for it is a secure processor of the host's own making, which says what the
+    gateway's own would say.
     """
     seal, home = Verbs(poc.folder), poc.folder / "attacks"
     home.mkdir()
     try:
         seal("vm", "vendor", home / "vendor", "--product", PRODUCT)
         seal("vm", "chip", home / "chip", "--vendor", home / "vendor", "--product", PRODUCT)
-        seal("image", "keys", home / "builder")
-        seal(
-            "image",
-            "generate",
-            home / "image",
-            "--name",
-            IMAGE,
-            "--keys",
-            home / "builder",
-            "--vcpu-model",
-            f"EPYC-{PRODUCT}",
-        )
     finally:
         seal.close()
-    words = ["vm", "launch", home / "image", "--init-data", poc.folder / f"gateway-{GATEWAY}" / INIT_DATA]
-    words += ["--vendor", home / "vendor", "--chip", home / "chip", "--vcpu-model", f"EPYC-{PRODUCT}"]
-    words += ["--run", home / "run"]
-    name = "attack-bare-host"
-    processes.start(name, [sys.executable, "-m", "appliance.cli", *map(str, words)], lasting=EVALUATOR)
-    status = processes.finish(name, within=REFUSAL_SECONDS, what="it should have been refused")
-    reasons = last_refusal(processes.log_of(name))
-    got = {line.get("event") for line in console(processes.log_of(name))} & {"attested", "released", "serving"}
-    if status != 1 or not reasons or got:
-        raise AttackSucceeded(f"{BARE_HOST}: it ended with status {status} (see {processes.log_of(name)})")
-    return Repelled(BARE_HOST, BROKER, reasons)
+    charter = current_charter(read_store(poc.folder / "charter"), (poc.folder / ROOT).read_bytes())
+    broker = charter.broker(BROKER)
+    if broker is None:
+        raise AttackSucceeded(f"{BARE_HOST}: the charter has no broker {BROKER} to ask")
+    host = Impostor(
+        BROKER,
+        load_chip(home / "chip"),
+        load_vendor(home / "vendor"),
+        poc.folder / "image",
+        read_init_data(poc.folder / f"gateway-{GATEWAY}" / INIT_DATA),
+        f"EPYC-{PRODUCT}",
+    )
+    client = BrokerClient(broker, charter.consortium.trust_domain)
+    try:
+        session = host.open(client)
+        host.attest(client, session, host.evidence(session, host.keys()), host.keys())
+    except BrokerRefused as refusal:
+        return Repelled(BARE_HOST, BROKER, refusal.reasons)
+    finally:
+        client.close()
+    raise AttackSucceeded(f"{BARE_HOST}: the broker affirmed it")
 
 
 # --- the job ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ from federation_world import now, wait_until
 
 from appliance.node import SERVICES
 from appliance.node import Lease as NodeLease
+from attestation.client import GuestSession
 from attestation.connection import BrokerClient
 from attestation.errors import BrokerRefused
 from attestation.evidence.report import Product
-from attestation.virtual.chip import Chip
-from attestation.virtual.vendor import Vendor
+from attestation.virtual.chip import Chip, create_chip
+from attestation.virtual.vendor import Vendor, create_vendor
 from benchmarks.trials import load_trial
 from fl.edge.gateway import Gateway
 from fl.edge.gateway_service import GatewayService
@@ -40,10 +42,9 @@ from policies.documents import (
     ServerAddress,
     write_init_data,
 )
-from policies.errors import Refused, Unusable
+from policies.errors import Refused, SealwrightError, Unusable
 from policies.ready_made import release_policy
 
-pytestmark = pytest.mark.long
 NAMES = ("one", "two")
 GROUP = "acme-pharma/key/gateways"
 MEASUREMENT = bytes([7]) * 48
@@ -111,6 +112,7 @@ def trial(
             broker.stop()
 
 
+@pytest.mark.long
 def test_a_gateway_has_its_place_and_its_key_from_k_brokers_and_shows_both_to_devices(trial: Trial) -> None:
     session = trial.world.guest("gateway", "gate", measurement=MEASUREMENT)
     lease = NodeLease(session, threading.Event())
@@ -149,6 +151,7 @@ def test_a_gateway_has_its_place_and_its_key_from_k_brokers_and_shows_both_to_de
         session.close()
 
 
+@pytest.mark.long
 def test_the_role_gateway_of_an_image_serves_devices(trial: Trial, capsys: pytest.CaptureFixture[str]) -> None:
     """As the node starts it: init-data, lease, the keys that brokers released; its parent is not there yet."""
     session, stop = trial.world.guest("gateway", "gate", measurement=MEASUREMENT), threading.Event()
@@ -182,16 +185,27 @@ def test_the_role_gateway_of_an_image_serves_devices(trial: Trial, capsys: pytes
         SERVICES["gateway"](session.init, nothing, lease, {}, stop)
 
 
-def test_a_bare_host_or_another_image_gets_neither_credential_nor_key(trial: Trial) -> None:
-    for measurement in (bytes([9]) * 48, bytes([1]) * 48):  # no image of the charter; a site's
-        session = trial.world.guest("gateway", "gate", measurement=measurement)
+def test_a_bare_host_gets_neither_credential_nor_key(trial: Trial, tmp_path: Path) -> None:
+    """It runs the gateway's program, has the gateway's init-data, and vouches for itself: by a processor of its own
+    making that says what the gateway's would say, or by the gateway's own chip, which says what was launched there."""
+    vendor = create_vendor(tmp_path / "vendor", (Product.MILAN,))
+    made = create_chip(vendor, tmp_path / "chip")
+    context = trial.world.context("gateway", "gate", measurement=MEASUREMENT)
+    own = type(trial.world.attester("gateway", "gate"))(made, vendor, context)
+    unknown, other = (trial.world.attester("gateway", "gate", measurement=bytes([n]) * 48) for n in (9, 1))
+    for attester, said in ((own, "root"), (unknown, "measurement"), (other, "it runs site-image")):
+        session = GuestSession(attester, trial.world.init_data["gateway/gate"], timeout=10.0)
         try:
-            with pytest.raises(BrokerRefused):
+            with pytest.raises(BrokerRefused) as refused:
                 session.attest()
+            assert any(said in reason for reason in refused.value.reasons), refused.value.reasons
+            with pytest.raises((SealwrightError, RuntimeError)):
+                session.release(GROUP)
         finally:
             session.close()
 
 
+@pytest.mark.long
 def test_the_group_key_is_for_gateways_alone(trial: Trial) -> None:
     session = trial.world.guest("site", "north")
     try:
