@@ -85,7 +85,7 @@ class Administration:
                         connected=None if (one := connected.get(place.name)) is None else rfc3339(one.since),
                         lease_until=None if one is None else rfc3339(one.good_until),
                         jobs={
-                            job.id: job.state_of(place.name)
+                            job.id: job.journal.state_of(place.name)
                             for job in running
                             if place.name in job.signed.record.roster
                         },

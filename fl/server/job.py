@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from attestation.canonical import unb64
 from fl.aggregation.mask_talk import Step, parts
 from fl.aggregation.notary import AttestedNotary
 from fl.aggregation.robust import robust_aggregation
-from fl.errors import ApprovalRefused, JobAborted, MalformedMessage, PeerLost, UpdateRefused
+from fl.errors import JobAborted, MalformedMessage, UpdateRefused
 from fl.guard.approval import SignedRecord, approve, check_lock
 from fl.guard.command import SignedCommand
-from fl.guard.export import ExportGate
-from fl.guard.gate import admit_update
 from fl.guard.watermark import Marker, watermark_key
 from fl.jobs.bundle import Bundle
 from fl.jobs.large_files import SLOWEST
@@ -28,20 +24,21 @@ from fl.jobs.log_lines import rewritten
 from fl.jobs.packages import packages_here
 from fl.jobs.progress import JobEvent, Status
 from fl.jobs.record import record_digest
-from fl.jobs.results import BEST_FILE, JOB_FILE, MODEL_FILE, JobHistory, rfc3339
-from fl.jobs.sealing import SealedResult, open_file_of_job, open_first_model, seal_result
-from fl.jobs.statement import SignedStatement, Statement, sign_statement
+from fl.jobs.sealing import SealedResult
+from fl.jobs.statement import SignedStatement
 from fl.model import ParamsType
 from fl.party import Party
 from fl.server.aggregator import SandboxedAggregation
-from fl.server.calls import StoppedSending
+from fl.server.arrivals import Arrivals
 from fl.server.federation import Federation, Task
+from fl.server.job_inputs import JobInputs
 from fl.server.job_store import EndedJob, JobStore, StoredJob
+from fl.server.journal import Journal
+from fl.server.outcome import seal_outcome
 from fl.server.tree_job import evaluating, root_of, run_root
 from fl.server.workflows import run_workflow
-from fl.tensors import Buffer
 from fl.transport.chunks import Assembly
-from fl.transport.frames import Deliver, Finish, JobReport, Masking, Prepare, Told, Train
+from fl.transport.frames import Deliver, Finish, Masking, Prepare, Told, Train
 from fl.transport.memory import SealedMemory
 from fl.transport.stored import Stored
 from policies.errors import Refused, SealwrightError
@@ -52,10 +49,6 @@ if TYPE_CHECKING:
 
 JOIN_SECONDS: Final = 60.0
 """How long a starting job waits for the sites of its roster."""
-REPORTED_SITES: Final = 300
-"""A report tells of so many sites, of those that are lost first."""
-MAX_EVENTS: Final = 200_000
-"""A job keeps so many events for those who watch it; of logged values beyond, only the tracking knows."""
 
 
 class RemoteSite:
@@ -113,31 +106,26 @@ class ServerJob:
         self.id = signed.record.job
         self.signed = signed
         self.bundle = bundle
-        self._sealed_model = sealed_model
-        self._sealed_files = dict(sealed_files or {})
-        self._files: dict[str, Stored] = {}
-        self._model_key = model_key
         self._party = party
         self._server = server
         self.run_name = os.urandom(16).hex()
         """Of this server's part of the job: masks that were agreed on with another mean nothing to it."""
         self._received = received or party.clock()
         self._again = received is not None
-        self._history = JobHistory(self.id, bundle.settings, self._received)
-        self._history.status = Status.QUEUED
-        self._events: list[JobEvent] = []
-        self._changed = threading.Condition()
+        self.journal = Journal(signed.record, bundle.settings, self._received)
+        """What the job's users read."""
         self._served: Stored | None = None
         self._spool = None if store is None else store.spool
-        self._tracking: Callable[[JobEvent], None] | None = None
+        self._inputs = JobInputs(sealed_model, sealed_files or {}, model_key, signed.record, self._spool)
+        self._arrivals = Arrivals(self._spool, lambda: not self.status.over)
         self._stopped_by: str | None = None
         self.tree: RootJob | None = None
         """The root of the tree, while an edge job runs."""
         self.suspended = False
         """Whether the job goes on with the next server, of which its sites need not be told."""
+        self._counting = threading.Lock()
         self._logged: dict[str, int] = {}
         self._said: dict[str, int] = {}  # bytes of text of each site in this round
-        self._arriving: dict[str, tuple[Deliver, Assembly]] = {}  # what was under way when its site was cut off
         self._present: dict[str, Attendance] = {}
         self._rejections: dict[str, SignedCommand] = {}
         self.result: tuple[SealedResult, SignedStatement, str] | None = None
@@ -151,7 +139,7 @@ class ServerJob:
             round_seconds=settings.round_seconds,
             observe=self._observe,
             spool=self._spool,
-            keeper=None if store is None else store.keeper(self.id, self._history, lambda: self._federation),
+            keeper=None if store is None else store.keeper(self.id, self.journal.history, lambda: self._federation),
             aggregation=(
                 robust_aggregation(settings)
                 if settings.aggregator is None
@@ -171,31 +159,28 @@ class ServerJob:
 
     def restore(self, ended: EndedJob) -> None:
         """This job is over: a server of before ran it, and this became of it."""
-        history = self._history
-        for event in ended.events:
-            history.observe(event)
-        self._events = list(ended.events)
+        history = self.journal.history
+        self.journal.restore(ended.events)
         history.started = ended.started
         history.end(ended.status, ended.finished, reasons=ended.reasons)
         self.result = ended.result
-        self._close_files()
+        self._inputs.close()
 
     def ended(self) -> EndedJob:
         """What became of the job, which is over."""
-        with self._changed:
-            events = list(self._events)
-        history = self._history
+        history = self.journal.history
         finished = history.finished or self._party.clock()
-        return EndedJob(self.status, history.reasons, history.started, finished, events, self.result)
+        return EndedJob(self.status, history.reasons, history.started, finished, self.journal.events, self.result)
 
     def stored(self) -> StoredJob:
         """The job as it came. Before it runs."""
-        return StoredJob(self.signed.token, self.bundle.raw, self._sealed_model, self._received, self._sealed_files)
+        inputs = self._inputs
+        return StoredJob(self.signed.token, self.bundle.raw, inputs.sealed_model, self._received, inputs.sealed_files)
 
     @property
     def status(self) -> Status:
         """Where the job is in its life."""
-        return self._history.status
+        return self.journal.status
 
     @property
     def result_size(self) -> int:
@@ -262,7 +247,7 @@ class ServerJob:
 
     def logged(self, name: str, key: str, value: float, step: int, *, most: int) -> None:
         """A site's script logged a number. Raises MalformedMessage after `most` of one site in one round."""
-        with self._changed:
+        with self._counting:
             count = self._logged[name] = self._logged.get(name, 0) + 1
         if count > most:
             raise MalformedMessage(f"the site has logged more than {most} values in a round", where=name)
@@ -277,7 +262,7 @@ class ServerJob:
             raise MalformedMessage(
                 f"the site has logged text that the job does not declare: {error}", where=name
             ) from error
-        with self._changed:
+        with self._counting:
             count = self._said[name] = self._said.get(name, 0) + len(text) + 1
         if wanted != text or count > outputs.line_bytes:
             raise MalformedMessage("the site has logged more text than the job declares", where=name)
@@ -297,42 +282,16 @@ class ServerJob:
 
     def file(self, sha256: str) -> Stored | None:
         """A large file of the bundle, while the job runs."""
-        return self._files.get(sha256)
+        return self._inputs.file(sha256)
 
-    @contextmanager
-    def arriving(self, name: str, head: Deliver) -> Iterator[Assembly]:
-        """Where a site's update is put together. What came before a cut is there again if it is the same transfer.
+    def arriving(self, name: str, head: Deliver) -> AbstractContextManager[Assembly]:
+        """Where a site's update is put together (`Arrivals.of`).
 
         Raises UpdateRefused for one that has other masks than this server knows.
         """
         if self.bundle.settings.secure_aggregation is not None and head.run != self.run_name:
             raise UpdateRefused(name, ("it is under the masks of another run of the server",))
-        with self._changed:
-            kept = self._arriving.pop(name, None)
-        if kept is not None and (kept[0] != head or not head.transfer):
-            kept[1].close()
-            kept = None
-        assembly = Assembly(head.size, where=name, spool=self._spool) if kept is None else kept[1]
-        try:
-            yield assembly
-        except (StoppedSending, PeerLost):
-            if head.transfer and not self.status.over:
-                with self._changed:
-                    older, self._arriving[name] = self._arriving.get(name), (head, assembly)
-                if older is not None:
-                    older[1].close()
-            else:
-                assembly.close()
-            raise
-        except BaseException:
-            assembly.close()
-            raise
-
-    def _forget_arriving(self) -> None:
-        with self._changed:
-            kept, self._arriving = self._arriving, {}
-        for _, assembly in kept.values():
-            assembly.close()
+        return self._arrivals.of(name, head)
 
     def deliver(self, name: str, head: Deliver, memory: Stored) -> None:
         """A site's whole update. Raises UpdateRefused."""
@@ -386,48 +345,6 @@ class ServerJob:
     def _rejection_of(self, site: str) -> SignedCommand | None:
         return self._rejections.get(self._member_of(site) or "")
 
-    def report(self, *, details: bool = True) -> JobReport:
-        """The job's state, for its users; `details` adds what became of each site, and the reasons."""
-        history = self._history
-        with self._changed:
-            told = sorted(history.sites.items(), key=lambda item: item[1] == "in the job") if details else []
-        sites = {name: state[:300] for name, state in told[:REPORTED_SITES]}
-        return JobReport(
-            job=self.id,
-            name=history.settings.name,
-            status=history.status,
-            submitter=self.signed.record.submitter,
-            created=self.signed.record.created,
-            round=history.rounds[-1]["round"] if history.rounds else None,
-            num_rounds=history.settings.num_rounds,
-            sites=sites,
-            reasons=tuple(reason[:1000] for reason in history.reasons[:64]) if details else (),
-        )
-
-    def state_of(self, site: str) -> str:
-        """What became of a site of the roster, in short."""
-        with self._changed:
-            return self._history.sites.get(site, self.status.value)[:100]
-
-    def watch(self, *, alive: Callable[[], bool]) -> Iterator[JobEvent]:
-        """The job's events from its beginning, as they come, until it is over or the watcher is gone."""
-        at = 0
-        while True:
-            with self._changed:
-                while at >= len(self._events) and not self.status.over and alive():
-                    self._changed.wait(5.0)
-                fresh = self._events[at:]
-                over = self.status.over and at + len(fresh) >= len(self._events)
-            yield from fresh
-            at += len(fresh)
-            if over or not alive():
-                return
-
-    def wake(self) -> None:
-        """Let watchers look whether they are still alive."""
-        with self._changed:
-            self._changed.notify_all()
-
     # the job's own thread
 
     def run(self, attending: Callable[[], list[Attendance]]) -> None:
@@ -438,7 +355,7 @@ class ServerJob:
             self._check()
             check_lock(self.signed.record, self.bundle, packages_here())
             self._party.record("job", self._entry("resumed" if self._again else "started"))
-            self._history.started = self._party.clock()
+            self.journal.history.started = self._party.clock()
             self._set_status(Status.RUNNING)
             with tempfile.TemporaryDirectory(prefix="sealwright-", dir=memory_folder()) as folder:
                 self._run_rounds(attending, Path(folder))
@@ -452,13 +369,13 @@ class ServerJob:
             raise
         finally:
             self._federation.finish("the job is over")
-            self._forget_arriving()
+            self._arrivals.close()
             if self._federation.best is not None:
                 self._federation.best.close()
             self._served = None
             if self._marker is not None:
                 self._marker.close()
-            self._close_files()
+            self._inputs.close()
 
     def _run_rounds(self, attending: Callable[[], list[Attendance]], folder: Path) -> None:
         settings = self.bundle.settings
@@ -468,10 +385,10 @@ class ServerJob:
             from fl.tracking.tensorboard import TensorBoardTracking
 
             tracking = TensorBoardTracking(folder / "events")
-            self._tracking = tracking.observe
+            self.journal.tracking = tracking.observe
         try:
-            with self._first_model() as first:
-                self._open_files()
+            with self._inputs.first_model(settings) as first:
+                self._inputs.open_files(settings)
                 for site in record.roster:
                     if (rejection := self._rejection_of(site)) is not None:
                         self._federation.lose(site, _rejected(rejection))
@@ -484,11 +401,21 @@ class ServerJob:
                     self._federation.gather(record.roster, JOIN_SECONDS + pulling)
                     model = run_workflow(self._federation, settings, first)
         finally:
-            self._tracking = None
+            self.journal.tracking = None
             if tracking is not None:
                 tracking.close()
         with model:
-            self._seal(model, {path.name: path.read_bytes() for path in sorted(folder.glob("events/events.*"))})
+            self.result = seal_outcome(
+                self._party,
+                self._server,
+                self.signed,
+                self.journal.history,
+                model,
+                best=self._federation.best,
+                events={path.name: path.read_bytes() for path in sorted(folder.glob("events/events.*"))},
+                spool=self._spool,
+            )
+        self._set_status(Status.FINISHED)
 
     def _run_tree(self, first: Stored) -> Stored:
         """Be the root of the job's tree; the last version."""
@@ -520,84 +447,12 @@ class ServerJob:
             received=self._received,
         )
 
-    def _first_model(self) -> Stored:
-        """The first model, opened, if it is what the record says and what the bundle declares."""
-        record = self.signed.record
-        with self._sealed_model as sealed:
-            memory = open_first_model(sealed, self._model_key, self.id, max_bytes=record.model_size, spool=self._spool)
-        if memory.size != record.model_size or memory.digest != record.model_sha256:
-            raise ApprovalRefused(self.id, ("the first model is not the one that the record names",))
-        admit_update(memory.source, self.bundle.settings.schema_of_model, site=record.submitter)
-        return memory
-
-    def _open_files(self) -> None:
-        """Open the job's large files, from which on sites may pull them. Raises SealedDataRefused, SpoolFailed."""
-        for file in self.bundle.settings.files:
-            if file.sha256 in self._files:
-                continue
-            sealed = self._sealed_files.pop(file.sha256, None)
-            if sealed is None:
-                raise ApprovalRefused(self.id, (f"the file {file.path} is not kept any more",))
-            with sealed:
-                self._files[file.sha256] = open_file_of_job(
-                    sealed, file.sha256, file.size, self._model_key, self.id, spool=self._spool
-                )
-
-    def _close_files(self) -> None:
-        self._sealed_model.close()
-        for held in (self._sealed_files, self._files):
-            while held:
-                held.popitem()[1].close()
-
-    def _seal(self, model: Stored, events: dict[str, bytes]) -> None:
-        record = self.signed.record
-        charter = self._party.charter()
-        finished = rfc3339(self._party.clock())
-        document = self._history.document(status=Status.FINISHED.value, finished=finished, model_sha256=model.digest)
-        recipients = {}
-        for recipient in record.recipients:
-            user = charter.user(*recipient.split("/"))
-            if user is None or not user.may("download"):
-                raise ApprovalRefused(self.id, (f"the recipient {recipient} may not download results any more",))
-            recipients[recipient] = unb64(user.results_key, where=recipient)
-        text = json.dumps(document, indent=2, ensure_ascii=False).encode()
-        best = self._federation.best
-        files: dict[str, Buffer | Stored] = {MODEL_FILE: model, JOB_FILE: text, **events}
-        if best is not None:
-            files[BEST_FILE] = best
-        sealed = seal_result(files, recipients, self.id, random=os.urandom, spool=self._spool)
-        gate = ExportGate(self._party, record, ("server", self._server))
-        for recipient in recipients:
-            gate.let_out("result", sealed.payload.size, ("user", recipient), sealed=True)
-        identity = self._party.standing()
-        statement = Statement(
-            charter=record.charter,
-            job=self.id,
-            name=record.name,
-            record_sha256=record_digest(self.signed.token),
-            bundle=record.bundle,
-            server=self._server,
-            roster=record.roster,
-            contributors=tuple(sorted(self._history.contributors)),
-            rounds=record.rounds,
-            first_model_sha256=record.model_sha256,
-            model_sha256=model.digest,
-            result_sha256=sealed.payload.digest,
-            recipients=record.recipients,
-            started=rfc3339(self._history.started),
-            finished=finished,
-        )
-        signed = sign_statement(statement, identity.sign_key, identity.ears)
-        receipt = self._party.record("result", {"job": self.id, **signed.model_dump(mode="json", exclude={"ears"})})
-        self.result = (sealed, signed, receipt)
-        self._set_status(Status.FINISHED)
-
     def _entry(self, event: str, **more: object) -> dict[str, object]:
         record = self.signed.record
         return {"event": event, "job": self.id, "name": record.name, "record": self.signed.token, **more}
 
     def _end(self, status: Status, reasons: tuple[str, ...]) -> None:
-        self._history.end(status, self._party.clock(), reasons=reasons)
+        self.journal.history.end(status, self._party.clock(), reasons=reasons)
         self._party.tell(f"job {self.id} {status.value}: {reasons[0] if reasons else ''}")
         try:
             self._party.record("job", self._entry(status.value, reasons=list(reasons[:64])))
@@ -606,10 +461,7 @@ class ServerJob:
         self._set_status(status)
 
     def _set_status(self, status: Status) -> None:
-        with self._changed:
-            self._history.status = status
-            self._events.append(JobEvent(kind="status", text=status.value))
-            self._changed.notify_all()
+        self.journal.set_status(status)
         self._party.tell(f"job {self.id} is {status.value}")
 
     def _observe(self, event: JobEvent) -> None:
@@ -617,14 +469,7 @@ class ServerJob:
             self._check()  # a bundle that was revoked, or a submitter without rights, ends here
             self._logged.clear()
             self._said.clear()
-        with self._changed:
-            self._history.observe(event)
-            if event.kind not in {"value", "line"} or len(self._events) < MAX_EVENTS:
-                self._events.append(event)
-            tracking = self._tracking
-            if tracking is not None:
-                tracking(event)
-            self._changed.notify_all()
+        self.journal.observe(event)
         if event.kind in {"joined", "lost", "refused", "paused", "resumed"}:
             self._party.tell(f"job {self.id}: {event.site} {event.kind}{': ' if event.text else ''}{event.text}")
 

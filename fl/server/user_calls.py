@@ -232,17 +232,17 @@ class UserCalls:
     def _reports(self, request: bytes, caller: Caller) -> Iterator[bytes]:
         self._ordered(request, caller, "list")
         newest = self._jobs.all()[-LISTED_JOBS:]
-        told = tuple(job.report(details=False) for job in newest)
+        told = tuple(job.journal.report(details=False) for job in newest)
         yield pack(Reports(jobs=told, sites=tuple(one.name for one in self._attending()[:LISTED_SITES])))
 
     def _report(self, request: bytes, caller: Caller) -> Iterator[bytes]:
         job, _ = self._about_job(request, caller, "report")
-        yield pack(job.report())
+        yield pack(job.journal.report())
 
     def _watch(self, request: bytes, caller: Caller) -> Iterator[bytes]:
         job, _ = self._about_job(request, caller, "watch")
-        caller.when_over(job.wake)
-        for event in job.watch(alive=caller.active):
+        caller.when_over(job.journal.wake)
+        for event in job.journal.watch(alive=caller.active):
             yield pack(Happened(event=event))
 
     # --- take and change --------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def _has_result_for(job: ServerJob, signed: SignedCommand) -> None:
         why = (
             "; its result is not kept any more"
             if job.status is Status.FINISHED
-            else "".join(f": {reason[:300]}" for reason in job.report().reasons[:8])
+            else "".join(f": {reason[:300]}" for reason in job.journal.report().reasons[:8])
         )
         raise PeerLost(f"job {job.id} has no result: it is {job.status.value}{why}", where="job")
     if signed.command.user not in job.result[0].keys:
