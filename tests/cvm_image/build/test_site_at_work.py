@@ -23,8 +23,11 @@ from appliance.data_filling import fill_volume, make_volume
 from attestation.evidence.report import Product
 from attestation.virtual.chip import create_chip
 from attestation.virtual.vendor import create_vendor
-from cvm_image.build.image import PROJECT
+from cvm_image.build.image import PROJECT, new_log
+from cvm_image.build.inspection import inspect_image
+from cvm_image.build.launching import find_tools
 from cvm_image.build.lock import load_lock, write_lock
+from cvm_image.build.store import Store, default_cache
 from cvm_image.signing import create_signing_keys
 from fl import FedAvgRecipe, train_privately
 from fl.guard.accounting import debited, epsilon
@@ -73,15 +76,24 @@ def put_volume(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the guest told of its round."""
-    folder = tmp_path_factory.mktemp("site")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("site")
+
+
+@pytest.fixture(scope="module")
+def image(folder: Path) -> Path:
+    """The FL image, with a site's job laid over it."""
     recipe = copy_recipe(SITE, "site", folder / "recipe")
     shutil.copy(FL, recipe.with_name("fl.toml"))
     lock = load_lock(FL, "fl", "trixie").model_copy(update={"recipe": "site"})
     recipe.with_name("site.lock.json").write_text(write_lock(lock))
     put_job(recipe.parent / "files/usr/lib/sealwright/packages/site_job")
-    image = build_or_skip(recipe, folder / "image", create_signing_keys(folder / "keys"))
+    return build_or_skip(recipe, folder / "image", create_signing_keys(folder / "keys"))
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path, image: Path) -> dict[str, Any]:
+    """What the guest told of its round."""
     vendor = create_vendor(folder / "vendor", [Product.MILAN], at=datetime.now(UTC))
     create_chip(vendor, folder / "chip", Product.MILAN, at=datetime.now(UTC))
     (folder / "init-data.toml").write_text(f'version = 1\nname = "site"\n[user_data]\nkey = "{KEY.hex()}"\n')
@@ -103,6 +115,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(lines[0])["site"]
     assert "refused" not in found, found
     return found
+
+
+def test_the_fl_image_passes_its_own_inspection(image: Path) -> None:
+    """What Debian's packages bring changes with the recipe's globs: a private key of somebody's tests, for one."""
+    store = Store(default_cache())
+    found = inspect_image(image, find_tools(store, log=new_log(store, "inspect")))
+    assert {finding.check: finding.seen for finding in found if not finding.ok} == {}
 
 
 def test_the_round_is_trained_in_the_guest_s_sandbox(told: dict[str, Any]) -> None:
