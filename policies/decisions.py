@@ -40,6 +40,8 @@ WORKERS: Final = 4
 FRAME_LIMIT: Final = 8 * 1024 * 1024
 """Bytes of a question (rules, data and input) or of an answer."""
 REASON_LIMIT: Final = 100
+ALARM_AFTER: Final = 0.5
+"""Seconds after the end of a question's time when the evaluator ends itself, if nobody else has ended it."""
 _PACKAGE: Final = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _WORKER_FILE: Final = Path(__file__).with_name("rego_worker.py")
@@ -125,10 +127,9 @@ def _ready(descriptor: int, event: int, wait: float) -> bool:
 class _Worker:
     """One evaluating process and the pipe to it."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER_FILE), str(seconds + 0.5)],
+            [sys.executable, "-I", str(_WORKER_FILE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -147,7 +148,8 @@ class _Worker:
         stdin = self.process.stdin
         if stdin is None:
             raise WorkerLost("the evaluator has no input")
-        data = memoryview(struct.pack(">I", len(frame)) + frame)
+        seconds = max(0.0, deadline - time.monotonic()) + ALARM_AFTER
+        data = memoryview(struct.pack(">Id", len(frame), seconds) + frame)
         descriptor = stdin.fileno()
         os.set_blocking(descriptor, False)
         while data:
@@ -216,7 +218,7 @@ class _Workers:
         if not self.places.acquire(timeout=seconds):
             raise WorkerLost("all evaluators are busy")
         try:
-            worker = self._take(seconds)
+            worker = self._take()
             try:
                 deadline = time.monotonic() + seconds
                 replies = worker.ask(_frame(asked), deadline)
@@ -232,16 +234,16 @@ class _Workers:
         finally:
             self.places.release()
 
-    def _take(self, seconds: float) -> _Worker:
+    def _take(self) -> _Worker:
         while True:
             with self.lock:
                 if not self.idle:
                     break
                 worker = self.idle.pop()
-            if worker.process.poll() is None and worker.seconds == seconds:
+            if worker.process.poll() is None:
                 return worker
             worker.close()
-        return _Worker(seconds)
+        return _Worker()
 
     def close(self) -> None:
         """End the idle processes."""

@@ -2,7 +2,7 @@
 
 It runs as a file (`python -I rego_worker.py`), with an empty environment (Rego's `opa.runtime` shows it) and imports
 nothing of ours. `policies.decisions` starts, bounds and replaces it. Frames both ways: 4 bytes of length (big-endian),
-then JSON. A frame has {"inputs": [...], "questions": [...]} and is answered by {"answers": [...]}, one for a question,
+on the way in 8 bytes of a double, the seconds that its answer may take, then JSON. A frame has {"inputs": [...], "questions": [...]} and is answered by {"answers": [...]}, one for a question,
 in their order. A question {"rules", "package", "input", "modules"?, "data"?} names rules by digest and its input by its
 place; if the rules are not loaded here the answer is {"unknown": true}, and the question comes again with them. Other
 answers: {"allow": [...], "reasons": [...]} (each empty if undefined) or {"error": "..."}.
@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import regopy
 
+HEAD = struct.Struct(">Id")
 LOADED_LIMIT = 64
 """Prebuilt queries kept, the least recently used going first."""
 
@@ -104,8 +105,8 @@ def read_exactly(stream: BinaryIO, size: int) -> bytes | None:
     return data if len(data) == size else None
 
 
-def main(seconds: float) -> None:
-    """Serve until the other end closes. Each frame has `seconds`, then the alarm ends this process.
+def main() -> None:
+    """Serve until the other end closes. Each frame says how many seconds it has; then the alarm ends this process.
 
     Memory is the parent's to watch: the library's allocator reserves 256 GiB of addresses, so that RLIMIT_AS and
     RLIMIT_DATA would end it at random.
@@ -123,8 +124,11 @@ def main(seconds: float) -> None:
         answers.write(struct.pack(">I", len(frame)) + frame)
         answers.flush()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        head = read_exactly(sys.stdin.buffer, 4)
-        body = None if head is None else read_exactly(sys.stdin.buffer, struct.unpack(">I", head)[0])
+        head = read_exactly(sys.stdin.buffer, HEAD.size)
+        if head is None:
+            return
+        size, seconds = HEAD.unpack(head)
+        body = read_exactly(sys.stdin.buffer, size)
         if body is None:
             return
         signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM's default action ends the process, even inside C++
@@ -134,4 +138,4 @@ def main(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    main()

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.decisions import Asked, Given, Rules
+from policies import decisions
+from policies.decisions import Asked, Given, Rules, end_idle_evaluators
 from policies.errors import MalformedDocument
 from policies.ready_made import READY_MADE, ready_made, release_policy, shared_policies
 
@@ -81,6 +82,16 @@ def test_endless_rules_are_ended_and_the_next_question_is_answered() -> None:
     assert "too long" in decision.reasons[0]
     assert time.monotonic() - start < 5
     assert decide(YES).allow
+
+
+def test_rules_of_other_patience_are_answered_by_the_same_process() -> None:
+    end_idle_evaluators()
+    impatient, patient = (Rules({"p.rego": YES}, time_limit=seconds) for seconds in (5.0, 20.0))
+    for _ in range(3):
+        assert impatient.decide("p", {}).allow
+        assert patient.decide("p", {}).allow
+    (worker,) = decisions._workers.idle
+    assert worker.process.poll() is None
 
 
 def test_rules_that_eat_memory_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
