@@ -2,10 +2,11 @@
 
 It runs as a file (`python -I rego_worker.py`), with an empty environment (Rego's `opa.runtime` shows it) and imports
 nothing of ours. `policies.decisions` starts, bounds and replaces it. Frames both ways: 4 bytes of length (big-endian),
-on the way in 8 bytes of a double, the seconds that its answer may take, then JSON. A frame has {"inputs": [...], "questions": [...]} and is answered by {"answers": [...]}, one for a question,
-in their order. A question {"rules", "package", "input", "modules"?, "data"?} names rules by digest and its input by its
-place; if the rules are not loaded here the answer is {"unknown": true}, and the question comes again with them. Other
-answers: {"allow": [...], "reasons": [...]} (each empty if undefined) or {"error": "..."}.
+on the way in 8 bytes of a double, the seconds that its answer may take, then JSON. A frame has {"inputs": [...],
+"questions": [...]} and is answered by {"answers": [...]}, one for a question, in their order. A question {"rules",
+"package", "input", "modules"?, "data"?} names rules by digest and its input by its place; if the rules are not loaded
+here the answer is {"unknown": true}, and the question comes again with them. Other answers: {"allow": [...],
+"reasons": [...]} (each empty if undefined) or {"error": "..."}.
 
 An input goes in by `set_input_term`, as JSON text, unless it is simple. regopy's `set_input` builds the values one by
 one, half as slowly and once for several rules, but is not faithful: it cuts strings at NUL, does not escape quotes and
