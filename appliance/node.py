@@ -27,8 +27,8 @@ from attestation.client import PAUSE_SECONDS, GuestSession
 from attestation.errors import BrokerUnavailable, LeaseEnded
 from attestation.identity import Identity
 from policies.charter import Charter
-from policies.documents import InitData
 from policies.errors import Refused, SealwrightError, Unusable
+from policies.init_data import InitData
 
 if TYPE_CHECKING:
     from appliance.data_volume import Header

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from policies.documents import DataExport
 from policies.errors import Unusable
+from policies.init_data import DataExport
 
 MOUNT_POINT: Final = Path("/run/user_data.export")
 CLIENT: Final = Path("/sys/fs/nfs/net/nfs_client/identifier")

@@ -16,8 +16,9 @@ from appliance.data_volume import DataVolumeRefused
 from appliance.sealed_volume import DISK, SealedVolume, changed_blocks_refused, format_volume, open_volume
 from attestation.client import GuestSession
 from attestation.guest_vault import GuestVault, open_vault
-from policies.documents import InitData, Resource
+from policies.documents import Resource
 from policies.errors import Refused, Unusable
+from policies.init_data import InitData
 from policies.vaults import vault_place
 
 STARTS = "starts"

@@ -33,8 +33,8 @@ from attestation.messages import Answer, Call, release_info, request_digest, sig
 from attestation.vault_messages import deposit_info
 from attestation.vaults import VAULT_KIND, Deal, Mark, VaultState, read_state
 from policies.charter import Charter
-from policies.documents import InitData
 from policies.errors import Unusable
+from policies.init_data import InitData
 
 BUSY_SECONDS: Final = 10.0
 """How long a call waits for an earlier one to the same broker."""

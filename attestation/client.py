@@ -42,8 +42,9 @@ from attestation.pauses import PAUSE_SECONDS as PAUSE_SECONDS
 from attestation.split import gather_shares
 from policies.budgets import EXPORT_KIND, keeper
 from policies.charter import Charter, load_charter
-from policies.documents import BrokerAddress, InitData, Split, parse_init_data
+from policies.documents import Split
 from policies.errors import Refused, SealwrightError, Unusable
+from policies.init_data import BrokerAddress, InitData, parse_init_data
 
 T = TypeVar("T")
 TRIES: Final = 3

@@ -1,4 +1,4 @@
-"""The documents that a charter holds, and the init-data that a guest is started with.
+"""The documents that a charter holds.
 
 Their form (strict, frozen, canonical) is `policies.forms`; docs/reference/charter.md lists them with every field.
 """
@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
-import re
-from ipaddress import IPv4Address
 from typing import Annotated, Final, Literal
 
 from cryptography import x509
@@ -17,7 +14,6 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import AfterValidator, Field, model_validator
 
-from policies.errors import MalformedDocument
 from policies.forms import (
     DOCUMENT_LIMIT,
     NAME_PATTERN,
@@ -45,8 +41,6 @@ from policies.forms import (
     parse_toml,
 )
 
-INIT_DATA_LIMIT: Final = 64 * 1024
-"""Bytes of an init-data file."""
 RESULTS_KEY_SIZE: Final = 1216
 """Bytes of an HPKE MLKEM768_X25519 public key: 1,184 of ML-KEM-768 (FIPS 203) and 32 of X25519 (RFC 7748)."""
 
@@ -77,7 +71,6 @@ def _results_key(text: str) -> str:
 
 __all__ = [
     "DOCUMENT_LIMIT",
-    "INIT_DATA_LIMIT",
     "NAME_PATTERN",
     "RESOURCE_PATTERN",
     "RESULTS_KEY_SIZE",
@@ -86,19 +79,16 @@ __all__ = [
     "ROLES",
     "Address",
     "Allowance",
-    "BrokerAddress",
     "BrokerEntry",
     "BundleApproval",
     "CertificatePem",
     "ChipId",
     "Consortium",
-    "DataExport",
     "Digest",
     "Document",
     "Enrolment",
     "ExportBudget",
     "ImageReference",
-    "InitData",
     "Instant",
     "Jurisdiction",
     "Measurement",
@@ -111,7 +101,6 @@ __all__ = [
     "Resource",
     "Right",
     "Role",
-    "ServerAddress",
     "Split",
     "Text",
     "Thresholds",
@@ -123,14 +112,11 @@ __all__ = [
     "complaints",
     "format_time",
     "from_table",
-    "init_data_digest",
     "load_certificate",
     "parse_document",
-    "parse_init_data",
     "parse_toml",
     "user_complaints",
     "user_spiffe_id",
-    "write_init_data",
 ]
 
 
@@ -462,118 +448,3 @@ def user_complaints(user: User, trust_domain: str) -> list[str]:
     if uris != [wanted]:
         complaints.append(f"{where}: the TLS certificate is for {', '.join(uris) or 'nobody'}, not for {wanted}")
     return complaints
-
-
-# --- init-data ------------------------------------------------------------------------------------------------------
-
-
-class BrokerAddress(Document):
-    """Where a broker is, as the host says: it earns nothing, since the broker's keys come from the charter."""
-
-    name: Name
-    url: Url
-
-
-class ServerAddress(Document):
-    """Where the FL server is, the name under which it is enrolled, and how to get there (`fl.transport.route`)."""
-
-    name: Name
-    address: Address
-    more_addresses: tuple[Address, ...] = Field(default=(), max_length=15)
-    """Tried in this order when the first does not answer."""
-    driver: Literal["grpc", "https"] = "grpc"
-    connection_security: Literal["mtls", "tls", "clear"] = "mtls"
-    """Where TLS ends: at the server; at a proxy before it; nowhere, because that proxy has none."""
-    proxy: str | None = Field(default=None, max_length=300)
-    """`http://host:port` of an HTTP proxy that connects to the address."""
-    custom_ca_cert: str | None = Field(default=None, max_length=64 << 10)
-    """With `tls`: the authority of the proxy's certificate, in PEM."""
-
-
-def _server(text: str) -> str:
-    address = IPv4Address(text)
-    if address.is_loopback or address.is_multicast or address.is_unspecified:
-        raise ValueError("no server has this address")
-    return text
-
-
-def _exported(text: str) -> str:
-    if {".", ".."} & set(text.split("/")):
-        raise ValueError("a path with . or .. in it")
-    return text
-
-
-class DataExport(Document):
-    """A site's data volume as a file on an NFS server, which is trusted with nothing: it sees what a host's disk does.
-
-    `server` is an IPv4 address (a guest asks no name server), spoken to by NFSv4.1 on its port 2049. The folder of
-    `path` is what the guest mounts, read-only.
-    """
-
-    server: Annotated[str, Field(max_length=15), AfterValidator(_server)]
-    path: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_.-]{1,255}){1,16}$", max_length=1024), AfterValidator(_exported)]
-
-
-class InitData(Document):
-    """What the host tells a guest at launch, bound to its evidence by HOST_DATA (SHA-256 of the file's bytes)."""
-
-    version: int = Field(ge=1, le=1)  # not Literal[1], which takes `true` for 1
-    algorithm: Literal["sha256"]
-    charter: Digest
-    role: Role
-    name: Name
-    brokers: tuple[BrokerAddress, ...] = Field(min_length=1, max_length=16)
-    listen: Address | None = None
-    listen_https: Address | None = None
-    """A server's second port, if HTTPS is not to share the first with gRPC."""
-    connection_security: Literal["mtls", "tls", "clear"] = "mtls"
-    """What a server admits: with `tls` and `clear` also what comes by proxies that end TLS, or have none."""
-    server: ServerAddress | None = None
-    resources: dict[Name, Resource] = Field(default_factory=dict, max_length=64)
-    user_data: DataExport | None = None
-    """Where a site's data volume is, if it is not the disk `user-data`."""
-
-    @model_validator(mode="after")
-    def _distinct(self) -> InitData:
-        must_be_unique(tuple(broker.name for broker in self.brokers), "broker")
-        return self
-
-
-def parse_init_data(raw: bytes, where: str = "init-data") -> InitData:
-    """Return the init-data in the TOML `raw` (at most INIT_DATA_LIMIT bytes). Raises MalformedDocument."""
-    return parse_toml(InitData, raw, where, INIT_DATA_LIMIT)
-
-
-def init_data_digest(raw: bytes) -> str:
-    """Return the SHA-256 of the file's bytes as hex: the HOST_DATA of a guest launched with it."""
-    return hashlib.sha256(raw).hexdigest()
-
-
-def write_init_data(init: InitData) -> bytes:
-    """Return `init` as TOML that `parse_init_data` reads back to the same (names and URLs need no escapes)."""
-    lines = [
-        f"version = {init.version}",
-        f"algorithm = {_quoted(init.algorithm)}",
-        f"charter = {_quoted(init.charter)}",
-        f"role = {_quoted(init.role)}",
-        f"name = {_quoted(init.name)}",
-    ]
-    if init.listen is not None:
-        lines.append(f"listen = {_quoted(init.listen)}")
-    for broker in init.brokers:
-        lines += ["", "[[brokers]]", f"name = {_quoted(broker.name)}", f"url = {_quoted(broker.url)}"]
-    if init.server is not None:
-        lines += ["", "[server]", f"name = {_quoted(init.server.name)}", f"address = {_quoted(init.server.address)}"]
-    if init.resources:
-        lines += ["", "[resources]"]
-        lines += [f"{_quoted(purpose)} = {_quoted(resource)}" for purpose, resource in sorted(init.resources.items())]
-    if init.user_data is not None:
-        lines += ["", "[user_data]", f"server = {_quoted(init.user_data.server)}"]
-        lines += [f"path = {_quoted(init.user_data.path)}"]
-    return ("\n".join(lines) + "\n").encode("utf-8")
-
-
-def _quoted(text: str) -> str:
-    if re.search(r'[\x00-\x1f\x7f"\\]', text):
-        raise MalformedDocument("a text of the init-data needs escapes", where=text, do="Use plain names and URLs.")
-    return f'"{text}"'

@@ -33,21 +33,9 @@ from securesystemslib.signer import Signature
 from policies.charter.content import Charter
 from policies.charter.layout import tuf_key
 from policies.charter.signing import AnyKey, current_charter, signer_pem
-from policies.documents import (
-    Address,
-    BrokerAddress,
-    Digest,
-    Document,
-    Instant,
-    Name,
-    Platform,
-    ServerAddress,
-    Text,
-    complaints,
-    init_data_digest,
-    parse_init_data,
-)
+from policies.documents import Address, Digest, Document, Instant, Name, Platform, Text, complaints
 from policies.errors import KitRefused, MalformedDocument, SealwrightError
+from policies.init_data import BrokerAddress, ServerAddress, init_data_digest, parse_init_data
 
 MANIFEST: Final = "kit.dsse.json"
 LOCAL: Final = "local"

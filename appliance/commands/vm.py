@@ -192,8 +192,8 @@ def chip(
 
 def _check_role(raw: bytes, role: str, path: Path) -> None:
     """Stop a mistake before it costs a refusal by the broker: this is no protection, the enrolment is."""
-    from policies.documents import parse_init_data
     from policies.errors import Refused
+    from policies.init_data import parse_init_data
 
     found = parse_init_data(raw).role
     if found != role:

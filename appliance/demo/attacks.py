@@ -38,8 +38,8 @@ from fl.environments.user_client import UserClient
 from fl.jobs.bundle import Bundle, make_bundle
 from fl.transport.memory import SealedMemory
 from policies.charter import path_of
-from policies.documents import InitData, parse_init_data, write_init_data
 from policies.errors import Refused
+from policies.init_data import InitData, parse_init_data, write_init_data
 from policies.kits import INIT_DATA
 
 REFUSAL_SECONDS: Final = 30.0

@@ -22,8 +22,9 @@ from appliance.kits.plan import Plan, PlannedGuest, broker_addresses, brokers_fo
 from appliance.kits.readme import write_readme
 from policies.charter import Charter, current_charter
 from policies.charter.signing import AnyKey
-from policies.documents import Address, BrokerAddress, BrokerEntry, ServerAddress
+from policies.documents import Address, BrokerEntry
 from policies.errors import Unusable
+from policies.init_data import BrokerAddress, ServerAddress
 from policies.kits import (
     CHARTER,
     INIT_DATA,

@@ -18,25 +18,20 @@ from policies.charter.written import PLAN
 from policies.documents import (
     RIGHTS_SETS,
     Address,
-    BrokerAddress,
     ChipId,
-    DataExport,
     Document,
     Enrolment,
-    InitData,
     Jurisdiction,
     Name,
     Resource,
     Right,
     Role,
-    ServerAddress,
     Text,
     from_table,
-    init_data_digest,
-    write_init_data,
 )
 from policies.errors import MalformedDocument, Unusable
 from policies.forms import must_be_unique
+from policies.init_data import BrokerAddress, DataExport, InitData, ServerAddress, init_data_digest, write_init_data
 from policies.kits import HostEntry
 
 ANYWHERE: Final = "0.0.0.0"  # noqa: S104 - where a broker listens unless the plan says otherwise

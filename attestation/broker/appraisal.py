@@ -35,8 +35,9 @@ from attestation.verifier import Appraisal, Expected, Profile, with_virtual_root
 from attestation.verifier.appraisal_policy import NO_GPU_SECTION, load_appraisal_policy
 from attestation.verifier.composite import CPU, CompositeAppraisal, Devices, read_additional_evidence, verify_composite
 from policies.charter import Charter
-from policies.documents import INIT_DATA_LIMIT, Enrolment, InitData, parse_init_data
+from policies.documents import Enrolment
 from policies.errors import SealwrightError
+from policies.init_data import INIT_DATA_LIMIT, InitData, parse_init_data
 from policies.questions import appraisal_reasons
 
 KBS_INIT_DATA_KEY: Final = "sealwright.toml"

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from attestation.broker.keks import KekFile, KeyEncryption, load_kek, old_keks
-from policies.documents import INIT_DATA_LIMIT
 from policies.errors import Unusable
+from policies.init_data import INIT_DATA_LIMIT
 
 if TYPE_CHECKING:
     from attestation.attester.world import World

@@ -38,8 +38,8 @@ from attestation.guest_vault import GuestVault, open_vault
 from attestation.messages import EvidenceMessage, check_message
 from attestation.vaults import KEY_SIZE, agreed_deal, judge_store
 from policies.charter import Charter
-from policies.documents import parse_init_data
 from policies.errors import Refused, SealwrightError, Unusable
+from policies.init_data import parse_init_data
 from policies.vaults import vault_name
 
 KEPT: Final = 8

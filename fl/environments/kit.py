@@ -27,7 +27,8 @@ from pydantic import Field
 from attestation.client import fetch_charter
 from attestation.hybrid import HybridPrivateKey
 from fl.errors import KitUnusable
-from policies.documents import BrokerAddress, Digest, Document, Name, ServerAddress, parse_toml
+from policies.documents import Digest, Document, Name, parse_toml
+from policies.init_data import BrokerAddress, ServerAddress
 from policies.keys import load_private_key, read_secret
 from policies.kits import LOCAL, USER_FILE, open_signed_kit
 

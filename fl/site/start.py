@@ -22,8 +22,8 @@ from fl.site.orders import Orders
 from fl.transport.channel import connect
 from fl.transport.frames import Finish, Left, Masking, Prepare, Steer, Told, Train
 from fl.transport.route import Route
-from policies.documents import ServerAddress
 from policies.errors import SealwrightError
+from policies.init_data import ServerAddress
 
 if TYPE_CHECKING:
     from attestation.identity import Identity

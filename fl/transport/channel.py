@@ -27,8 +27,8 @@ from fl.transport.lease import PeerLease
 from fl.transport.relay import Relay
 from fl.transport.route import CONNECT_SECONDS, Route
 from fl.transport.tls import client_context
-from policies.documents import ServerAddress
 from policies.errors import Refused, SealwrightError, Unusable
+from policies.init_data import ServerAddress
 
 if TYPE_CHECKING:
     from attestation.identity import Peer

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from fl.errors import PeerLost
 from fl.transport.tunnel import Tunnels
-from policies.documents import ServerAddress
 from policies.errors import Unusable
+from policies.init_data import ServerAddress
 
 CONNECT_SECONDS: Final = 10.0
 Driver = Literal["grpc", "https"]

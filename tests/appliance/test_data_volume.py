@@ -42,8 +42,8 @@ from appliance.user_data_export import CLIENT
 from attestation.attester.boot import Boot
 from fl.guard.sealed_data import seal as seal_entries
 from fl.guard.sealed_data import seal_file
-from policies.documents import DataExport, InitData
 from policies.errors import Unusable
+from policies.init_data import DataExport, InitData
 
 KEY = bytes(range(32))
 MARK = b"Jane Roe, born 1970-01-01\n"

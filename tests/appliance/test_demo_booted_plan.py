@@ -18,7 +18,7 @@ from appliance.demo.setting import (
 )
 from cvm_image.generate import LaunchGrid, generate_image
 from cvm_image.signing import create_signing_keys
-from policies.documents import parse_init_data
+from policies.init_data import parse_init_data
 from policies.kits import INIT_DATA, USER_FILE, open_signed_kit
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from policies.documents import BrokerAddress, InitData, Role, ServerAddress, write_init_data
+from policies.documents import Role
+from policies.init_data import BrokerAddress, InitData, ServerAddress, write_init_data
 
 ROLES: tuple[Role, ...] = ("server", "site", "gateway")
 

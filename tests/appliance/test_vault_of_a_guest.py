@@ -13,8 +13,8 @@ import pytest
 from appliance.sealed_volume import VolumeRefused, changed_blocks_refused, format_volume, open_volume
 from appliance.vault import opened_vault, vault_of
 from attestation.client import GuestSession
-from policies.documents import BrokerAddress, InitData
 from policies.errors import Refused, Unusable
+from policies.init_data import BrokerAddress, InitData
 
 VAULT = "acme-pharma/vault-server/hub"
 

@@ -42,7 +42,6 @@ from policies.charter import Changes, Charter, amend, found, load_charter
 from policies.charter.proposal import files_of
 from policies.documents import (
     Allowance,
-    BrokerAddress,
     BrokerEntry,
     BundleApproval,
     Consortium,
@@ -50,10 +49,10 @@ from policies.documents import (
     ImageReference,
     Member,
     ReferenceMeasurement,
-    ServerAddress,
     User,
     VirtualRoot,
 )
+from policies.init_data import BrokerAddress, ServerAddress
 from policies.keys import public_pem
 
 MEMBERS = ("acme-pharma", "borealis-hospital", "cygnus-bio")

@@ -33,16 +33,9 @@ from fl.party import Party
 from fl.server.certificates import ServerCertificates, TlsContexts
 from policies.charter import Changes
 from policies.charter.proposal import files_of
-from policies.documents import (
-    BrokerAddress,
-    Enrolment,
-    ImageReference,
-    InitData,
-    ReferenceMeasurement,
-    ServerAddress,
-    write_init_data,
-)
+from policies.documents import Enrolment, ImageReference, ReferenceMeasurement
 from policies.errors import Refused, SealwrightError, Unusable
+from policies.init_data import BrokerAddress, InitData, ServerAddress, write_init_data
 from policies.ready_made import release_policy
 
 NAMES = ("one", "two")

@@ -34,8 +34,9 @@ from fl.transport.channel import connect
 from fl.transport.frames import Lease, Train, pack
 from policies.charter.making import Changes
 from policies.charter.proposal import files_of
-from policies.documents import Allowance, BrokerAddress, BundleApproval, ServerAddress
+from policies.documents import Allowance, BundleApproval
 from policies.errors import Refused
+from policies.init_data import BrokerAddress, ServerAddress
 
 NAMES = ("one", "two", "three")
 SITES = ("north", "south")

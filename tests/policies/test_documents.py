@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from charter_world import NOW, World, bundle, enrolment, image, issuer, user
@@ -14,21 +15,19 @@ from hypothesis import strategies as st
 from policies.charter import found, load_charter, parse_proposal, propose_founding, write_proposal
 from policies.charter.words import visible
 from policies.charter.written import read_consortium, written_target
-from policies.documents import (
+from policies.documents import Document, Enrolment, parse_document
+from policies.errors import CharterRefused, MalformedDocument, UnusableKey
+from policies.forms import load_certificate
+from policies.init_data import (
     INIT_DATA_LIMIT,
     BrokerAddress,
     DataExport,
-    Document,
-    Enrolment,
     InitData,
     ServerAddress,
     init_data_digest,
-    parse_document,
     parse_init_data,
     write_init_data,
 )
-from policies.errors import CharterRefused, MalformedDocument, UnusableKey
-from policies.forms import load_certificate
 from policies.keys import fingerprint, generate_ed25519, load_private_key, load_public_pem, public_pem
 
 DOCUMENTS: list[Document] = [
@@ -131,6 +130,39 @@ def test_init_data_is_written_and_read() -> None:
     assert len(init_data_digest(raw)) == 64
     bare = INIT.model_copy(update={"listen": None, "server": None, "resources": {}, "user_data": None})
     assert parse_init_data(write_init_data(bare)) == bare
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x7f"), max_size=30)
+ADDRESSES = st.sampled_from(["127.0.0.1:9000", "[::1]:443", "hub.example:8443"])
+WAYS = st.sampled_from(["mtls", "tls", "clear"])
+
+
+@given(
+    names=st.lists(st.sampled_from(["a", "data", "model.v1", "x-2", "0", "true", "1.5"]), unique=True, max_size=4),
+    more=st.lists(ADDRESSES, max_size=3),
+    ways=st.tuples(WAYS, WAYS, st.sampled_from(["grpc", "https"])),
+    texts=st.tuples(st.none() | TEXTS, st.none() | TEXTS),
+    ports=st.tuples(st.none() | ADDRESSES, st.none() | ADDRESSES),
+)
+def test_whatever_init_data_say_is_read_back(names: Any, more: Any, ways: Any, texts: Any, ports: Any) -> None:
+    server = ServerAddress(
+        name="server",
+        address="[::1]:9443",
+        more_addresses=tuple(more),
+        driver=ways[2],
+        connection_security=ways[1],
+        proxy=texts[0],
+        custom_ca_cert=texts[1],
+    )
+    said = {"listen": ports[0], "listen_https": ports[1], "connection_security": ways[0], "server": server}
+    init = INIT.model_copy(update={**said, "resources": dict.fromkeys(names, "borealis-hospital/key/data")})
+    assert parse_init_data(write_init_data(init)) == init
+
+
+def test_init_data_with_what_toml_cannot_say_are_not_written() -> None:
+    server = ServerAddress(name="server", address="[::1]:9443", proxy="http://\x7f:1")
+    with pytest.raises(MalformedDocument, match="control character"):
+        write_init_data(INIT.model_copy(update={"server": server}))
 
 
 @pytest.mark.parametrize(

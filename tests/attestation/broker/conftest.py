@@ -43,18 +43,16 @@ from policies.charter import Charter, load_charter, write_store
 from policies.charter.making import Changes, amend, found
 from policies.charter.proposal import files_of
 from policies.documents import (
-    BrokerAddress,
     BrokerEntry,
     Consortium,
     Enrolment,
     ImageReference,
-    InitData,
     Member,
     ReferenceMeasurement,
     Role,
     VirtualRoot,
-    write_init_data,
 )
+from policies.init_data import BrokerAddress, InitData, write_init_data
 from policies.keys import public_pem
 
 MEMBERS = ("acme-pharma", "borealis-hospital", "cygnus-bio")

@@ -19,7 +19,7 @@ from attestation.errors import BrokerRefused
 from attestation.evidence.report import Product
 from policies.charter.making import Changes
 from policies.charter.proposal import files_of
-from policies.documents import parse_init_data, write_init_data
+from policies.init_data import parse_init_data, write_init_data
 
 RawGuests = Callable[..., Any]
 

@@ -37,8 +37,9 @@ from attestation.virtual.vendor import Vendor
 from policies.charter import Charter
 from policies.charter.making import Changes
 from policies.charter.proposal import files_of
-from policies.documents import BrokerAddress, Enrolment, ImageReference, InitData, ReferenceMeasurement, write_init_data
+from policies.documents import Enrolment, ImageReference, ReferenceMeasurement
 from policies.errors import Refused, SealwrightError, Unusable
+from policies.init_data import BrokerAddress, InitData, write_init_data
 
 VAULT = "acme-pharma/vault-broker/one"
 KEY = bytes(range(96))

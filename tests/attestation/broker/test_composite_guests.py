@@ -43,8 +43,9 @@ from attestation.virtual.chip import Chip
 from attestation.virtual.vendor import Vendor
 from policies.charter.making import Changes
 from policies.charter.proposal import files_of
-from policies.documents import Enrolment, parse_init_data, write_init_data
+from policies.documents import Enrolment
 from policies.errors import Refused, Unusable
+from policies.init_data import parse_init_data, write_init_data
 
 GPU_KEY = "borealis-hospital/key/gpu"
 GPU_RULES = b"""package sealwright.release

@@ -26,8 +26,8 @@ from appliance import node
 from appliance.user_data import PURPOSE, opened_user_data
 from appliance.user_data_export import MOUNT_POINT
 from attestation.attester.boot import Boot, read_boot
-from policies.documents import DataExport, InitData
 from policies.errors import SealwrightError
+from policies.init_data import DataExport, InitData
 
 
 def main(guest: Path) -> int:
