@@ -142,7 +142,7 @@ def test_guest_packages_are_those_that_a_guest_needs() -> None:
     assert "attestation/attester/virtual_port.py" in virtual
     assert set(virtual) - set(hardware) == {"attestation/attester/virtual_port.py"}
     assert {name.split("/")[0] for name in virtual} == {"policies", "attestation", "fl", "appliance"}
-    ours = {"__init__", "data_volume", "luks_header", "node", "sealed_volume", "user_data", "vault"}
+    ours = {"__init__", "data_volume", "luks_header", "node", "sealed_volume", "user_data", "user_data_export", "vault"}
     assert {name for name in virtual if name.startswith("appliance/")} == {f"appliance/{name}.py" for name in ours}
 
 

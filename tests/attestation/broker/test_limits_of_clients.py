@@ -81,7 +81,7 @@ def test_a_client_that_opens_sessions_too_fast_is_told_and_comes_again(limited: 
 
 
 def test_sessions_are_bounded_and_make_room_when_they_end(limited: Callable[[str], Any]) -> None:
-    running = limited("sessions = 12\nsession_seconds = 5\nclient_rate = 1000.0\nclient_burst = 1000")
+    running = limited("sessions = 12\nsession_seconds = 10\nclient_rate = 1000.0\nclient_burst = 1000")
     client = BrokerClient(running.entry, "virtual.trial")
     try:
         for _ in range(12):
