@@ -69,16 +69,17 @@ for resources in kits.glob("*/local/resources.json.default"):
 for name in ("server", "R1", "R2", "C1", "C2", "C11", "C12", "C21", "C22"):
     subprocess.Popen(["bash", str(kits / name / "startup" / "start.sh")])
     time.sleep(3 if name in ("server", "R2") else 0.2)
+last = None
 while True:
     try:
         session = new_secure_session("admin@nvidia.com", str(kits / "admin@nvidia.com"), timeout=5)
         if len(session.get_system_info().client_info) >= 6:
             break
         session.close()
-    except Exception:
-        pass
+    except Exception as error:  # its API says by any error that it is not up yet
+        last = error
     if time.monotonic() > end:
-        raise SystemExit("its nodes did not join")
+        raise SystemExit(f"its nodes did not join: {last!r}")
     time.sleep(1)
 made = EdgeJob(name="edge", edge_method="edge")
 made.configure_simulation(Processor(), 60.0, 100, 8)

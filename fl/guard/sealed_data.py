@@ -80,7 +80,7 @@ def seal(
     `salt` is 32 fresh random bytes, used once: two different contents under one key and one salt break the seal.
     Raises SealedDataRefused for entries that no reader would take.
     """
-    index, total = _begin(entries)
+    index, total = _begin(sizes_of(entries))
     order = sorted(entries)
     if chunk_bits not in CHUNK_BITS_RANGE or len(salt) != SALT_SIZE:
         raise ValueError("a chunk size is 2**12 to 2**24 bytes, a salt 32 bytes")
@@ -95,9 +95,17 @@ def seal(
         yield cipher.encrypt(_nonce(number, last=number == chunks - 1), chunk, header)
 
 
-def sealed_size(entries: Mapping[str, Buffer | Long]) -> int:
-    """How many bytes `seal` makes of `entries`, in chunks of the usual size. Raises SealedDataRefused as it does."""
-    _, total = _begin(entries)
+def sizes_of(entries: Mapping[str, Buffer | Long]) -> dict[str, int]:
+    """How many bytes each entry has."""
+    return {name: _size(entry) for name, entry in entries.items()}
+
+
+def sealed_size(sizes: Mapping[str, int]) -> int:
+    """How many bytes `seal` makes of entries of these sizes, in chunks of the usual size.
+
+    Raises SealedDataRefused as it does.
+    """
+    _, total = _begin(sizes)
     return HEADER.size + total + _chunk_count(total, 1 << CHUNK_BITS) * TAG_SIZE
 
 
@@ -296,22 +304,22 @@ def _parts(entry: Buffer | Long) -> Iterator[Buffer]:
         yield from entry.pieces(0, 1 << CHUNK_BITS)
 
 
-def _begin(entries: Mapping[str, Buffer | Long]) -> tuple[bytes, int]:
-    """The index of `entries`, and how many bytes the plaintext has with it."""
-    index = _encode_index(entries)
-    total = _INDEX_SIZE.size + len(index) + sum(map(_size, entries.values()))
+def _begin(sizes: Mapping[str, int]) -> tuple[bytes, int]:
+    """The index of entries of these sizes, and how many bytes the plaintext has with it."""
+    index = _encode_index(sizes)
+    total = _INDEX_SIZE.size + len(index) + sum(sizes.values())
     if total > MAX_PLAINTEXT:
         raise SealedDataRefused(f"{total} bytes are more than one file's {MAX_PLAINTEXT}", where="entries")
     return index, total
 
 
-def _encode_index(entries: Mapping[str, Buffer | Long]) -> bytes:
-    if not 1 <= len(entries) <= MAX_ENTRIES:
-        raise SealedDataRefused(f"a sealed file has 1 to {MAX_ENTRIES} entries, not {len(entries)}", where="entries")
-    for name in entries:
+def _encode_index(sizes: Mapping[str, int]) -> bytes:
+    if not 1 <= len(sizes) <= MAX_ENTRIES:
+        raise SealedDataRefused(f"a sealed file has 1 to {MAX_ENTRIES} entries, not {len(sizes)}", where="entries")
+    for name in sizes:
         if not NAME.fullmatch(name):
             raise SealedDataRefused(f"{name!r} is no name for an entry (letters, digits, . _ -)", where="entries")
-    return rfc8785.dumps([{"name": name, "size": _size(entries[name])} for name in sorted(entries)])
+    return rfc8785.dumps([{"name": name, "size": sizes[name]} for name in sorted(sizes)])
 
 
 def read_index(plain: bytes | bytearray, total: int, *, where: str) -> list[tuple[str, int, int]]:

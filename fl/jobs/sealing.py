@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from attestation.hybrid import HybridPrivateKey
 from attestation.hybrid import seal as seal_to_key
 from fl.errors import SealedDataRefused
-from fl.guard.sealed_data import KEY_SIZE, SALT_SIZE, Long, entries_of, opened, seal, sealed_size, unseal
+from fl.guard.sealed_data import KEY_SIZE, SALT_SIZE, Long, entries_of, opened, seal, sealed_size, sizes_of, unseal
 from fl.tensors import Buffer
 from fl.transport.drafts import ModelDraft, written
 from fl.transport.memory import SealedMemory
@@ -45,12 +45,12 @@ def open_first_model(
 def seal_file_of_job(data: Long, sha256: str, model_key: bytes, job: str, *, random: Callable[[int], bytes]) -> Stored:
     """A large file of `job` with this digest, sealed under the model key for this job alone."""
     entries, key = {sha256: data}, _key_of_job(model_key, job, _FILE_PURPOSE)
-    return SealedMemory.of_pieces(sealed_size(entries), seal(entries, key, salt=random(SALT_SIZE)))
+    return SealedMemory.of_pieces(sealed_size(sizes_of(entries)), seal(entries, key, salt=random(SALT_SIZE)))
 
 
 def sealed_file_size(sha256: str, size: int) -> int:
     """How many bytes `seal_file_of_job` makes of a file of `size` bytes."""
-    return sealed_size({sha256: _Sized(size)})
+    return sealed_size({sha256: size})
 
 
 def open_file_of_job(
@@ -63,16 +63,6 @@ def open_file_of_job(
         found.close()
         raise SealedDataRefused("it is not the file that the bundle names", where=where)
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Sized:
-    """An entry of which the size alone is known."""
-
-    size: int
-
-    def pieces(self, offset: int, size: int) -> Iterator[memoryview]:
-        raise NotImplementedError(offset, size)
 
 
 def _open_one(
@@ -131,7 +121,7 @@ def seal_result(
     """Seal `files` of `job` to each recipient's raw hybrid public key. Raises SpoolFailed."""
     key = random(KEY_SIZE)
     keys = {name: seal_to_key(key, public, info=_result_info(job, name)) for name, public in recipients.items()}
-    with ModelDraft(sealed_size(files), spool) as draft:
+    with ModelDraft(sealed_size(sizes_of(files)), spool) as draft:
         for piece in seal(files, key, salt=random(SALT_SIZE)):
             draft.append(piece)
         return SealedResult(draft.seal(), keys)
