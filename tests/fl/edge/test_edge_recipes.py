@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fl.edge import evaluating
 from fl.edge.device_model import DeviceModel
 from fl.edge.masks import DeviceMasking, capabilities_of, masking_of
 from fl.edge.recipes import GRAPH_FILE, EdgeFedBuffRecipe, ETFedBuffRecipe, SimulationConfig
@@ -21,6 +22,7 @@ from fl.environments.poc import PocEnv
 from fl.environments.sim import SimEnv
 from fl.errors import JobFailed, RecipeUnusable
 from fl.jobs.bundle import parse_bundle
+from fl.jobs.lock import LOCK_FILE, parse_lock
 from fl.jobs.settings import FedBuffOptions
 from policies.errors import Unusable
 
@@ -110,11 +112,12 @@ def test_a_job_whose_devices_fail_fails_with_the_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_bundle_holds_the_graph_and_nothing_else_of_the_author() -> None:
+def test_the_bundle_holds_graphs_and_data_and_no_code_of_the_author() -> None:
     pytest.importorskip("executorch.exir")
     recipe = EdgeFedBuffRecipe(model=Xor(), **arguments())
     bundle = parse_bundle(recipe.bundle().raw)
-    assert set(bundle.files) == {GRAPH_FILE}
+    assert set(bundle.files) == {GRAPH_FILE, evaluating.GRAPH_FILE, evaluating.DATA_FILE, LOCK_FILE}
+    assert parse_lock(bundle.files[LOCK_FILE]) == {}
     options = bundle.settings.options
     assert isinstance(options, FedBuffOptions)
     assert options.edge.models == arguments()["model_manager_config"]
