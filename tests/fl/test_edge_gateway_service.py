@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_world import JOB, SHAPES, AddingTrainer, EdgeWorld, found_edge, model_of, version_of
 from federation_world import now
+from proxies import ending_proxy
 
 from fl.edge import reference
 from fl.edge.kits.python import DeviceSettings, GatewayConnection, Trust
@@ -321,6 +322,25 @@ def test_what_a_stranger_or_a_balancer_can_do(world: EdgeWorld, connect: Any, tm
             send("job", sealed)  # a result for a job's request
         with pytest.raises(Refused, match="none to this request"):
             open_answer(first, secrets.token_bytes(32), secrets.token_hex(16))
+
+
+def test_through_a_balancer_that_ends_tls(world: EdgeWorld, connect: Any, tmp_path: Path) -> None:
+    """A real one: it reads and writes all that passes, and finds neither model, nor update, nor token in it."""
+    branch = world.branch()
+    with world.serving(world.gateway(branch)) as (url, call):
+        with ending_proxy(tmp_path, url.removeprefix("https://"), tls_to=True) as (balancer, _):
+            device = world.device(connect(f"https://{balancer.address}"), tmp_path / "device")
+            steps(device, "reporting")
+            steps(device, "joined")
+            device._connection.close()
+        call(lambda _: branch.claims())
+        call(lambda _: branch.settle(()))
+        assert call(lambda _: branch.take()).count == 1
+    seen = bytes(balancer.seen)
+    assert b"POST /edge/" in seen
+    assert device.standing.state == "joined"
+    for hidden in (device._token.encode(), b"a.weight", np.full(8, 1, np.float32).tobytes(), b"heart-rate"):
+        assert hidden not in seen
 
 
 def test_a_key_that_was_rotated(world: EdgeWorld, connect: Any, tmp_path: Path) -> None:
