@@ -41,7 +41,9 @@ A device begins with the charter's first root and nothing else.
 3. The messages below, each sealed to the group key. When the EARs have ended, or the answer is HTTP 410, it
    begins at 1 again.
 
-Whoever ends TLS on the way sees lengths and times. Any gateway of the charter can answer any device at any time.
+Whoever ends TLS on the way sees lengths and times, and may speak HTTP/2 to devices. Any gateway of the charter can
+answer any device at any time; of an upload that broke off only the process that has its pieces knows, and elsewhere it
+begins anew.
 """
 
 _SEALS: Final = """## Seals
