@@ -1,11 +1,10 @@
 """Seconds of a hello job in SimEnv, and of rounds of random weights over mutual TLS, beside a bare loop.
 
 A round runs from one aggregation to the next, as a user that watches sees them: two sites pull the model, their
-sandboxed scripts send it back, the server checks and folds it. The server is a process of its own, the sites are
-threads of another. The limit: the same bytes (each site's model down and update up, in 1 MiB messages) between two
-threads and a server process over TLS by the driver's libraries alone (grpc; aiohttp with uvloop, and http.client),
-before the rounds in the same run. Medians count, of the time on the wall and of the processor time of all processes,
-which other work on the machine changes less.
+sandboxed scripts send it back, the server checks and folds it. Server and sites are a process each. The limit: the same
+bytes (each site's model down and update up, in 1 MiB messages) between two threads and a server process over TLS by the
+driver's libraries alone (grpc; aiohttp with uvloop, and http.client), before the rounds in the same run. Medians count,
+of the time on the wall and of the processor time of all processes, which other work on the machine changes less.
 
 Memory is looked at five times a second or, where that takes long, less often: PSS and anonymous memory of the server's
 process and PSS of all processes (the benchmark's own too), by /proc/PID/smaps_rollup; and by how much the machine's
@@ -111,22 +110,22 @@ def rounds_of(megabytes: float, rounds: int, driver: str, release_seconds: int |
         world.approve(bundle)
         key, certificate = make_certificate()
         size = int(megabytes * 1e6)
-        # Both servers are forked before grpc starts in this process: it does not live through a fork.
+        # All others are forked before grpc starts in this process: it does not live through a fork.
         bare = ends.enter_context(served(SERVE_BARE[driver], key, certificate, size))
         own = ends.enter_context(served(_serve_world, world))
+        sites = [ends.enter_context(served(_play_site, world, name)) for name in trial.SITES]
         with BARE_ROUNDS[driver](int(received(bare)), certificate, size) as bare_round:
             bare_round()  # the first one connects
             spent = _processor_seconds()
             alone = statistics.median([bare_round() for _ in range(rounds)])
             bare_spent = (_processor_seconds() - spent) / rounds
         address, server = received(own)
+        for site in sites:
+            site.send(address)
+        for site in sites:
+            received(site)
         memory = _Memory(server)
-        with (
-            world.site(address, trial.SITES[0], patience=30.0),
-            world.site(address, trial.SITES[1], patience=30.0),
-            world.client(address) as client,
-            model,
-        ):
+        with world.client(address) as client, model:
             job = client.submit(bundle, model, roster=None, recipients=["acme-pharma/ada"])
             events = client.watch(job, timeout=800)
             marks = [(time.perf_counter(), _processor_seconds()) for event in events if event.kind == "aggregated"]
@@ -214,6 +213,12 @@ def _shared_memory() -> int:
 def _serve_world(pipe: Connection, world: Any) -> None:
     with world.server() as address:
         pipe.send((address, os.getpid()))
+        pipe.recv()
+
+
+def _play_site(pipe: Connection, world: Any, name: str) -> None:
+    with world.site(pipe.recv(), name, patience=30.0):
+        pipe.send("connected")
         pipe.recv()
 
 

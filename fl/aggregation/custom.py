@@ -27,6 +27,7 @@ from fl.site.script import Session
 from fl.tensors import TensorFile
 from fl.transport.local import FoldedUpdate
 from fl.transport.memory import SealedMemory
+from fl.transport.stored import Stored
 
 NAME: Final = "aggregator"
 
@@ -68,7 +69,7 @@ class ScriptAggregation:
         self._number = 0
         session.greet(job, self._settings, data=None, max_update=max_update_size(settings.schema_of_model))
 
-    def fold(self, update: TensorFile, weight: float, site: str = "") -> None:
+    def fold(self, update: TensorFile, weight: float, site: str = "", memory: Stored | None = None) -> None:
         """Hand over an admitted update. Raises JobFailed if the script fails."""
         with SealedMemory.of(update.raw) as memory:
             about = FoldedUpdate(site=site, weight=weight, params_type=self._params_type)

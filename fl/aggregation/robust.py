@@ -24,6 +24,7 @@ from fl.jobs.settings import JobSettings, Krum, NormClipping, Robust, TrimmedMea
 from fl.model import ParamsType
 from fl.tensors import NUMPY_DTYPE, Schema, TensorFile, layout, narrow_bf16
 from fl.transport.memory import DraftMemory, SealedMemory
+from fl.transport.stored import Stored
 
 Table = npt.NDArray[Any]
 """Differences from the model, float32 or, if the model has float64, float64: [updates, numbers]."""
@@ -82,7 +83,7 @@ class RobustAggregation:
         self._dtype = np.dtype(np.float64 if wide else np.float32)
         self._updates: list[Table] = []
 
-    def fold(self, update: TensorFile, weight: float, site: str = "") -> None:
+    def fold(self, update: TensorFile, weight: float, site: str = "", memory: Stored | None = None) -> None:
         """Keep an admitted update."""
         self._updates.append(_numbers(update, self._schema, self._dtype))
 

@@ -2,19 +2,23 @@
 
 w_{t+1} = sum_k (n_k / n) w^k_{t+1}, with n_k the weight of site k's update and n their sum. Only the running sum is
 kept, in float32 for floats of up to 32 bits and in float64 else, so that memory does not grow with the number of sites.
+Where a round's first update has the sums' own numbers and may be changed, its memory becomes theirs, and then the next
+model's: no number is moved, and no more memory is taken than the updates came in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fl.model import ParamsType
-from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, Schema, TensorFile, TensorSpec, layout, narrow_bf16
+from fl.tensors import BLOCK, FLOATS, NUMPY_DTYPE, Buffer, Schema, TensorFile, TensorSpec, layout, narrow_bf16
 from fl.transport.drafts import ModelDraft
+from fl.transport.memory import ContentAddress, OpenMemory
 from fl.transport.spool import Spool
 from fl.transport.stored import Stored
 
@@ -41,9 +45,14 @@ class WeightedMean:
         self.count = 0
         """How many updates were folded."""
 
-    def fold(self, update: TensorFile, weight: float, site: str = "") -> None:
-        """Add an admitted update with `weight` > 0; a mean does not ask of which site."""
-        sums = self._sums = self._sums or _sums(self._schema, self._spool)
+    def fold(self, update: TensorFile, weight: float, site: str = "", memory: Stored | None = None) -> None:
+        """Add an admitted update with `weight` > 0; a mean does not ask of which site.
+
+        `memory`: where the update lies, if nobody needs it as it is any more.
+        """
+        if self._sums is None:
+            self._sums = _sums(self._schema, self._spool, update, memory)
+        sums = self._sums
         for name, spec in self._schema.items():
             dtype = _sum_dtype(spec)
             factor = dtype.type(weight)
@@ -75,8 +84,8 @@ class WeightedMean:
         if sums is None or not self.count:
             raise ValueError("no update was folded")
         header, offsets, size = layout(self._schema)
-        with ModelDraft(size, self._spool) as draft:
-            draft.append(header)
+        with sums.following(size, self._spool) as following:
+            following.append(header)
             for name in sorted(self._schema, key=lambda name: offsets[name]):
                 spec = self._schema[name]
                 dtype = _sum_dtype(spec)
@@ -90,20 +99,31 @@ class WeightedMean:
                         mean = step(name, start, current, difference)
                     elif self._params_type is ParamsType.DIFF:
                         mean += model.block(name, start, end).astype(dtype, copy=False)
-                    draft.append(as_dtype(mean, spec.dtype).view(np.uint8).data)
+                    following.append(as_dtype(mean, spec.dtype).view(np.uint8).data)
                 sums.done(name)
             self._total, self.count = 0.0, 0
             self.close()  # until the next update comes a server has the model alone
-            return draft.seal()
+            return following.seal()
 
 
 def _sum_dtype(spec: TensorSpec) -> np.dtype[Any]:
     return np.dtype(np.float32 if spec.dtype in {"F32", "F16", "BF16"} else np.float64)
 
 
-def _sums(schema: Schema, spool: Spool | None) -> _Sums:
+def _sums(schema: Schema, spool: Spool | None, first: TensorFile, memory: Stored | None) -> _Sums:
     size = sum(spec.elements * _sum_dtype(spec).itemsize for spec in schema.values())
-    return _SpooledSums(schema, spool) if spool is not None and spool.takes(size) else _Sums(schema)
+    if spool is not None and spool.takes(size):
+        return _SpooledSums(schema, spool)
+    if isinstance(memory, OpenMemory) and _is_laid_out(schema, first, memory):
+        return _SumsInPlace(schema, memory, first.starts)
+    return _Sums(schema)
+
+
+def _is_laid_out(schema: Schema, update: TensorFile, memory: OpenMemory) -> bool:
+    """Whether an update is byte for byte a model's file, of numbers that are those of its sums."""
+    header, _, size = layout(schema)
+    own = all(NUMPY_DTYPE[spec.dtype] == _sum_dtype(spec).str for spec in schema.values())
+    return own and memory.size == size and memory.view[: len(header)] == header and update.schema == schema
 
 
 class _Sums:
@@ -126,6 +146,70 @@ class _Sums:
     def close(self) -> None:
         """Give the sums back."""
         self._arrays.clear()
+
+    def following(self, size: int, spool: Spool | None) -> ModelDraft | _ModelInPlace:
+        """Where the next model is made, from its first byte to its last, as the sums are read."""
+        return ModelDraft(size, spool)
+
+
+class _SumsInPlace(_Sums):
+    """The same in the memory of a round's first update, which becomes that of the next model."""
+
+    def __init__(self, schema: Schema, memory: OpenMemory, starts: Mapping[str, int]) -> None:
+        self._memory: OpenMemory | None = memory.hand_over()
+        self._arrays = {
+            name: np.frombuffer(self._memory.view, _sum_dtype(spec), spec.elements, starts[name])
+            for name, spec in schema.items()
+        }
+
+    def close(self) -> None:
+        self._arrays.clear()
+        if self._memory is not None:
+            self._memory.close()
+
+    def following(self, size: int, spool: Spool | None) -> _ModelInPlace:
+        if self._memory is None:
+            raise ValueError("these sums are a model already")
+        memory, self._memory = self._memory, None
+        return _ModelInPlace(memory)
+
+
+class _ModelInPlace:
+    """As ModelDraft, in memory whose numbers become the model's one after the other."""
+
+    def __init__(self, memory: OpenMemory) -> None:
+        self._memory: OpenMemory | None = memory
+        self._bytes = np.frombuffer(memory.view, np.uint8)
+        self._at = 0
+        self._address = ContentAddress(memory.size)
+
+    def append(self, piece: Buffer) -> None:
+        """The bytes that follow, which may lie where they belong already, and may not change any more."""
+        given = np.frombuffer(piece, np.uint8)
+        here = self._bytes[self._at : self._at + given.size]
+        if not np.may_share_memory(here, given):
+            here[:] = given
+        self._at += given.size
+        self._address.add(here.data)
+
+    def seal(self) -> OpenMemory:
+        """The whole, named."""
+        if self._memory is None or self._at != self._memory.size:
+            raise ValueError(f"{self._at} bytes were written, which are not the whole model")
+        model, self._memory = self._memory, None
+        model.digest = self._address.end()
+        return model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._address.end()
+        del self._bytes
+        if self._memory is not None:
+            self._memory.close()
 
 
 class _SpooledSums(_Sums):

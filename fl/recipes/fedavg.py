@@ -64,7 +64,7 @@ def fedavg(sites: Federation, settings: JobSettings, model: Stored) -> Stored:
         for round_ in rounds:
             metrics = MeanOfMetrics()
             for update in sites.train(Task(round_, settings.num_rounds, model)):
-                mean.fold(update.tensors, update.weight, update.site)
+                mean.fold(update.tensors, update.weight, update.site, update.memory)
                 metrics.add(update.metrics, update.weight)
                 update.close()
             following = mean.result(model.tensors())

@@ -71,7 +71,7 @@ def fedopt(sites: Federation, settings: JobSettings, model: Stored) -> Stored:
     for round_ in rounds:
         metrics = MeanOfMetrics()
         for update in sites.train(Task(round_, settings.num_rounds, model)):
-            mean.fold(update.tensors, update.weight)
+            mean.fold(update.tensors, update.weight, memory=update.memory)
             metrics.add(update.metrics, update.weight)
             update.close()
         following = mean.result(model.tensors(), step=optimizer.step)

@@ -267,7 +267,7 @@ class FederationService:
             with self._pulls, self._room_for(head.size) as give_back, job.arriving(name, head) as assembly:
                 yield pack(Pull(offset=assembly.at))
                 assembly.take(_while_attending(attendance, requests))
-                memory = assembly.seal()
+                memory = assembly.leave_open()
                 memory.on_close = give_back()
                 job.deliver(name, head, memory)
         except UpdateRefused as refusal:

@@ -92,8 +92,8 @@ class Heard:
 class Aggregation(Protocol):
     """Makes the next model of the updates of a round; `result` ends one round, the next `fold` begins another."""
 
-    def fold(self, update: TensorFile, weight: float, site: str = "") -> None:
-        """Add an admitted update with `weight` > 0."""
+    def fold(self, update: TensorFile, weight: float, site: str = "", memory: Stored | None = None) -> None:
+        """Add an admitted update with `weight` > 0. What is folded may be changed in the `memory` in which it lies."""
 
     def result(self, model: TensorFile) -> Stored:
         """The next global model, after `model`."""

@@ -17,9 +17,9 @@ import xxhash
 
 from fl.errors import MalformedMessage
 from fl.tensors import Buffer
-from fl.transport.drafts import draft_of, stored
+from fl.transport.drafts import draft_of, left_open, stored
 from fl.transport.frames import CHUNK, Chunk, adapter_of, pack, unpack
-from fl.transport.memory import SealedMemory
+from fl.transport.memory import OpenMemory, SealedMemory
 from fl.transport.spool import Spool, Spooled
 from fl.transport.stored import Stored
 
@@ -61,7 +61,9 @@ def checked(frames: Iterable[bytes], *, start: int, size: int, where: str) -> It
 
 
 class Assembly:
-    """A transfer that comes in, in one go or, after cuts, in several. `take` as often as it needs, then `seal`.
+    """A transfer that comes in, in one go or, after cuts, in several.
+
+    `take` as often as it needs, then `seal`, or `leave_open` for what no other process gets.
 
     Room is taken for the whole size, which the caller has bounded: in memory, or where it is too large for it and there
     is a spool, in the spool. For one thread at a time.
@@ -88,16 +90,24 @@ class Assembly:
 
     def seal(self, *, sha256: str | None = None) -> SealedMemory | Spooled:
         """The whole, sealed. Raises MalformedMessage if something is missing, or if it has another digest."""
-        if self.at != self.size:
-            raise MalformedMessage(f"the transfer ended after {self.at} of {self.size} bytes", where=self._where)
+        self._demand_all()
         whole = stored(self._draft)
         if sha256 is not None and not hmac.compare_digest(whole.digest, sha256):
             whole.close()
             raise MalformedMessage(f"the transfer's SHA-256 is {whole.digest}, not {sha256}", where=self._where)
         return whole
 
+    def leave_open(self) -> OpenMemory | Spooled:
+        """The whole, for this process alone. Raises MalformedMessage if something is missing."""
+        self._demand_all()
+        return left_open(self._draft)
+
+    def _demand_all(self) -> None:
+        if self.at != self.size:
+            raise MalformedMessage(f"the transfer ended after {self.at} of {self.size} bytes", where=self._where)
+
     def close(self) -> None:
-        """Give the memory back, unless it was sealed."""
+        """Give the memory back, unless the whole was taken."""
         self._draft.discard()
 
     def __enter__(self) -> Self:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from fl.tensors import Buffer
-from fl.transport.memory import ContentAddress, DraftMemory, SealedMemory
+from fl.transport.memory import ContentAddress, DraftMemory, OpenMemory, SealedMemory
 from fl.transport.spool import Spool, SpoolDraft, Spooled
 
 Draft: TypeAlias = DraftMemory | SpoolDraft
@@ -21,6 +21,11 @@ def draft_of(size: int, spool: Spool | None) -> Draft:
 def stored(draft: Draft, digest: str | None = None) -> SealedMemory | Spooled:
     """A draft that is whole, sealed; `digest` is its content address, where it is known."""
     return draft.seal(digest) if isinstance(draft, SpoolDraft) else SealedMemory(*draft.seal(), digest)
+
+
+def left_open(draft: Draft) -> OpenMemory | Spooled:
+    """A draft that is whole; in memory it may be changed in place."""
+    return draft.seal() if isinstance(draft, SpoolDraft) else OpenMemory(*draft.leave_open())
 
 
 def written(size: int, pieces: Iterable[Buffer], spool: Spool | None) -> SealedMemory | Spooled:

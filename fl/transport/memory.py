@@ -9,6 +9,7 @@ zeroes a fresh page nor takes a fault for it, which is half of what writing a ne
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import mmap
@@ -33,17 +34,105 @@ _AHEAD: Final = 8
 SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
-class SealedMemory(Stored):
+class InMemory(Stored):
+    """What lies in this machine's memory as a whole, whatever kind of memory it is."""
+
+    _digest: str | None = None
+
+    @property
+    def digest(self) -> str:
+        if self._digest is None:
+            self._digest = hashlib.sha256(self.view).hexdigest()
+        return self._digest
+
+    @digest.setter
+    def digest(self, digest: str) -> None:
+        """Who has hashed the bytes on the way need not have it done again."""
+        self._digest = digest
+
+    def pieces(self, offset: int, size: int) -> Iterator[memoryview]:
+        view = self.view
+        for start in range(offset, self.size, size):
+            yield view[start : start + size]
+
+    @property
+    def source(self) -> memoryview:
+        return self.view
+
+
+class MemoryFile(InMemory):
+    """A memory file of one descriptor, mapped as a whole."""
+
+    def __init__(self, descriptor: int, size: int, mapping: mmap.mmap, digest: str | None) -> None:
+        self.descriptor = descriptor
+        self.size = size
+        self._mapping: mmap.mmap | None = mapping
+        self._digest = digest
+        self.on_close: Callable[[], None] | None = None
+        """Called once, when the descriptor is given back."""
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes. Raises ValueError when it is closed."""
+        return memoryview(self._open_mapping())
+
+    def _open_mapping(self) -> mmap.mmap:
+        if self._mapping is None:
+            raise ValueError("this memory is closed")
+        return self._mapping
+
+    def close(self) -> None:
+        """Give the descriptor back. The mapping goes when the last array over it goes."""
+        mapping, self._mapping = self._mapping, None
+        if mapping is None:
+            return
+        os.close(self.descriptor)
+        self.descriptor = -1
+        with contextlib.suppress(BufferError):  # arrays over it are still in use: they keep the pages until they go
+            mapping.close()
+        if self.on_close is not None:
+            self.on_close()
+
+    def __del__(self) -> None:
+        """What nobody has closed (a result that is kept no more) goes with its last user."""
+        if getattr(self, "_mapping", None) is not None:
+            self.close()
+
+
+class OpenMemory(MemoryFile):
+    """A memory file of this process alone, whose bytes may be changed in place until it is handed on.
+
+    What comes in, is worked on and goes out again needs no other pages, which the kernel would have to find and clear.
+    """
+
+    def __init__(
+        self, descriptor: int, size: int, digest: str | None = None, *, mapping: mmap.mmap | None = None
+    ) -> None:
+        """`digest`: the content address, and `mapping`: of the whole file, where they are there already."""
+        super().__init__(descriptor, size, mmap.mmap(descriptor, size) if mapping is None else mapping, digest)
+
+    def hand_over(self) -> OpenMemory:
+        """The same in another hand: this one is closed, and what was promised for its end is done."""
+        heir = OpenMemory(self.descriptor, self.size, self._digest, mapping=self._open_mapping())
+        self.descriptor, self._mapping = -1, None
+        if self.on_close is not None:
+            self.on_close()
+        return heir
+
+    def share(self) -> OpenMemory:
+        return OpenMemory(os.dup(self.descriptor), self.size, self._digest)
+
+    def in_memory(self) -> SealedMemory:
+        return SealedMemory.of(self.view)
+
+
+class SealedMemory(MemoryFile):
     """A memory file that nobody can change, mapped privately: `view` may be written to, the file stays as it is."""
 
     def __init__(self, descriptor: int, size: int, digest: str | None = None) -> None:
         """`digest`: the content address, where it is known already."""
-        self.descriptor = descriptor
-        self.size = size
-        self._mapping = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        self._digest = digest
-        self.on_close: Callable[[], None] | None = None
-        """Called once, when the descriptor is given back."""
+        private = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        super().__init__(descriptor, size, private, digest)
 
     @classmethod
     def adopt(cls, descriptor: int, *, max_size: int, where: str) -> Self:
@@ -92,51 +181,14 @@ class SealedMemory(Stored):
                 at += memoryview(part).nbytes
             return cls(*draft.seal())
 
-    @property
-    def view(self) -> memoryview:
-        """The bytes; changes to them stay in this process."""
-        return memoryview(self._mapping)
-
-    @property
-    def digest(self) -> str:
-        if self._digest is None:
-            self._digest = hashlib.sha256(self._mapping).hexdigest()
-        return self._digest
-
-    def pieces(self, offset: int, size: int) -> Iterator[memoryview]:
-        view = self.view
-        for start in range(offset, self.size, size):
-            yield view[start : start + size]
-
-    @property
-    def source(self) -> memoryview:
-        return self.view
-
     def share(self) -> SealedMemory:
         return SealedMemory(os.dup(self.descriptor), self.size, self._digest)
 
     def in_memory(self) -> SealedMemory:
         return self.share()
 
-    def close(self) -> None:
-        """Give the descriptor back. The mapping goes when the last array over it goes."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-            if self.on_close is not None:
-                self.on_close()
-        try:
-            self._mapping.close()
-        except BufferError:
-            return  # arrays over it are still in use: they keep the pages until they are dropped
 
-    def __del__(self) -> None:
-        """What nobody has closed (a result that is kept no more) goes with its last user."""
-        if getattr(self, "_mapping", None) is not None:
-            self.close()
-
-
-class OwnMemory(Stored):
+class OwnMemory(InMemory):
     """Memory of this process alone: for what is made here and sent, and never handed to another process.
 
     A memory file costs a call for each piece and the kernel a page at a time; this is one array, in large pages.
@@ -145,7 +197,6 @@ class OwnMemory(Stored):
     def __init__(self, size: int) -> None:
         self.size = size
         self._bytes: npt.NDArray[np.uint8] | None = np.empty(size, dtype=np.uint8)
-        self._digest: str | None = None
 
     @property
     def view(self) -> memoryview:
@@ -153,21 +204,6 @@ class OwnMemory(Stored):
         if self._bytes is None:
             raise ValueError("this memory is closed")
         return self._bytes.data
-
-    @property
-    def digest(self) -> str:
-        if self._digest is None:
-            self._digest = hashlib.sha256(self.view).hexdigest()
-        return self._digest
-
-    def pieces(self, offset: int, size: int) -> Iterator[memoryview]:
-        view = self.view
-        for start in range(offset, self.size, size):
-            yield view[start : start + size]
-
-    @property
-    def source(self) -> memoryview:
-        return self.view
 
     def share(self) -> OwnMemory:
         same = OwnMemory(0)
@@ -212,10 +248,15 @@ class DraftMemory:
             written = os.pwrite(self._descriptor, rest, at)
             at, rest = at + written, rest[written:]
 
-    def seal(self) -> tuple[int, int]:
-        """End the writing; the descriptor, which is the caller's from now on, and the size."""
+    def leave_open(self) -> tuple[int, int]:
+        """End the writing here; the descriptor, which is the caller's from now on, and the size."""
         self._unmap()
         descriptor, self._descriptor = self._descriptor, -1
+        return descriptor, self.size
+
+    def seal(self) -> tuple[int, int]:
+        """The same, of a file that nobody can change any more."""
+        descriptor, _ = self.leave_open()
         try:
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
         except BaseException:

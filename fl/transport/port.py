@@ -230,6 +230,7 @@ class Port:
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             server.setblocking(False)
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE)
             server.connect(path)
             spliced = _Spliced(waiting.client, server)
         except OSError as error:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fl.aggregation.weighted_mean import WeightedMean
 from fl.errors import UpdateRefused
 from fl.guard.gate import admit_update, max_update_size
 from fl.model import ParamsType, params_of, schema_of, tensors_of
 from fl.tensors import BLOCK, TensorFile, encode, parse
+from fl.transport.chunks import Assembly, serve_chunks
+from fl.transport.memory import OpenMemory, SealedMemory
 
 
 def file_of(params: dict[str, Any]) -> TensorFile:
@@ -131,3 +137,86 @@ def test_the_size_bound_holds_any_writers_file_but_not_twice_the_model() -> None
     admit_update(safetensors.numpy.save(MODEL), schema, site="cygnus-bio")
     with pytest.raises(UpdateRefused, match="more than the"):
         admit_update(b"\0" * (max_update_size(schema) + 1), schema, site="cygnus-bio")
+
+
+def opened(raw: bytes) -> OpenMemory:
+    """Bytes as an update that came in."""
+    with Assembly(len(raw), where="test") as assembly:
+        assembly.take(serve_chunks(raw))
+        return assembly.leave_open()  # type: ignore[return-value]  # no spool was given
+
+
+def halved(_name: str, _start: int, current: Any, difference: Any) -> Any:
+    return current + difference / 2
+
+
+@given(
+    shapes=st.lists(st.sampled_from([(), (1,), (7,), (3, 5), (BLOCK + 9,)]), min_size=1, max_size=4),
+    dtypes=st.lists(st.sampled_from(["<f4", "<f8", "<f2", "<i4"]), min_size=4, max_size=4),
+    kind=st.sampled_from(["FULL", "DIFF"]),
+    weights=st.lists(st.floats(0.5, 100), min_size=1, max_size=4),
+    step=st.sampled_from([None, halved]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_summed_in_place_is_what_is_summed_beside(
+    shapes: list[Any], dtypes: list[str], kind: str, weights: list[float], step: Any, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+
+    def made() -> dict[str, Any]:
+        return {
+            f"t{number}": (random.normal(size=shape) * 3).astype(dtype)
+            for number, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
+        }
+
+    model, updates = made(), [encode(tensors_of(made())) for _ in weights]
+    schema = schema_of(tensors_of(model))
+    beside, place = (WeightedMean(schema, ParamsType(kind)) for _ in range(2))
+    for _ in range(2):  # the second round begins anew, in other memory
+        for raw, weight in zip(updates, weights, strict=True):
+            beside.fold(parse(raw, max_size=len(raw)), weight)
+            memory = opened(raw)
+            tensors = memory.tensors()
+            place.fold(tensors, weight, memory=memory)
+            tensors.release()
+            memory.close()
+        with beside.result(file_of(model), step) as wanted, place.result(file_of(model), step) as found:
+            assert bytes(found.view) == bytes(wanted.view)
+            assert found.digest == wanted.digest == hashlib.sha256(wanted.view).hexdigest()
+            own = {"<f4", "<f8"} >= {dtype for dtype, _ in zip(dtypes, shapes, strict=False)}
+            assert isinstance(found, OpenMemory) == own, "what has other numbers than its sums is not summed in place"
+
+
+def test_an_update_is_changed_only_where_it_may_be_and_is_laid_out_as_a_model() -> None:
+    tensors = tensors_of({"a": np.ones(4, dtype=np.float32), "b": np.ones(2, dtype=np.float32)})
+    schema = schema_of(tensors)
+    raw = encode(tensors)
+    # the header of another writer, one byte longer
+    padded = struct.pack("<Q", struct.unpack("<Q", raw[:8])[0] + 1) + raw[8:].replace(b"}}", b"}} ", 1)
+    for memory in (SealedMemory.of(raw), opened(padded)):
+        mean = WeightedMean(schema, ParamsType.FULL)
+        before = bytes(memory.view)
+        update = memory.tensors()
+        mean.fold(update, 3.0, memory=memory)
+        assert bytes(memory.view) == before
+        with mean.result(update) as result:
+            assert bytes(result.view) == raw
+        update.release()
+        memory.close()
+
+
+def test_sums_in_place_give_the_room_of_an_update_back_once_and_end_with_the_mean() -> None:
+    raw = encode(tensors_of({"w": np.ones(4, dtype=np.float32)}))
+    given_back: list[str] = []
+    memory = opened(raw)
+    memory.on_close = lambda: given_back.append("room")
+    mean = WeightedMean(schema_of(tensors_of({"w": np.ones(4, dtype=np.float32)})), ParamsType.FULL)
+    mean.fold(memory.tensors(), 1.0, memory=memory)
+    memory.close()
+    assert given_back == ["room"]
+    with pytest.raises(ValueError, match="closed"):
+        _ = memory.view
+    mean.close()
+    with pytest.raises(ValueError, match="no update"):
+        mean.result(file_of({"w": np.ones(4, dtype=np.float32)}))
