@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Protocol, TypeAlias
 
@@ -30,7 +30,7 @@ from fl.aggregation.masking import Keys, Masks, Participant, Round, majority
 from fl.aggregation.weighted_mean import as_dtype
 from fl.errors import MaskingRefused, OutputRefused
 from fl.jobs.settings import MASKED, MASKED_TAIL, JobSettings, SecureAggregation
-from fl.tensors import NUMPY_DTYPE, TensorFile, layout
+from fl.tensors import NUMPY_DTYPE, Schema, TensorFile, layout
 from fl.transport.memory import NamedDraft, OwnMemory, SealedMemory
 from fl.transport.stored import Stored
 
@@ -234,6 +234,7 @@ class MaskingSite:
         self._worn: _Worn | None = None
         self._answered: dict[Step, tuple[str, str]] = {}  # in this run of the round: what was asked, and the answer
         self._making = False  # masks, ahead
+        self._room: tuple[list[Vector], Masks | None] = [], None  # for masks that are made ahead, and whose it was
         self._changed = threading.Condition()
         self._closed = False
 
@@ -255,9 +256,11 @@ class MaskingSite:
                 return
             self._making = True
         try:
-            masks.make(
-                [np.zeros(schema[name].elements, NUMPY_DTYPE[schema[name].dtype]) for name in (MASKED, MASKED_TAIL)]
-            )
+            room, before = self._room
+            if before is None or not before.are_used_up or not is_for(schema, room):
+                room = arrays_of(schema)  # who is at work with other masks goes on with them
+            self._room = room, masks
+            masks.make(room)
         finally:
             with self._changed:
                 self._making = False
@@ -424,6 +427,17 @@ class MaskingSite:
         return Revealed(
             texts=revealed, following=self._introduced(round_ + 1, self._run) if more else ""
         ).model_dump_json()
+
+
+def arrays_of(schema: Schema) -> list[Vector]:
+    """Arrays for what is masked, in the order in which masks are spread over it; zeros."""
+    return [np.zeros(schema[name].elements, NUMPY_DTYPE[schema[name].dtype]) for name in (MASKED, MASKED_TAIL)]
+
+
+def is_for(schema: Schema, arrays: Sequence[Vector]) -> bool:
+    """Whether these are such arrays."""
+    wanted = [(schema[name].elements, NUMPY_DTYPE[schema[name].dtype]) for name in (MASKED, MASKED_TAIL)]
+    return [(one.size, one.dtype.str) for one in arrays] == wanted
 
 
 def confirmation(round_: Round, survivors: Collection[str]) -> dict[str, Any]:

@@ -49,10 +49,13 @@ class MaskingTurns:
             round_, step, piece, more, run = said
             try:
                 body = parts.add(piece, more=more)
-                if body is not None:
-                    self._answer(round_, step, self.site.hear(round_, step, body, run), run)
-                    if step == "dealt":
-                        self.site.prepare()
+                if body is None:
+                    continue
+                answer = self.site.hear(round_, step, body, run)
+                if step == "dealt":  # which nobody waits for
+                    self.site.prepare()
+                else:
+                    self._answer(round_, step, answer, run)
             except SealwrightError as error:
                 self.site.close()
                 self._failed(error)

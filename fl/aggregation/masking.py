@@ -35,7 +35,7 @@ from attestation.canonical import canonical_bytes
 from attestation.shamir import deal, join
 from fl.aggregation.fixed_point import PIECE, Vector
 from fl.errors import MaskingRefused
-from fl.guard.keystream import KEY_SIZE, Keystream
+from fl.guard.keystream import KEY_SIZE, SLACK, Keystream
 
 COMPLETE: Final = 16
 """Up to so many sites every one is every other's neighbour."""
@@ -340,15 +340,20 @@ class Masks:
     def __init__(self, seeds: Iterable[tuple[bytes, bool]]) -> None:
         self.seeds = tuple(seeds)
         self._streams = [(Keystream(seed), np.add if adds else np.subtract) for seed, adds in self.seeds]
-        self._scratch = np.empty(PIECE, dtype=np.uint64)
+        self._scratch = np.empty(PIECE * np.dtype(np.uint64).itemsize + SLACK, dtype=np.uint8)
         self._made: list[Vector] | None = None
         self._used = 0  # numbers of the first of them
 
     def make(self, arrays: Sequence[Vector]) -> None:
-        """Make the masks of such arrays now, in these, which are zeros: what is left is one addition."""
+        """Make the masks of such arrays now, in these, whatever they hold: what is left is one addition."""
         for array in arrays:
-            self._spread(array)
+            self._spread(array, fresh=True)
         self._made = list(arrays)
+
+    @property
+    def are_used_up(self) -> bool:
+        """Whether they were made ahead, and nobody needs the arrays any more in which they were."""
+        return self._made is not None and not self._made
 
     def add_to(self, vector: Vector) -> None:
         """Mask the next numbers, in place. What was made ahead is for arrays of those sizes, one after the other."""
@@ -364,12 +369,14 @@ class Masks:
             self._made.pop(0)
             self._used = 0
 
-    def _spread(self, vector: Vector) -> None:
+    def _spread(self, vector: Vector, *, fresh: bool = False) -> None:
         for start in range(0, vector.size, PIECE):
             part = vector[start : start + PIECE]
-            mask = self._scratch.view(vector.dtype)[: part.size]
+            mask = self._scratch[: part.nbytes].view(vector.dtype)
+            if fresh:
+                part.fill(0)  # here, where a cache keeps it
             for stream, change in self._streams:
-                stream.fill(mask)
+                stream.fill(self._scratch, part.nbytes)
                 change(part, mask, out=part)
 
 

@@ -11,14 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from attestation.canonical import b64, unb64
-from fl.aggregation.fixed_point import next_unit
+from fl.aggregation.fixed_point import Vector, next_unit
 from fl.aggregation.mask_talk import (
     Notary,
+    arrays_of,
     bag,
     confirmation,
     decode_sum,
     fixed_point,
     introduced,
+    is_for,
     keys_in,
     named,
     read_bag,
@@ -31,7 +33,6 @@ from fl.errors import MaskingRefused
 from fl.jobs.settings import MASKED, MASKED_TAIL, JobSettings, SecureAggregation
 from fl.recipes.rounds import Rounds
 from fl.server.federation import Federation, Task
-from fl.tensors import NUMPY_DTYPE
 from fl.transport.stored import Stored
 from policies.errors import SealwrightError
 
@@ -76,6 +77,7 @@ class _Leader:
         self._unit = float(units[0]) if units.size else None  # of weights, when a round has told what they sum up to
         self._introductions: dict[str, str] = {}  # of the next round, as far as sites have sent them ahead
         self._first = True
+        self._room: list[Vector] = []
 
     @property
     def state(self) -> dict[str, npt.NDArray[Any]]:
@@ -165,14 +167,21 @@ class _Leader:
                 del introductions[site]
                 self._sites.lose(site, error.what, kind="refused")
         round_ = round_of(self._notary, keys, number, self._secure, self._unit)
-        kinds = [self._sites.schema[name] for name in (MASKED, MASKED_TAIL)]
-        total = MaskedSum(round_, [np.zeros(kind.elements, dtype=NUMPY_DTYPE[kind.dtype]) for kind in kinds])
+        total = MaskedSum(round_, self._zeros())
         begin((round_, total))
         message = introduced(introductions, self._unit)
         answers = self._sites.ask(number, "shares", dict.fromkeys(introductions, message))
         shares = total.shares_for({site: _decoded(site, read_bag(body)) for site, body in answers.items()})
         bodies = {site: bag({other: b64(share) for other, share in own.items()}) for site, own in shares.items()}
-        self._sites.ask(number, "dealt", bodies)
+        self._sites.tell(number, "dealt", bodies)
+
+    def _zeros(self) -> list[Vector]:
+        """What a round's sum is gathered in: memory of the round before, if it had the same numbers."""
+        if not is_for(self._sites.schema, self._room):
+            self._room = arrays_of(self._sites.schema)
+        for array in self._room:
+            array.fill(0)
+        return self._room
 
     def _keys_of(self, site: str, introductions: dict[str, str], number: int) -> tuple[bytes, bytes]:
         """A site's keys. Of an introduction that came ahead the lease may have ended since: then it sends another."""

@@ -97,6 +97,7 @@ class Federation:
         self._admitted: dict[str, int] = {}  # the last round of which a site's update was admitted
         self._inbox: SimpleQueue[Update | Heard | str | JobAborted | JobFailed] = SimpleQueue()
         self._asked: tuple[int, Step, dict[str, str]] = (-1, "keys", {})  # what was said, to whom has not answered yet
+        self._told: tuple[int, Step, Mapping[str, str]] = (-1, "dealt", {})  # what was said last that nobody answers
         self._notary: Notary | None = None
 
     # the transport's side
@@ -146,11 +147,11 @@ class Federation:
             self._sites[site.name] = site
             self._turns.notify_all()
             task = self._task if site.name in self._pending else None
-            round_, step, unanswered = self._asked
-            body = unanswered.get(site.name)
+            said = [self._told, self._asked] if self._told[0] == self._round else [self._asked]
         self.observe(JobEvent(kind="resumed", site=site.name))
-        if body is not None:
-            site.say(round_, step, body)
+        for round_, step, bodies in said:
+            if site.name in bodies:
+                site.say(round_, step, bodies[site.name])
         if task is not None:
             site.give(task)
         self._inbox.put(site.name)
@@ -441,6 +442,15 @@ class Federation:
             left = len(self._sites)
         self._need(left, f"{left} sites are left at {step} of round {round_}")
         return answers
+
+    def tell(self, round_: int, step: Step, bodies: Mapping[str, str]) -> None:
+        """Say something to some sites that they do not answer, while a round is on. Who is away is told when it is back
+        in that round."""
+        with self._lock:
+            self._told = (round_, step, dict(bodies))
+            sites = [self._sites[name] for name in bodies if name in self._sites]
+        for site in sites:
+            site.say(round_, step, bodies[site.name])
 
     def finish(self, why: str) -> None:
         """The job is over: every site is told."""

@@ -21,7 +21,11 @@ from fl.jobs.progress import JobEvent
 from fl.jobs.settings import JobSettings, SecureAggregation
 from fl.model import ParamsType
 from fl.server.federation import Federation
+from fl.server.job import RemoteSite
+from fl.server.task import Task
 from fl.site.job import SiteJob
+from fl.tensors import encode
+from fl.transport.memory import SealedMemory
 
 SCRIPT = """
 import numpy as np
@@ -82,6 +86,44 @@ def test_a_site_that_is_back_is_asked_once_more_and_only_what_it_has_not_answere
     assert third.said == []
 
 
+class Given(Spoken):
+    """One that also takes tasks."""
+
+    def give(self, task: Any) -> None:
+        self.heard.set()
+
+
+def test_what_nobody_answers_is_said_again_to_a_site_that_is_back_in_its_round_and_not_after_it() -> None:
+    federation = Federation(
+        "job", {}, ParamsType.FULL, min_sites=2, round_seconds=20, observe=lambda _: None, pause_seconds=30
+    )
+    here, away, back, late = Given("a"), Given("b"), Given("b"), Given("b")
+    for site in (here, away):
+        federation.join(site)
+    bodies = {"a": "x", "b": "y", "gone": "z"}
+    with SealedMemory.of(encode({})) as model:
+        task = Task(3, 9, model)
+        rounds = iter(federation.train(task, meanwhile=lambda: federation.tell(3, "dealt", bodies)))
+        counted: list[str] = []
+        round_ = threading.Thread(target=lambda: counted.extend(update.site for update in rounds))
+        round_.start()
+        assert here.heard.wait(5)
+        assert away.heard.wait(5)
+        federation.suspend("b", "cut", cut=True)
+        assert federation.resume(back)
+        assert back.said == [(3, "dealt", "y")]
+        with pytest.raises(MalformedMessage, match="out of turn"):
+            federation.hear("a", 3, "dealt", "")
+        for name in "ab":
+            update = SealedMemory.of(encode({}))
+            federation.submit(name, 3, update, params_type=ParamsType.FULL, weight=1, metrics={})
+        round_.join(5)
+        assert sorted(counted) == ["a", "b"]
+    federation.suspend("b", "cut", cut=True)
+    assert federation.resume(late)
+    assert late.said == []
+
+
 def test_a_site_answers_the_same_twice_and_another_question_never() -> None:
     """So a server gains nothing by pretending a cut: no second set of shares, survivors or secrets is to be had."""
     secure = SecureAggregation()
@@ -140,7 +182,8 @@ def server(world: FederationWorld) -> Iterator[str]:
 def test_a_cut_in_the_middle_of_an_exchange_costs_its_time_and_nothing_else(
     world: FederationWorld, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """The site's connections end as it is about to answer; it answers into nothing, and is back after a second."""
+    """The site's connections end as it is about to answer, or to hear what nobody answers: that goes into nothing, and
+    the site is back after a second."""
     model = np.zeros(3, dtype=np.float32)
     bundle, first = make_job(
         tmp_path,
@@ -153,16 +196,26 @@ def test_a_cut_in_the_middle_of_an_exchange_costs_its_time_and_nothing_else(
     world.approve(bundle)
     proxies: list[Proxy] = []
     cuts: list[str] = []
-    answer = SiteJob._answer
+    answer, say = SiteJob._answer, RemoteSite.say
 
-    def cutting(self: SiteJob, round_: int, asked: Any, body: str, run: str) -> None:
-        if self._site == SITES[1] and asked == step and round_ == (0 if step == "keys" else 1) and not cuts:
+    def cut_at(site: str, said: str, round_: int) -> None:
+        if site == SITES[1] and said == step and round_ == (0 if step == "keys" else 1) and not cuts:
             cuts.append(step)
             proxies[0].cut()
             threading.Timer(1.0, proxies[0].mend).start()
+
+    def answering(self: SiteJob, round_: int, asked: Any, body: str, run: str) -> None:
+        assert asked != "dealt", "the server does not wait for an answer to this"
+        cut_at(self._site, asked, round_)
         answer(self, round_, asked, body, run)
 
-    monkeypatch.setattr(SiteJob, "_answer", cutting)
+    def saying(self: RemoteSite, round_: int, said: Any, body: str) -> None:
+        if said == "dealt":
+            cut_at(self.name, said, round_)
+        say(self, round_, said, body)
+
+    monkeypatch.setattr(SiteJob, "_answer", answering)
+    monkeypatch.setattr(RemoteSite, "say", saying)
     with (
         passing_proxy(server) as proxy,
         world.site(server, SITES[0], number=1.0),

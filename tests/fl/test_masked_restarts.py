@@ -27,7 +27,7 @@ from fl.aggregation.mask_talk import (
     round_of,
     signed_before,
 )
-from fl.aggregation.masking import MaskedSum
+from fl.aggregation.masking import MaskedSum, Masks
 from fl.aggregation.notary import SimulatedNotary
 from fl.errors import MaskingRefused
 from fl.jobs.progress import JobEvent
@@ -107,6 +107,27 @@ class Play:
             texts = read_revealed(self.hear(name, "unmask", bag(signed), run, number)).texts
             shares[name] = {other: unb64(text, where=name) for other, text in texts.items()}
         return [array.copy() for array in total.unmask(shares)]
+
+
+def test_masks_of_a_new_run_do_not_take_the_place_of_those_that_are_at_work() -> None:
+    """Its server is killed while a site masks: what leaves under the first run's masks has all of them."""
+    play = Play()
+    play.exchange(RUNS[0])
+    site = play.sites["a"]
+    halves = np.split(np.full(play.numbers, 0.1, dtype=np.float32), 2)
+
+    def differences() -> Any:
+        yield halves[0]
+        play.exchange(RUNS[1])  # which prepares the site's next masks
+        yield halves[1]
+
+    with site.masked(0, differences(), {"loss": 0.5}, 2.0) as memory:
+        found = memory.tensors().array(MASKED).copy()
+    worn = site._worn
+    assert worn is not None
+    assert worn.run == RUNS[0]
+    Masks((seed, not adds) for seed, adds in worn.seeds).add_to(found)
+    assert len(np.unique(found)) == 1, "every number was the same, and is, under its own masks alone"
 
 
 @pytest.mark.parametrize("unit", [None, 32.0])
