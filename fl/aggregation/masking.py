@@ -19,12 +19,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -35,10 +38,12 @@ from attestation.canonical import canonical_bytes
 from attestation.shamir import deal, join
 from fl.aggregation.fixed_point import PIECE, Vector
 from fl.errors import MaskingRefused
-from fl.guard.keystream import KEY_SIZE, SLACK, Keystream
+from fl.guard.keystream import KEY_SIZE, SLACK, STRETCH, Keystream
 
 COMPLETE: Final = 16
 """Up to so many sites every one is every other's neighbour."""
+ONE_HAND: Final = 8 << 20
+"""Bytes of masks that are made before further threads are worth their beginning."""
 SECRETS: Final = 2 * KEY_SIZE
 """Bytes of what is shared: the mask key, then the seed."""
 MAX_MEMBERS: Final = 255
@@ -315,9 +320,7 @@ class MaskedSum:
                 raise MaskingRefused(f"the shares of {site}'s key do not join to it: a site has lied")
             seeds = {other: pair_seed(key, self._round.keys[other][1], self._round) for other in folded_around}
             streams.extend((seed, site < other) for other, seed in seeds.items())
-        masks = Masks(streams)
-        for total in self._sum:
-            masks.add_to(total)
+        spread(streams, self._sum, hands=len(os.sched_getaffinity(0)))  # all sites wait for this
         return self._sum
 
     def _joined(self, site: str, revealed: Mapping[str, Mapping[str, bytes]]) -> bytes:
@@ -339,15 +342,14 @@ class Masks:
 
     def __init__(self, seeds: Iterable[tuple[bytes, bool]]) -> None:
         self.seeds = tuple(seeds)
-        self._streams = [(Keystream(seed), np.add if adds else np.subtract) for seed, adds in self.seeds]
-        self._scratch = np.empty(PIECE * np.dtype(np.uint64).itemsize + SLACK, dtype=np.uint8)
+        self._streams = _streams(self.seeds)
+        self._scratch = _scratch()
         self._made: list[Vector] | None = None
         self._used = 0  # numbers of the first of them
 
     def make(self, arrays: Sequence[Vector]) -> None:
         """Make the masks of such arrays now, in these, whatever they hold: what is left is one addition."""
-        for array in arrays:
-            self._spread(array, fresh=True)
+        spread(self.seeds, arrays, fresh=True)
         self._made = list(arrays)
 
     @property
@@ -358,7 +360,7 @@ class Masks:
     def add_to(self, vector: Vector) -> None:
         """Mask the next numbers, in place. What was made ahead is for arrays of those sizes, one after the other."""
         if self._made is None:
-            self._spread(vector)
+            _change(vector, self._streams, self._scratch)
             return
         mask = self._made[0][self._used : self._used + vector.size]
         if (mask.size, mask.dtype) != (vector.size, vector.dtype):
@@ -369,15 +371,68 @@ class Masks:
             self._made.pop(0)
             self._used = 0
 
-    def _spread(self, vector: Vector, *, fresh: bool = False) -> None:
-        for start in range(0, vector.size, PIECE):
-            part = vector[start : start + PIECE]
-            mask = self._scratch[: part.nbytes].view(vector.dtype)
-            if fresh:
-                part.fill(0)  # here, where a cache keeps it
-            for stream, change in self._streams:
-                stream.fill(self._scratch, part.nbytes)
-                change(part, mask, out=part)
+
+def spread(
+    seeds: Sequence[tuple[bytes, bool]], arrays: Sequence[Vector], *, hands: int = 1, fresh: bool = False
+) -> None:
+    """What `Masks.add_to` does to the arrays one after the other; to zeros if they are `fresh`.
+
+    `hands`: threads at most, where there is enough to do for more than one.
+    """
+    stretches: list[tuple[int, list[Vector]]] = []  # bytes to skip, and what begins in it
+    at = 0
+    for array in arrays:
+        rest = array.reshape(-1)
+        while rest.size:
+            begun = at % STRETCH
+            if at // STRETCH == len(stretches):
+                stretches.append((begun, []))
+            part = rest[: -(-(STRETCH - begun) // rest.itemsize)]  # a number may reach into the next one
+            stretches[-1][1].append(part)
+            at, rest = at + part.nbytes, rest[part.size :]
+    hands = min(len(stretches), hands) if at * len(seeds) > ONE_HAND else 1
+
+    def take(hand: int) -> None:
+        scratch = _scratch()
+        for number in range(hand, len(stretches), hands):
+            skipped, parts = stretches[number]
+            streams = _streams(seeds, number)
+            for stream, _ in streams:
+                stream.fill(scratch, skipped)
+            for part in parts:
+                _change(part, streams, scratch, fresh=fresh)
+
+    if hands < 2:
+        take(0)
+        return
+    with ThreadPoolExecutor(hands) as threads:
+        for done in [threads.submit(take, hand) for hand in range(hands)]:
+            done.result()
+
+
+def _streams(seeds: Iterable[tuple[bytes, bool]], stretch: int = 0) -> list[tuple[Keystream, np.ufunc]]:
+    return [(Keystream(seed, stretch), np.add if adds else np.subtract) for seed, adds in seeds]
+
+
+def _scratch() -> npt.NDArray[np.uint8]:
+    return np.empty(PIECE * np.dtype(np.uint64).itemsize + SLACK, dtype=np.uint8)
+
+
+def _change(
+    vector: Vector,
+    streams: Iterable[tuple[Keystream, np.ufunc]],
+    scratch: npt.NDArray[np.uint8],
+    *,
+    fresh: bool = False,
+) -> None:
+    for start in range(0, vector.size, PIECE):
+        part = vector[start : start + PIECE]
+        mask = scratch[: part.nbytes].view(vector.dtype)
+        if fresh:
+            part.fill(0)  # here, where a cache keeps it
+        for stream, change in streams:
+            stream.fill(scratch, part.nbytes)
+            change(part, mask, out=part)
 
 
 def pair_seed(own: X25519PrivateKey, theirs: bytes, round_: Round) -> bytes:
@@ -398,4 +453,5 @@ def _derived(common: bytes, purpose: bytes) -> bytes:
 
 
 def _label(round_: Round, sender: str, receiver: str) -> bytes:
-    return canonical_bytes({"round": round_.digest, "from": sender, "to": receiver})
+    """One direction of one pair in one round; names have no NUL."""
+    return b"\0".join((round_.digest.encode(), sender.encode(), receiver.encode()))

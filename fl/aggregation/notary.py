@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -14,6 +14,9 @@ from attestation.introduction import introduce, read_introduction
 from attestation.jws import read_jws, sign_jws
 from fl.errors import MaskingRefused
 from fl.party import Party
+
+if TYPE_CHECKING:
+    from policies.charter import Charter
 
 MASKING_TYPE: Final = "sealwright-masking+jwt"
 
@@ -26,16 +29,20 @@ class AttestedNotary:
         self._roster = tuple(roster)
         self.job = bytes.fromhex(record_sha256)
         self._keys: dict[str, Ed25519PublicKey] = {}
+        self._members: tuple[Charter | None, Mapping[str, str]] = None, {}
 
     def sites(self) -> Mapping[str, str]:
         """The roster with members. Raises MaskingRefused if a site has lost its place."""
         charter = self._party.charter()
+        if self._members[0] is charter:
+            return self._members[1]
         found = {}
         for name in self._roster:
             place = charter.enrolment("site", name)
             if place is None:
                 raise MaskingRefused(f"{name} is not enrolled any more")
             found[name] = place.member
+        self._members = charter, found
         return found
 
     def introduce(self, payload: Mapping[str, Any]) -> str:

@@ -15,21 +15,20 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import AEADEncryptionContext, Cipher, algorithms, modes
 
 KEY_SIZE: Final = 32
-STRETCH: Final = 1 << 35
-"""Bytes of one initialisation vector, of which GCM allows twice as many."""
-MAX_FILL: Final = 1 << 20
+STRETCH: Final = 2 << 20
+"""Bytes of one initialisation vector: where another hand may take the stream up."""
 SLACK: Final = 15
 """Bytes behind its own that the cipher wants room for and does not touch."""
-_ZEROS: Final = memoryview(bytes(MAX_FILL))
+_ZEROS: Final = memoryview(bytes(STRETCH))
 
 
 class Keystream:
     """The stream of one key."""
 
-    def __init__(self, key: bytes) -> None:
-        """`key` has KEY_SIZE bytes."""
+    def __init__(self, key: bytes, stretch: int = 0) -> None:
+        """`key` has KEY_SIZE bytes; `stretch` is the one that comes first, of STRETCH bytes each."""
         self._algorithm = algorithms.AES256(key)
-        self._stretches = 0
+        self._stretches = stretch
         self._left = 0
         self._encryptor: AEADEncryptionContext
 
@@ -41,7 +40,7 @@ class Keystream:
                 vector = self._stretches.to_bytes(12, "big")
                 self._encryptor = Cipher(self._algorithm, modes.GCM(vector)).encryptor()
                 self._stretches, self._left = self._stretches + 1, STRETCH
-            part = min(size - done, MAX_FILL, self._left)
+            part = min(size - done, self._left)
             self._encryptor.update_into(_ZEROS[:part], target[done:].data)
             done, self._left = done + part, self._left - part
 

@@ -27,7 +27,7 @@ from fl.errors import MalformedMessage
 from fl.tensors import Buffer, TensorSpec, pieces
 from fl.transport.stored import Stored
 
-_HASHED_AT_ONCE: Final = 4 << 20
+_HASHED_AT_ONCE: Final = 1 << 20
 """Bytes below which a thread for hashing costs more than it saves."""
 _AHEAD: Final = 8
 """Pieces of a model that wait to be hashed."""

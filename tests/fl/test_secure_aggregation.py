@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from federation_world import SITES, FederationWorld, found_federation, make_job, now
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,10 +19,10 @@ from safetensors.numpy import load_file
 from fl import FedAvgRecipe, SimEnv, declare_outputs
 from fl.aggregation.fixed_point import FixedPoint, check_unit, next_unit, read_tail, tail_of
 from fl.aggregation.mask_talk import MaskingSite, Parts, bag, introduced, keys_in, named, parts, read_bag
-from fl.aggregation.masking import MaskedSum, Masks, Participant, Round, majority, neighbours
+from fl.aggregation.masking import MaskedSum, Masks, Participant, Round, majority, neighbours, spread
 from fl.aggregation.notary import AttestedNotary, SimulatedNotary
 from fl.errors import JobFailed, MaskingRefused, RecipeUnusable
-from fl.guard.keystream import Keystream
+from fl.guard.keystream import STRETCH, Keystream
 from fl.jobs.settings import MASKED, SecureAggregation
 from fl.party import Party
 from fl.server.federation import Federation
@@ -312,6 +313,35 @@ def test_streams_cancel() -> None:
     assert not np.array_equal(vector, np.arange(200_000, dtype=np.uint32))
     Masks([(key, False)]).add_to(vector)
     assert np.array_equal(vector, np.arange(200_000, dtype=np.uint32))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 700_000), st.sampled_from([np.uint32, np.uint64])), min_size=1, max_size=4),
+    st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_masks_are_the_same_in_one_hand_and_in_many(shapes: list[tuple[int, Any]], fresh: bool) -> None:
+    """Also where a number reaches from one stretch of the stream into the next."""
+    seeds = [(bytes([number]) * 32, number % 2 == 0) for number in range(5)]
+    one, many = ([np.arange(size, dtype=kind) for size, kind in shapes] for _ in range(2))
+    masks = Masks(seeds)
+    for array in one:
+        if fresh:
+            array.fill(0)
+        for start in range(0, array.size, 65_536):
+            masks.add_to(array[start : start + 65_536])
+    spread(seeds, many, hands=3, fresh=fresh)
+    assert alike(one, many)
+
+
+def test_a_keystream_may_be_taken_up_at_each_stretch_and_has_no_block_twice() -> None:
+    whole = Keystream(bytes(32)).words(3 * STRETCH // 8)
+    for number in range(3):
+        here = slice(number * STRETCH // 8, (number + 1) * STRETCH // 8)
+        assert np.array_equal(Keystream(bytes(32), number).words(STRETCH // 8), whole[here])
+    assert len(np.unique(whole)) == len(whole)
+    plain = Cipher(algorithms.AES256(bytes(32)), modes.CTR(bytes(15) + b"\2")).encryptor()
+    assert plain.update(bytes(STRETCH)) == whole[: STRETCH // 8].tobytes(), "SP 800-38D, 6.5: counters from 2 on"
 
 
 def test_masks_that_were_made_ahead_are_the_same_and_are_given_once() -> None:
