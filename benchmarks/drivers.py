@@ -141,13 +141,16 @@ def _serve_driver(pipe: Connection, world: Any, server: str, driver: str, size: 
     with ExitStack() as ends:
         path = ends.enter_context(tempfile.TemporaryDirectory(dir=memory_folder())) + "/socket"
         certificates = ServerCertificates(party)
-        started = (
-            GrpcServer(service, certificates, path)
-            if driver == "grpc"
-            else HttpsServer(service, certificates, path, tunnels={})
-        )
-        ends.callback(started.close)
-        port = Port("127.0.0.1:0", {driver: path}, tell=world.told.append)
+        servers: dict[str, Any] = {}
+        if driver == "grpc":
+            grpc = GrpcServer(service, certificates, path)
+            ends.callback(grpc.close)
+            servers = {"grpc": path}
+        else:
+            https = HttpsServer(service, certificates, path, tunnels={})
+            ends.callback(https.close)
+            servers = {"https": https.take}
+        port = Port("127.0.0.1:0", servers, tell=world.told.append)
         ends.callback(port.close)
         pipe.send(port.address)
         pipe.recv()

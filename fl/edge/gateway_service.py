@@ -7,7 +7,6 @@ and no status but those in sealed answers says anything of a device.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import re
@@ -16,7 +15,6 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
-from weakref import WeakSet
 
 from aiohttp import web
 
@@ -30,6 +28,7 @@ from fl.edge.sealing import KeyGone
 from fl.edge.uploads import PieceRefused, Uploads
 from fl.errors import MalformedMessage
 from fl.transport.port import Port
+from fl.transport.reception import Reception
 from policies.charter import Charter
 from policies.errors import Refused
 
@@ -42,7 +41,6 @@ MAX_WAITING: Final = 4096
 """Requests for a task that wait at the same time; others are answered at once."""
 BODY_SECONDS: Final = 60.0
 IDLE_SECONDS: Final = 75.0
-HANDSHAKE_SECONDS: Final = 10.0
 BUSY_SECONDS: Final = 5
 
 _log = logging.getLogger("fl.edge")
@@ -91,11 +89,7 @@ class GatewayService:
             "offset": self._offset,
             "upload": self._upload,
         }
-        self._server: web.Server | None = None
-        self._greeting: set[asyncio.Task[None]] = set()
-        """Handshakes that are not over."""
-        self._connections: WeakSet[socket.socket] = WeakSet()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._reception: Reception | None = None
         self._port: Port | None = None
         self.address = ""
         """Where it listens."""
@@ -111,8 +105,7 @@ class GatewayService:
 
     def open(self) -> None:
         """Be ready to `take` connections, in the running loop."""
-        self._loop = asyncio.get_running_loop()
-        self._server = web.Server(
+        server = web.Server(
             self._handled,
             handler_cancellation=True,
             keepalive_timeout=IDLE_SECONDS,
@@ -122,50 +115,21 @@ class GatewayService:
             read_bufsize=1 << 18,
             auto_decompress=False,
         )
+        self._reception = Reception(server, self._tls, most=self._most_connections)
 
     def take(self, connection: socket.socket) -> None:
         """Serve a connection that has said hello. From any thread; never waits. Raises OSError when it is over."""
-        if self._loop is None or self._loop.is_closed():
+        if self._reception is None:
             raise ConnectionAbortedError("the gateway stops")
-        self._loop.call_soon_threadsafe(self._taken, connection)
-
-    def _taken(self, connection: socket.socket) -> None:
-        if self._server is None or len(self._server.connections) + len(self._greeting) >= self._most_connections:
-            connection.close()
-            return
-        self._connections.add(connection)
-        task = asyncio.ensure_future(self._greet(connection, self._server))
-        self._greeting.add(task)
-        task.add_done_callback(self._greeting.discard)
-
-    async def _greet(self, connection: socket.socket, server: web.Server) -> None:
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                server,
-                connection,
-                ssl=self._tls,
-                ssl_handshake_timeout=HANDSHAKE_SECONDS,
-                ssl_shutdown_timeout=1.0,
-            )
-        except OSError:  # TLS and its time limit included: nobody is there to be told
-            connection.close()
+        self._reception.take(connection)
 
     async def stop(self) -> None:
         """End it and every connection."""
         self.news()
         if self._port is not None:
             await asyncio.to_thread(self._port.close)
-        if self._server is not None:
-            server, self._server = self._server, None
-            server.pre_shutdown()
-            await asyncio.sleep(0)
-            await server.shutdown(1.0)
-        for connection in list(self._connections):  # handshakes too: a loop with open ones cannot be closed
-            with contextlib.suppress(OSError):  # it has ended already
-                connection.shutdown(socket.SHUT_RDWR)
-        if self._greeting:
-            await asyncio.wait(self._greeting, timeout=1.0)
-        await asyncio.sleep(0.1)  # for what the ends of connections have still to call
+        if self._reception is not None:
+            await self._reception.close()
 
     def news(self) -> None:
         """There is a new version, or a job is over: whoever waits for a task is answered."""

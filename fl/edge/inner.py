@@ -192,7 +192,7 @@ def serve_inner(
         ends.callback(grpc.close)
         https = HttpsServer(service, certificates, sockets["https"], tunnels={})
         ends.callback(https.close)
-        port = Port(listen, sockets, tell=party.tell)
+        port = Port(listen, {"grpc": sockets["grpc"], "https": https.take}, tell=party.tell)
         ends.callback(port.close)
         party.tell(f"inner node {party.identity().name} listens on {port.address}")
         ready(port.address)

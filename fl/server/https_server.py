@@ -1,4 +1,4 @@
-"""The server's calls over HTTPS (HTTP/1.1, aiohttp), on a UNIX socket on which it terminates TLS.
+"""The server's calls over HTTPS (HTTP/1.1, aiohttp): it takes connections, and listens on a UNIX socket for tunnels.
 
     POST /v1/METHOD          a call: for one that takes one frame, that frame; for the others nothing
     POST /v1/METHOD/CALL     further frames of a call that takes a stream, which names itself by 32 hex digits
@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import queue
+import socket
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -28,14 +29,15 @@ from fl.errors import MalformedMessage
 from fl.server import calls
 from fl.server.calls import CallerGone, Refusal, Service, subject_of
 from fl.server.certificates import ServerCertificates, TlsContexts
+from fl.transport.reception import CLOSE_SECONDS, HANDSHAKE_SECONDS, Reception
 from fl.transport.records import LENGTH, SIGN_OF_LIFE, end_record, length_of, prefix_of
 
 MAX_CALLS: Final = 512
 """Calls that are served at the same time; more are refused."""
+MAX_CONNECTIONS: Final = 2048
 MAX_TUNNELS: Final = 256
 IDLE_SECONDS: Final = 30.0
 """A connection on which no whole request comes for so long is closed: its first, or one after another."""
-HANDSHAKE_SECONDS: Final = 10.0
 LIFE_SECONDS: Final = 5.0
 """After so long without a frame an answer gets a sign of life."""
 AHEAD: Final = 4
@@ -61,7 +63,7 @@ class HttpsServer:
         tunnels: Mapping[str, str],
         plain_path: str | None = None,
     ) -> None:
-        """Serve on the UNIX socket `path`.
+        """Serve what is handed over by `take`, and on the UNIX socket `path`.
 
         `tunnels`: the UNIX socket of each protocol to which a tunnel may lead; with any, clients without a certificate
         are let in, to the tunnels alone. `plain_path`: a second socket, without TLS, for tunnels alone.
@@ -74,12 +76,18 @@ class HttpsServer:
         self._active = 0
         self._open_tunnels = 0
         self._loop = uvloop.new_event_loop()
-        self._server: web.Server | None = None
+        self._reception: Reception | None = None
         self._listeners: list[asyncio.AbstractServer] = []
         self._thread = threading.Thread(target=self._run, name="https", daemon=True)
         self._thread.start()
         started = asyncio.run_coroutine_threadsafe(self._start(path, plain_path), self._loop)
         started.result(10)
+
+    def take(self, connection: socket.socket) -> None:
+        """Serve a connection that has said hello. From any thread; never waits. Raises OSError when it is over."""
+        if self._reception is None:
+            raise ConnectionAbortedError("the server stops")
+        self._reception.take(connection)
 
     def close(self) -> None:
         """End it and every connection."""
@@ -95,7 +103,7 @@ class HttpsServer:
         self._loop.close()
 
     async def _start(self, path: str, plain_path: str | None) -> None:
-        self._server = web.Server(
+        server = web.Server(
             self._handled,
             handler_cancellation=True,
             keepalive_timeout=IDLE_SECONDS,
@@ -107,26 +115,27 @@ class HttpsServer:
             auto_decompress=False,
         )
         context = TlsContexts(self._certificates, strangers=bool(self._tunnels)).switching()
+        self._reception = Reception(server, context, most=MAX_CONNECTIONS)
         self._listeners.append(
             await self._loop.create_unix_server(
-                self._server,
+                server,
                 path,
                 ssl=context,
                 ssl_handshake_timeout=HANDSHAKE_SECONDS,
-                ssl_shutdown_timeout=1.0,
+                ssl_shutdown_timeout=CLOSE_SECONDS,
                 backlog=256,
             )
         )
         if plain_path is not None:
-            self._listeners.append(await self._loop.create_unix_server(self._server, plain_path, backlog=256))
+            self._listeners.append(await self._loop.create_unix_server(server, plain_path, backlog=256))
 
     async def _stop(self) -> None:
         for listener in self._listeners:
             listener.close()
         for caller in list(self._calls.values()):
             caller.cancel()
-        if self._server is not None:
-            await self._server.shutdown(1.0)
+        if self._reception is not None:
+            await self._reception.close()
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from fl.server.https_server import HttpsServer
 from fl.server.job import memory_folder
 from fl.server.job_store import JobStore
 from fl.server.service import FederationService
-from fl.transport.port import Port
+from fl.transport.port import Port, Protocol, Server
 from fl.transport.route import Security
 
 if TYPE_CHECKING:
@@ -118,13 +118,14 @@ def _serve_until(
         if plain is None:
             del sockets["plain"]
         ends.callback(service.close, "the server stops")
-        first = {"grpc": sockets["grpc"]} if listen_https is not None else sockets
+        direct: dict[Protocol, Server] = {**sockets, "https": https.take}
+        first = {"grpc": sockets["grpc"]} if listen_https is not None else direct
         port = Port(listen, first, tell=party.tell)
         ends.callback(port.close)
         party.tell(f"the server listens on {port.address}")
         second = None
         if listen_https is not None:
-            second = Port(listen_https, {key: path for key, path in sockets.items() if key != "grpc"}, tell=party.tell)
+            second = Port(listen_https, {key: to for key, to in direct.items() if key != "grpc"}, tell=party.tell)
             ends.callback(second.close)
             party.tell(f"the server listens on {second.address} for HTTPS")
         opened(port.address, None if second is None else second.address)

@@ -20,6 +20,7 @@ from fl.errors import CallFailed, MalformedMessage, PeerLost
 from fl.transport.frames import CHUNK
 from fl.transport.records import LENGTH, length_of, prefix_of, read_end
 from fl.transport.tls import client_context
+from fl.transport.tls_stream import TlsStream
 
 SILENCE_SECONDS: Final = 20.0
 """The one liveness rule: the server gives a sign of life every five seconds; silent for so long, it is gone."""
@@ -104,13 +105,12 @@ class _Connection(http.client.HTTPConnection):
         if plain.family != socket.AF_UNIX:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
-            self.secure = context.wrap_socket(plain, server_hostname=host)
+            self.secure = TlsStream(plain, context, host=host)
         except BaseException:
             plain.close()
             raise
-        self.sock = self.secure
-        shown = self.secure.getpeercert(binary_form=True) or b""
-        if not hmac.compare_digest(shown, certificate):
+        self.sock: TlsStream | None = self.secure
+        if not hmac.compare_digest(self.secure.certificate, certificate):
             self.close()
             raise PeerLost("the server shows another certificate than before", where=host)
 
@@ -127,7 +127,7 @@ class _Connection(http.client.HTTPConnection):
 
     def piece(self, *parts: bytes) -> None:
         """A piece of the body (RFC 9112, section 7.1)."""
-        self.send(b"%x\r\n" % sum(map(len, parts)) + b"".join(parts) + b"\r\n")
+        self.send(b"".join((b"%x\r\n" % sum(map(len, parts)), *parts, b"\r\n")))
 
     def finish(self) -> None:
         """The body is whole."""
@@ -136,7 +136,7 @@ class _Connection(http.client.HTTPConnection):
     def abort(self) -> None:
         """End the connection under whoever reads or writes it."""
         try:
-            socket.socket.shutdown(self.secure, socket.SHUT_RDWR)  # not SSLSocket's, which would go on in clear
+            self.secure.abort()
         except OSError:
             return
 

@@ -137,7 +137,7 @@ def passing_proxy(to: str) -> Iterator[Proxy]:
 @contextmanager
 def ending_proxy(folder: Path, to: str, *, tls_to: bool, tls: bool = True) -> Iterator[tuple[Proxy, str]]:
     """A proxy that ends TLS (or has none) and goes on to `to` by TLS of its own or in clear; its certificate (PEM)."""
-    key, certificate = _certificate()
+    key, certificate = certificate_of_proxy()
     (folder / "proxy.pem").write_text(key + certificate)
     inward = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     inward.load_cert_chain(folder / "proxy.pem")
@@ -200,7 +200,7 @@ async def _end(server: asyncio.Server) -> None:
     await asyncio.sleep(0.05)  # what was closed tells the loop so
 
 
-def _certificate() -> tuple[str, str]:
+def certificate_of_proxy() -> tuple[str, str]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "proxy")])
     now = datetime.now(UTC)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,10 @@ def test_sites_pull_it_through_a_cut_and_a_clone_has_it_again(
         cutter.join()
         assert proxy.connections > 3, "it was cut"
         assert len(proxy.seen) < SIZE + (12 << 20) + 2 * CHUNK, "what had come before the cut came again"
-        kept = b"".join(path.read_bytes() for path in sorted(state.iterdir()))
+        kept = b""
+        for path in sorted(state.iterdir()):
+            with suppress(FileNotFoundError):  # the job's last state goes as it ends
+                kept += path.read_bytes()
         assert (numbers / "numbers.bin").read_bytes()[:64] not in kept, "it lies in clear on the disk"
         clone = client.clone(job)
         assert end_of(client, clone) == ("finished", [])
