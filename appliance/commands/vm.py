@@ -68,10 +68,12 @@ def launch(
     """Start a guest on SEV-SNP hardware or a virtual chip, show what it prints, and end with its exit status."""
     from attestation.virtual.__main__ import parse_disks
     from attestation.virtual.launch import read_init_data
+    from cvm_image.verify import read_manifest_file
     from policies.kits import is_kit
 
     if is_kit(image):
         raise typer.Exit(_launch_kit(image, role, tuple(gpu or ()), print_qemu=print_qemu, print_libvirt=print_libvirt))
+    read_manifest_file(image)  # a folder that holds no image is the first thing to say
     if init_data is None:
         raise typer.BadParameter("a guest that is started from an image's folder needs --init-data")
     raw, disks = read_init_data(init_data), parse_disks(disk or [])

@@ -18,6 +18,7 @@ import numpy as np
 
 from appliance.demo.attacks import AttackSucceeded, Impostor, Repelled
 from appliance.demo.display import Display, Step, brief
+from appliance.demo.founding import approvable
 from appliance.demo.guests import console
 from appliance.demo.setting import claim_folder
 from appliance.demo.verbs import Verbs
@@ -72,8 +73,10 @@ class EdgeReport:
 def run_edge_demo(folder: Path, display: Display, booted: Path | None = None) -> EdgeReport:
     """Run the story in `folder`, which is made anew. Raises Refused for whatever is not as it should be.
 
-    `booted` names a built image, which the three guests then boot as machines.
+    `booted` names a built image, which the three guests then boot as machines. Raises Unusable if it is none that can.
     """
+    if booted is not None:
+        approvable(booted)
     report, home = EdgeReport(booted is not None), folder / "poc"
     with claim_folder(folder), display.shown(), ExitStack() as ends:
         with display.step("The recipe exports the graph that devices train") as step:

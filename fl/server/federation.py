@@ -24,11 +24,12 @@ from attestation.pauses import PAUSE_SECONDS
 from fl.aggregation.deltas import Delta
 from fl.aggregation.mask_talk import Notary, Step
 from fl.aggregation.weighted_mean import WeightedMean
-from fl.errors import JobAborted, JobFailed, MalformedMessage, MalformedTensors, SpoolFailed, UpdateRefused
-from fl.guard.gate import admit_update
+from fl.errors import JobAborted, JobFailed, MalformedMessage, SpoolFailed, UpdateRefused
 from fl.jobs.progress import JobEvent
-from fl.model import MAX_WEIGHT, ParamsType, check_metrics
+from fl.model import ParamsType
 from fl.server.absences import Absences
+from fl.server.admission import admitted
+from fl.server.questions import Questions
 from fl.server.task import Aggregation, Heard, Keeper, Saved, Site, Task, Update
 from fl.tensors import Schema
 from fl.transport.spool import Spool
@@ -96,8 +97,7 @@ class Federation:
         self._task: Task | None = None
         self._admitted: dict[str, int] = {}  # the last round of which a site's update was admitted
         self._inbox: SimpleQueue[Update | Heard | str | JobAborted | JobFailed] = SimpleQueue()
-        self._asked: tuple[int, Step, dict[str, str]] = (-1, "keys", {})  # what was said, to whom has not answered yet
-        self._told: tuple[int, Step, Mapping[str, str]] = (-1, "dealt", {})  # what was said last that nobody answers
+        self._questions = Questions()
         self._notary: Notary | None = None
 
     # the transport's side
@@ -147,11 +147,10 @@ class Federation:
             self._sites[site.name] = site
             self._turns.notify_all()
             task = self._task if site.name in self._pending else None
-            said = [self._told, self._asked] if self._told[0] == self._round else [self._asked]
+            again = self._questions.again(site.name, self._round)
         self.observe(JobEvent(kind="resumed", site=site.name))
-        for round_, step, bodies in said:
-            if site.name in bodies:
-                site.say(round_, step, bodies[site.name])
+        for round_, step, body in again:
+            site.say(round_, step, body)
         if task is not None:
             site.give(task)
         self._inbox.put(site.name)
@@ -220,23 +219,25 @@ class Federation:
             task = self._task
         assert task is not None  # noqa: S101 - a round is on
         try:
-            reasons = tuple(self._reasons_about(task, params_type, weight))
-            if reasons:
-                raise UpdateRefused(name, reasons)
-            checked = check_metrics(metrics)
-            schema = {} if task.kind == "evaluate" else self.schema
-            tensors = admit_update(
-                memory.source, schema, site=name, delta=self._delta if task.kind == "train" else None
+            tensors, checked = admitted(
+                name,
+                task,
+                memory,
+                schema=self.schema,
+                job_type=self.params_type,
+                delta=self._delta,
+                params_type=params_type,
+                weight=weight,
+                metrics=metrics,
             )
         except SpoolFailed as error:
             memory.close()
             self._inbox.put(JobFailed(self.job, (error.what,)))
             raise
-        except (UpdateRefused, MalformedTensors) as error:
+        except UpdateRefused as refusal:
             memory.close()
-            refusal = error if isinstance(error, UpdateRefused) else UpdateRefused(name, (error.what,))
             self.lose(name, "; ".join(refusal.reasons), kind="refused")
-            raise refusal from error
+            raise
         with self._lock:
             if name in self._checking:
                 self._checking.discard(name)
@@ -259,11 +260,10 @@ class Federation:
         One that was away may answer twice, or too late: that is nothing.
         """
         with self._lock:
-            if (round_, step) != self._asked[:2] or name not in self._asked[2]:
+            if not self._questions.take_answer(name, round_, step):
                 if self._absences.was_away(name):
                     return
                 raise MalformedMessage(f"an answer about {step} of round {round_} comes out of turn", where=name)
-            del self._asked[2][name]
         self._inbox.put(Heard(name, body))
 
     def abort(self, by: str) -> None:
@@ -274,13 +274,6 @@ class Federation:
         memory.close()
         self.observe(JobEvent(kind="refused", site=name, text=reason))
         return UpdateRefused(name, (reason,))
-
-    def _reasons_about(self, task: Task, params_type: ParamsType, weight: float) -> Iterator[str]:
-        wanted = ParamsType.FULL if task.kind == "submit_model" else self.params_type
-        if params_type is not wanted:
-            yield f"its parameters are {params_type}, the job's are {wanted}"
-        if not 0 < weight <= MAX_WEIGHT:
-            yield f"its weight {weight} is not above 0 and at most {MAX_WEIGHT:.0f}"
 
     # the algorithm's side
 
@@ -415,7 +408,7 @@ class Federation:
         with self._lock:
             missing = self._given_up()
             sites = [self._sites[name] for name in bodies if name in self._sites and name not in missing]
-            self._asked = (round_, step, {site.name: bodies[site.name] for site in sites})
+            self._questions.ask(round_, step, {site.name: bodies[site.name] for site in sites})
             self._absences.start(ASK_SECONDS, time.monotonic())
         for site in sites:
             site.say(round_, step, bodies[site.name])
@@ -438,7 +431,7 @@ class Federation:
             for update in aside:
                 self._inbox.put(update)
         with self._lock:
-            self._asked = (round_, step, {})
+            self._questions.ask(round_, step, {})
             left = len(self._sites)
         self._need(left, f"{left} sites are left at {step} of round {round_}")
         return answers
@@ -447,7 +440,7 @@ class Federation:
         """Say something to some sites that they do not answer, while a round is on. Who is away is told when it is back
         in that round."""
         with self._lock:
-            self._told = (round_, step, dict(bodies))
+            self._questions.tell(round_, step, bodies)
             sites = [self._sites[name] for name in bodies if name in self._sites]
         for site in sites:
             site.say(round_, step, bodies[site.name])

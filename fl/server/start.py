@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -67,6 +68,8 @@ def serve(
     whose certificates come from a broker of the charter or are a user's in the charter.
     Raises PeerLost if the address cannot be had.
     """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a spliced connection has six descriptors
     party = Party(identity, charter, clock, record, tell)
     name = identity().name
     store = None if state is None else JobStore(state, model_key, tell)

@@ -148,6 +148,18 @@ def test_unusable_input_is_one_sentence_with_status_two(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("words", [("vm", "launch", "NONE"), ("demo", "--edge", "--vm", "NONE", "--out", "OUT")])
+def test_a_folder_that_holds_no_image_is_the_first_thing_to_be_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    places = {"NONE": str(tmp_path / "none"), "OUT": str(tmp_path / "out")}
+    status, out, err = seal(capsys, *(places.get(word, word) for word in words))
+    assert (status, out) == (2, "")
+    assert "this folder holds no image manifest" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists(), "nothing was begun"
+
+
 def test_a_hardware_launch_is_printed_for_qemu_and_libvirt(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     make_image(tmp_path / "image", platform="hardware")
     (tmp_path / "init.toml").write_text("version = 1\n")
